@@ -1,0 +1,70 @@
+"""Shared by all tests: no network, nothing written outside a temporary folder, small data."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+
+# Before anything imports toolkit.paths, and inherited by notebook kernels.
+_folder = tempfile.mkdtemp(prefix="toolkit-tests-")
+os.environ["TOOLKIT_RUNS"] = os.path.join(_folder, "runs")
+os.environ["TOOLKIT_FIGURES"] = os.path.join(_folder, "figures")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import toolkit  # noqa: E402
+from toolkit.datasets import Splits, in_memory, load_dataset  # noqa: E402
+
+_connect = socket.socket.connect
+
+
+def _refuse(self, address):
+    """Kernels talk over the loopback interface; everything else is a bug."""
+    if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in (
+        "127.0.0.1",
+        "::1",
+        "localhost",
+    ):
+        raise OSError(f"the tests have no network, but something connects to {address}")
+    return _connect(self, address)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    monkeypatch.setattr(socket.socket, "connect", _refuse)
+
+
+@pytest.fixture(scope="session")
+def digits() -> Splits:
+    return load_dataset("digits")
+
+
+@pytest.fixture(scope="session")
+def few_digits(digits) -> Splits:
+    """96 training, 32 validation and 40 test digits."""
+    sizes = {"train": 96, "val": 32, "test": 40}
+    parts = {
+        split: (getattr(digits, split).images[:size], getattr(digits, split).labels[:size])
+        for split, size in sizes.items()
+    }
+    return in_memory("digits", parts, digits.classes, digits.policy)
+
+
+@pytest.fixture
+def demo_model():
+    """`demo_model("lora")`: demo_vit with 10 classes and random weights from seed 0, adapted."""
+
+    def build(method: str = "full", pretrained: bool = False, **options):
+        toolkit.seed_everything(0)
+        return toolkit.adapt(toolkit.build_backbone("demo_vit", 10, pretrained), method, **options)
+
+    return build
+
+
+@pytest.fixture
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(32, 3, 32, 32, generator=generator), torch.randint(0, 10, (32,), generator=generator)

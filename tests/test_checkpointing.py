@@ -1,0 +1,134 @@
+"""Checkpointing changes when activations are computed, never what comes out."""
+
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from toolkit.budget import Checkpointing, TensorMemory, find_blocks
+from toolkit.errors import InputError
+
+CPU = torch.device("cpu")
+METHODS = ("linear", "bitfit", "lora", "full")
+
+
+def step(model, batch, strategy, budget_bytes=10**9, threshold=0.55):
+    """One forward and backward; returns loss, gradients, peak bytes, forward passes per block and the wrapper."""
+    x, y = batch
+    memory = TensorMemory(CPU)
+    memory.track([*model.parameters(), *model.buffers(), x, y])
+    passes = Counter()
+    hooks = [
+        next(block.children()).register_forward_hook(lambda *_, name=name: passes.update([name]))
+        for name, block in find_blocks(model).items()
+    ]
+    wrapper = Checkpointing(model, strategy, memory=memory, budget_bytes=budget_bytes, threshold=threshold)
+    torch.manual_seed(1)
+    with memory, wrapper:
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+    for hook in hooks:
+        hook.remove()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return loss.item(), gradients, memory.peak_bytes, list(passes.values()), wrapper
+
+
+def some_blocks_budget(model, batch):
+    """A budget whose 80 % are reached early in the forward pass."""
+    memory = TensorMemory(CPU)
+    memory.track([*model.parameters(), *model.buffers(), *batch])
+    start = memory.allocated_bytes
+    with memory:
+        output = model(batch[0])
+    end, _ = memory.allocated_bytes, output
+    return int((0.7 * start + 0.3 * end) / 0.8)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("strategy", ["static", "threshold"])
+def test_losses_and_gradients_are_bit_identical(demo_model, batch, method, strategy):
+    budget = some_blocks_budget(demo_model(method), batch)
+    plain = step(demo_model(method), batch, "none")
+    other = step(demo_model(method), batch, strategy, budget, threshold=0.8)
+    assert other[0] == plain[0]
+    assert other[1].keys() == plain[1].keys()
+    assert all(torch.equal(other[1][name], gradient) for name, gradient in plain[1].items())
+    if strategy == "threshold" and method != "linear":
+        assert 0 < len(other[4].checkpointed) < 4, "the test has to exercise both kinds of block"
+
+
+def test_dropout_is_recomputed_with_the_same_mask(demo_model, batch):
+    plain = step(demo_model("lora", lora_dropout=0.5).train(), batch, "none")
+    static = step(demo_model("lora", lora_dropout=0.5).train(), batch, "static")
+    assert static[0] == plain[0]
+    assert all(torch.equal(static[1][name], gradient) for name, gradient in plain[1].items())
+
+
+def test_static_recomputes_every_block_once(demo_model, batch):
+    assert step(demo_model(), batch, "none")[3] == [1, 1, 1, 1]
+    assert step(demo_model(), batch, "static")[3] == [2, 2, 2, 2]
+
+
+def test_threshold_keeps_a_prefix_and_recomputes_the_rest(demo_model, batch):
+    """The published rule: a block is checkpointed iff the bytes at its entry reach tau * budget."""
+    entries = []
+    model = demo_model()
+    memory = TensorMemory(CPU)
+    memory.track([*model.parameters(), *batch])
+    hooks = [
+        block.register_forward_pre_hook(lambda *_: entries.append(memory.allocated_bytes))
+        for block in find_blocks(model).values()
+    ]
+    with memory:
+        model(batch[0])
+    for hook in hooks:
+        hook.remove()
+    assert entries == sorted(entries) and len(set(entries)) == 4
+
+    for kept in range(5):
+        # Just above the entry of the last block that is to be kept, so that the next one reaches it.
+        limit = entries[kept - 1] + 1 if kept else entries[0]
+        model = demo_model()
+        _, _, _, passes, wrapper = step(model, batch, "threshold", budget_bytes=2 * limit, threshold=0.5)
+        assert passes == [1] * kept + [2] * (4 - kept)
+        assert wrapper.checkpointed == {f"blocks.{i}" for i in range(kept, 4)}
+
+
+@pytest.mark.parametrize("method", ["bitfit", "lora", "full"])
+def test_peak_orders_none_threshold_static(demo_model, batch, method):
+    budget = some_blocks_budget(demo_model(method), batch)
+    none, threshold, static = (
+        step(demo_model(method), batch, strategy, budget, threshold=0.8)[2]
+        for strategy in ("none", "threshold", "static")
+    )
+    assert none > threshold >= static
+
+
+def test_peak_is_the_same_to_the_byte_every_time(demo_model, batch):
+    peaks = {step(demo_model("lora"), batch, "threshold", 20 * 2**20)[2] for _ in range(3)}
+    assert len(peaks) == 1
+
+
+def test_frozen_backbone_keeps_nothing_so_nothing_is_saved(demo_model, batch):
+    assert step(demo_model("linear"), batch, "none")[2] == step(demo_model("linear"), batch, "static")[2]
+
+
+def test_nothing_is_checkpointed_without_gradients(demo_model, batch):
+    model = demo_model()
+    with Checkpointing(model, "static", memory=TensorMemory(CPU), budget_bytes=1) as wrapper, torch.no_grad():
+        model(batch[0])
+        assert wrapper.checkpointed == set()
+
+
+def test_remove_leaves_the_model_as_it_was(demo_model, batch):
+    model = demo_model()
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    with Checkpointing(model, "static", memory=TensorMemory(CPU), budget_bytes=1):
+        assert any(set(vars(module)) != before[name] for name, module in model.named_modules())
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+
+
+def test_unknown_strategy_names_the_nearest(demo_model):
+    with pytest.raises(InputError, match="Did you mean 'static'"):
+        Checkpointing(demo_model(), "statik", memory=TensorMemory(CPU), budget_bytes=1)

@@ -1,0 +1,294 @@
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+import toolkit
+from toolkit import datasets
+from toolkit.backbones import data_config
+from toolkit.datasets import Policy, load_dataset, loader
+from toolkit.errors import InputError
+
+CONFIG = {
+    "input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bilinear", "crop_pct": 0.875,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path_factory):
+    monkeypatch.setattr(datasets, "DATA", tmp_path_factory.mktemp("data"))
+
+
+# --- embedded -------------------------------------------------------------------------------------
+
+
+def test_digits_is_split_three_ways(digits):
+    assert [len(digits.train), len(digits.val), len(digits.test)] == [1077, 270, 450]
+    assert len(digits.classes) == 10
+    for split in (digits.train, digits.val, digits.test):
+        counts = np.bincount(split.labels)
+        assert counts.max() - counts.min() <= 0.15 * counts.mean(), "classes are stratified"
+    image, label = digits.train[0]
+    assert image.shape == (3, 8, 8) and image.dtype == torch.uint8 and isinstance(label, int)
+
+
+def test_textures_crops_of_two_splits_share_no_pixel():
+    """Tiles are 64 px, assigned to one split each, and every crop lies inside a tile."""
+    rng = np.random.default_rng(0)
+    tiles = datasets._assign_tiles(rng, (300, 451))
+    corners = [tuple(corner) for split in tiles.values() for corner in split]
+    assert len(corners) == len(set(corners)) == 4 * 7
+    assert all(y % 64 == 0 and x % 64 == 0 for y, x in corners)
+    splits = load_dataset("textures")
+    assert len(splits.classes) >= 12
+    assert all(len(getattr(splits, s)) == n * len(splits.classes) for s, n in datasets.TEXTURE_CROPS.items())
+    assert splits.train[0][0].shape == (3, 48, 48)
+
+
+@pytest.mark.parametrize("name", ["digits", "textures"])
+def test_hashes_are_reproducible_and_differ_by_split(name):
+    first, second = load_dataset(name), load_dataset(name)
+    assert first.hashes == second.hashes
+    assert len(set(first.hashes.values())) == 3
+
+
+def test_unknown_dataset():
+    with pytest.raises(InputError, match=r"unknown dataset 'digit'.*Did you mean 'digits'.*folder:PATH"):
+        load_dataset("digit")
+
+
+# --- batches --------------------------------------------------------------------------------------
+
+
+def all_of(batches):
+    images, labels = zip(*batches)
+    return torch.cat(images), torch.cat(labels)
+
+
+def test_evaluation_batches_come_in_order_and_normalised(few_digits):
+    images, labels = all_of(loader(few_digits.test, CONFIG, few_digits.policy, batch_size=16))
+    assert images.shape == (40, 3, 32, 32) and images.dtype == torch.float32
+    assert images.min() == -1 and images.max() == 1, "0..255 becomes -1..1 with mean and std of a half"
+    assert labels.tolist() == few_digits.test.labels.tolist()
+
+
+@pytest.mark.parametrize("policy", [Policy(), Policy(flip=True), Policy(crop_scale=(0.5, 1.0), flip=True)])
+def test_training_batches_do_not_depend_on_workers_or_on_the_global_generator(few_digits, policy):
+    def make(workers, first_batch=0):
+        return all_of(
+            loader(
+                few_digits.train,
+                CONFIG,
+                policy,
+                batch_size=32,
+                seed=5,
+                epoch=2,
+                workers=workers,
+                first_batch=first_batch,
+            )
+        )
+
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    images, labels = make(workers=0)
+    assert torch.equal(torch.get_rng_state(), before), "loading leaves the global generator alone"
+    torch.manual_seed(2)
+    for again in (make(workers=2), make(workers=0)):
+        assert torch.equal(again[0], images) and torch.equal(again[1], labels)
+    resumed = make(workers=0, first_batch=2)
+    assert torch.equal(resumed[0], images[64:]) and torch.equal(resumed[1], labels[64:])
+    assert sorted(labels.tolist()) == sorted(few_digits.train.labels.tolist())
+
+
+def test_epochs_and_seeds_shuffle_differently(few_digits):
+    def labels(seed, epoch):
+        return all_of(loader(few_digits.train, CONFIG, Policy(), batch_size=32, seed=seed, epoch=epoch))[
+            1
+        ].tolist()
+
+    assert len({tuple(labels(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
+
+
+def test_flip_mirrors_about_half_of_the_training_images(few_digits):
+    plain, _ = all_of(loader(few_digits.train, CONFIG, Policy(), batch_size=96, seed=0))
+    flipped, _ = all_of(loader(few_digits.train, CONFIG, Policy(flip=True), batch_size=96, seed=0))
+    mirrored = [torch.equal(a.flip(-1), b) for a, b in zip(plain, flipped)]
+    same = [torch.equal(a, b) for a, b in zip(plain, flipped)]
+    assert all(m or s for m, s in zip(mirrored, same))
+    assert 30 < sum(mirrored) < 66
+
+
+def test_size_and_normalisation_are_the_backbones(few_digits):
+    model = toolkit.build_backbone("vit_small", 10, pretrained=False)
+    config = data_config(model)
+    images, _ = next(iter(loader(few_digits.test, config, few_digits.policy, batch_size=4)))
+    assert images.shape[1:] == config["input_size"] == (3, 224, 224)
+    black = (0 - torch.tensor(config["mean"])) / torch.tensor(config["std"])
+    assert torch.allclose(images[0, :, 0, 0], black)
+
+
+# --- folders --------------------------------------------------------------------------------------
+
+
+def write_image(path, size=(40, 30), seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    for label, name in enumerate(("cat", "dog")):
+        for number in range(10):
+            write_image(tmp_path / name / f"{number}.png", seed=100 * label + number)
+    return tmp_path
+
+
+def test_folder_of_classes_is_split(photos):
+    splits = load_dataset(f"folder:{photos}")
+    assert splits.classes == ["cat", "dog"]
+    files = {s: {path for path, _ in getattr(splits, s).samples} for s in ("train", "val", "test")}
+    assert [len(f) for f in files.values()] == [14, 3, 3]
+    assert len(set.union(*files.values())) == 20, "no image is in two splits"
+    image, label = splits.train[0]
+    assert image.shape == (3, 30, 40) and image.dtype == torch.uint8 and label in (0, 1)
+    batch, _ = next(iter(loader(splits.train, CONFIG, splits.policy, batch_size=4, seed=0)))
+    assert batch.shape == (4, 3, 32, 32)
+    batch, _ = next(iter(loader(splits.test, CONFIG, splits.policy, batch_size=3)))
+    assert batch.shape == (3, 3, 32, 32)
+
+
+def test_folder_with_its_own_splits(tmp_path):
+    for split in ("train", "val", "test"):
+        for name in ("a", "b"):
+            write_image(tmp_path / split / name / "1.jpg")
+    splits = load_dataset(f"folder:{tmp_path}")
+    assert [len(splits.train), len(splits.val), len(splits.test)] == [2, 2, 2]
+
+
+def test_broken_images_are_listed_and_left_out(photos):
+    (photos / "cat" / "text.png").write_text("no image")
+    whole = (photos / "dog" / "0.png").read_bytes()
+    (photos / "dog" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    splits = load_dataset(f"folder:{photos}")
+    assert sorted(line.split(":")[0] for line in splits.broken) == ["cat/text.png", "dog/cut.png"]
+    assert sum(len(getattr(splits, s)) for s in ("train", "val", "test")) == 20
+    assert "2 broken" in str(splits)
+    again = load_dataset(f"folder:{photos}")
+    assert again.broken == splits.broken and again.hashes == splits.hashes
+
+
+def test_decompression_bomb_is_refused_before_it_is_decoded(photos):
+    Image.new("1", (9000, 9000)).save(photos / "cat" / "bomb.png")
+    splits = load_dataset(f"folder:{photos}")
+    assert len(splits.broken) == 1 and "9000 x 9000 pixels" in splits.broken[0]
+
+
+def test_changed_content_changes_the_hash(photos):
+    before = load_dataset(f"folder:{photos}").hashes
+    for name in ("cat", "dog"):
+        for number in range(10):
+            write_image(photos / name / f"{number}.png", seed=1000 + number)
+    after = load_dataset(f"folder:{photos}").hashes
+    assert all(before[split] != after[split] for split in before)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda root: None, "no such folder"),
+        (lambda root: root.mkdir(), "at least two; found none"),
+        (lambda root: write_image(root / "cat" / "1.png"), "found only 'cat'"),
+        (
+            lambda root: [write_image(root / "cat" / "1.png"), (root / "dog").mkdir()],
+            "class 'dog' has no images",
+        ),
+        (lambda root: [write_image(root / c / "1.png") for c in ("cat", "dog")], "cannot be split"),
+        (
+            lambda root: [write_image(root / "train" / c / "1.png") for c in ("cat", "dog")],
+            "lacks val/, test/",
+        ),
+    ],
+)
+def test_unusable_folders(tmp_path, make, message):
+    make(tmp_path / "photos")
+    with pytest.raises(InputError, match=message) as caught:
+        load_dataset(f"folder:{tmp_path / 'photos'}")
+    assert str(tmp_path / "photos") in str(caught.value)
+
+
+# --- through torchvision --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "archive"), [("cifar100", "cifar-100-python.tar.gz"), ("dtd", "dtd-r1.0.1.tar.gz")]
+)
+def test_no_network_says_what_to_put_where(tmp_path, name, archive):
+    with pytest.raises(InputError) as caught:
+        load_dataset(name, root=tmp_path)
+    assert archive in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_dtd_keeps_the_three_parts_of_partition_1_apart(tmp_path):
+    root = tmp_path / "dtd" / "dtd"
+    lists = {"train": [0, 1], "val": [2], "test": [3]}
+    for name in ("banded", "woven"):
+        for number in range(4):
+            write_image(root / "images" / name / f"{name}_{number}.jpg", seed=number)
+    for partition, shift in ((1, 0), (2, 1)):
+        for split, numbers in lists.items():
+            lines = [f"{n}/{n}_{(i + shift) % 4}.jpg" for n in ("banded", "woven") for i in numbers]
+            path = root / "labels" / f"{split}{partition}.txt"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("\n".join(lines))
+    splits = load_dataset("dtd", root=tmp_path)
+    assert splits.classes == ["banded", "woven"]
+    for split, numbers in lists.items():
+        names = [path.name for path, _ in getattr(splits, split).samples]
+        assert names == [f"{n}_{i}.jpg" for n in ("banded", "woven") for i in numbers]
+
+
+def test_cifar100_takes_validation_from_the_training_set(tmp_path, monkeypatch):
+    """A file in CIFAR-100's format with 1,000 and 100 images; torchvision's own reader checks and reads it."""
+    import hashlib
+    import pickle
+
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    lists = {}
+    for name, count in (("train", 1000), ("test", 100)):
+        labels = [i % 100 for i in range(count)]
+        pixels = np.random.default_rng(count).integers(0, 256, (count, 3072), dtype=np.uint8)
+        (folder / name).write_bytes(pickle.dumps({"data": pixels, "fine_labels": labels}))
+        lists[name] = [[name, hashlib.md5((folder / name).read_bytes()).hexdigest()]]
+    meta = {"fine_label_names": [f"class {i}" for i in range(100)]}
+    (folder / "meta").write_bytes(pickle.dumps(meta))
+    digest = hashlib.md5((folder / "meta").read_bytes()).hexdigest()
+    CIFAR100 = torchvision.datasets.CIFAR100
+    monkeypatch.setattr(CIFAR100, "train_list", lists["train"])
+    monkeypatch.setattr(CIFAR100, "test_list", lists["test"])
+    monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": digest})
+    splits = load_dataset("cifar100", root=tmp_path)
+    assert [len(splits.train), len(splits.val), len(splits.test)] == [900, 100, 100]
+    assert len(splits.classes) == 100
+    assert np.bincount(splits.val.labels).tolist() == [1] * 100
+    image, _ = splits.test[0]
+    assert image.shape == (3, 32, 32)
+    train = {image.tobytes() for image in splits.train.images}
+    assert not train & {image.tobytes() for image in splits.val.images}
+
+
+# --- formulas -------------------------------------------------------------------------------------
+
+
+def test_formula_images_are_reproducible():
+    from toolkit.formula_images import formula_splits
+
+    make = dict(fractals=2, curves=1, textures=2, images_per_class=5, size=32)
+    first, again, other = (formula_splits(**make, seed=seed) for seed in (0, 0, 1))
+    assert first.hashes == again.hashes != other.hashes
+    assert first.classes == ["fractal 0", "fractal 1", "curve 0", "texture 0", "texture 1"]
+    assert len(first.train) == 25 and first.train[0][0].shape == (3, 32, 32)
+    contrast = first.train.images.reshape(25, -1).std(axis=1)
+    assert contrast.min() > 5, "no picture is empty"

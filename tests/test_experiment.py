@@ -1,0 +1,79 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import toolkit
+from toolkit.errors import InputError
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "method": st.sampled_from(["full", "linear", "bitfit", "lora"]),
+            "checkpointing": st.sampled_from(["none", "static", "threshold"]),
+            "budget": st.integers(1, 2**40).map(str),
+            "epochs": st.integers(1, 1000),
+            "lr": st.floats(0, 1),
+            "seed": st.integers(0, 2**31 - 1),
+            "pretrained": st.booleans(),
+        },
+    )
+)
+def test_law_json_round_trip_keeps_the_identity(parameters):
+    experiment = toolkit.Experiment(**parameters)
+    again = toolkit.Experiment(**json.loads(json.dumps(experiment.to_dict())))
+    assert again == experiment and again.id == experiment.id and again.name == experiment.name
+
+
+def test_every_parameter_is_part_of_the_identity():
+    changed = {
+        "dataset": "textures", "backbone": "vit_small", "pretrained": False, "method": "full",
+        "checkpointing": "static", "budget": "1GB", "threshold": 0.5, "lora_rank": 4, "lora_alpha": 8,
+        "lora_dropout": 0.1, "epochs": 1, "batch_size": 8, "micro_batch_size": 4, "lr": 0.5,
+        "weight_decay": 0.0, "warmup_fraction": 0.0, "precision": "bf16", "seed": 1,
+    }  # fmt: skip
+    fields = set(toolkit.Experiment().to_dict())
+    assert set(changed) == fields - {"device"}  # auto is the only value that is valid everywhere
+    ids = {toolkit.Experiment(**{name: value}).id for name, value in changed.items()}
+    assert len(ids | {toolkit.Experiment().id}) == len(changed) + 1
+
+
+def test_equal_budgets_are_the_same_experiment():
+    assert toolkit.Experiment(budget="1 GiB").id == toolkit.Experiment(budget=2**30).id
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"method": "lorra"}, "Did you mean 'lora'"),
+        ({"checkpointing": "adaptive"}, "Valid: none, static, threshold"),
+        ({"precision": "int8"}, "fp32"),
+        ({"budget": "lots"}, "budget 'lots'"),
+        ({"budget": -5}, "budget '-5'"),
+        ({"epochs": 0}, "epochs must lie between"),
+        ({"epochs": "10"}, "epochs must be int, got '10'"),
+        ({"epochs": True}, "epochs must be int"),
+        ({"lr": float("nan")}, "lr must lie"),
+        ({"batch_size": 8, "micro_batch_size": 9}, "micro_batch_size must lie between 0 and 8"),
+        ({"precision": "fp16", "device": "cpu"}, "needs a GPU"),
+    ],
+)
+def test_bad_values_are_named(parameters, message):
+    with pytest.raises(InputError, match=message):
+        toolkit.Experiment(**parameters)
+
+
+def test_from_namespace_takes_its_fields_only_and_misses_none():
+    namespace = toolkit.Experiment(seed=3).to_dict() | {"runs": "", "plt": object()}
+    assert toolkit.Experiment.from_namespace(namespace) == toolkit.Experiment(seed=3)
+    del namespace["lr"]
+    with pytest.raises(InputError, match="lacks lr"):
+        toolkit.Experiment.from_namespace(namespace)
+
+
+def test_folder_names_are_safe():
+    name = toolkit.Experiment(dataset="folder:/home/x/../y z$\n", backbone="a/b").name
+    assert all(c.isalnum() or c in "-_" for c in name)

@@ -1,0 +1,92 @@
+"""Notebooks run from top to bottom, and are committed clean."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+
+import toolkit
+from toolkit.paths import NOTEBOOKS, ROOT
+from toolkit.records import load_curves
+from toolkit.sweep import execute_notebook
+
+ALL = sorted(NOTEBOOKS.glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_committed_clean(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3" and "widgets" not in notebook.metadata
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code)
+    assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1
+    assert len(notebook.cells) <= 25
+    assert notebook.cells[0].source.startswith("# ") and "**Question.**" in notebook.cells[0].source
+
+
+def test_finetune_and_compare_pass_nbval(tmp_path):
+    """With their default parameters, compare on the record that finetune left."""
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env", "-q", "-p", "no:cacheprovider",
+            "notebooks/finetune.ipynb", "notebooks/compare.ipynb",
+        ],
+        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"TOOLKIT_RUNS": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (record,) = toolkit.load_records(tmp_path).itertuples()
+    assert record.status == "ok" and record.test_top1_pct > 85
+
+
+def test_pretraining_runs_at_toy_size(tmp_path):
+    execute_notebook(
+        "pretrain_demo_backbone", tmp_path / "out.ipynb",
+        {
+            "fractals": 2, "curves": 2, "textures": 2, "images_per_class": 16, "epochs": 1, "folder": str(tmp_path),
+            "transfer_seeds": 1, "transfer_epochs": 1,
+        },
+    )  # fmt: skip
+    assert (tmp_path / "demo_vit.safetensors").stat().st_size > 1_000_000
+
+
+def test_kill_dash_nine_in_the_middle_of_a_run(tmp_path):
+    """The killed command's kernel goes away; the same command resumes to the losses of an unbroken run."""
+
+    def start(runs):
+        flags = [
+            "--method",
+            "lora",
+            "--epochs",
+            "4",
+            "--lora-dropout",
+            "0.1",
+            "--figures",
+            str(tmp_path / "figures"),
+        ]
+        return subprocess.Popen(
+            [sys.executable, "-m", "toolkit", "run", "--runs", str(runs), *flags],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    runs = tmp_path / "runs"
+    killed = start(runs)
+    deadline = time.monotonic() + 240
+    while not list(runs.glob("*/snapshots/*.json")):
+        assert time.monotonic() < deadline and killed.poll() is None
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not list(runs.glob("*/record.json"))
+    assert start(runs).wait() == 0
+    assert start(tmp_path / "unbroken").wait() == 0
+    (resumed,) = toolkit.load_records(runs).itertuples()
+    (unbroken,) = toolkit.load_records(tmp_path / "unbroken").itertuples()
+    assert resumed.resumes == 1 and unbroken.resumes == 0
+    assert load_curves(resumed.folder) == load_curves(unbroken.folder)
+    assert resumed.test_loss == unbroken.test_loss
+    assert resumed.train_peak_bytes == unbroken.train_peak_bytes

@@ -1,0 +1,161 @@
+"""Batch execution and the command line, on runs of one short epoch where a run is needed."""
+
+import json
+
+import nbformat
+import papermill
+import pytest
+
+import toolkit
+from toolkit import sweep
+from toolkit.__main__ import main
+from toolkit.backbones import demo
+from toolkit.errors import InputError
+from toolkit.paths import NOTEBOOKS
+from toolkit.records import RunRecord
+from toolkit.training import FitResult
+
+
+def test_grid_is_the_product():
+    experiments = sweep.grid(method=["lora", "full"], seed=[0, 1, 2])
+    assert [(e.method, e.seed) for e in experiments] == [(m, s) for m in ("lora", "full") for s in range(3)]
+
+
+def test_default_comparison_is_the_documented_one():
+    experiments = sweep.grid(**sweep.DEFAULT_COMPARISON)
+    assert len(experiments) == 12 and len({e.id for e in experiments}) == 12
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"methd": "lora"}, "unknown parameter of finetune.ipynb 'methd'.*Did you mean 'method'"),
+        ({'x=1;__import__("os").system("touch pwned");y': 1}, "is no identifier"),
+        ({"": 1}, "is no identifier"),
+    ],
+)
+def test_parameter_names_are_checked_before_papermill_sees_them(tmp_path, monkeypatch, parameters, message):
+    monkeypatch.setattr(papermill, "execute_notebook", lambda *_, **__: pytest.fail("papermill was called"))
+    with pytest.raises(InputError, match=message):
+        sweep.execute_notebook("finetune", tmp_path / "out" / "n.ipynb", parameters)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_notebook(tmp_path):
+    with pytest.raises(InputError, match="Did you mean 'finetune'"):
+        sweep.execute_notebook("finetun", tmp_path / "n.ipynb", {})
+
+
+def test_notebook_declares_every_parameter_of_an_experiment():
+    declared = papermill.inspect_notebook(str(NOTEBOOKS / "finetune.ipynb"))
+    assert set(declared) == {*toolkit.Experiment().to_dict(), "runs"}
+
+
+@pytest.fixture
+def fake_run(monkeypatch, few_digits, demo_model):
+    """Instead of a kernel: a callable decides what the run of an experiment leaves behind."""
+    calls = []
+
+    def use(behaviour):
+        def execute(name, output, parameters):
+            experiment = toolkit.Experiment(**{k: v for k, v in parameters.items() if k != "runs"})
+            calls.append(experiment.id)
+            status = behaviour(experiment)
+            if status:
+                record = RunRecord.of_run(
+                    experiment, few_digits, demo_model("linear"), FitResult(status=status), None
+                )
+                record.save(output.parent)
+
+        monkeypatch.setattr(sweep, "execute_notebook", execute)
+        return calls
+
+    return use
+
+
+def test_finished_runs_are_skipped_and_unfinished_ones_repeated(fake_run, tmp_path):
+    statuses = iter(["ok", "nan", "oom", "interrupted"])
+    calls = fake_run(lambda _: next(statuses))
+    experiments = sweep.grid(seed=[0, 1, 2, 3])
+    assert sweep.run_experiments(experiments, tmp_path) == [experiments[3]]
+    calls = fake_run(lambda _: "ok")
+    calls.clear()
+    assert sweep.run_experiments(experiments, tmp_path) == []
+    assert calls == [experiments[3].id]
+
+
+def test_a_dead_kernel_is_a_failure_with_a_record_and_the_rest_goes_on(fake_run, tmp_path):
+    def behaviour(experiment):
+        if experiment.seed == 0:
+            raise sweep.DeadKernelError("Kernel died")
+        return None if experiment.seed == 1 else "ok"  # a notebook that ends without a record
+
+    fake_run(behaviour)
+    experiments = sweep.grid(seed=[0, 1, 2])
+    assert sweep.run_experiments(experiments, tmp_path) == experiments[:2]
+    frame = toolkit.load_records(tmp_path).set_index("seed")
+    assert frame.status.to_dict() == {0: "failed", 1: "failed", 2: "ok"}
+    assert frame.error[0] == "DeadKernelError: Kernel died"
+    assert "without a finished record" in frame.error[1]
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "lorra"], "Did you mean 'lora'"),
+        (["--dataset", "digit"], "Did you mean 'digits'"),
+        (["--dataset", "folder:/nowhere/at/all"], "no such folder"),
+        (["--backbone", "demo_vi"], "Did you mean 'demo_vit'"),
+        (["--checkpointing", "statik"], "Did you mean 'static'"),
+        (["--budget", "many"], "budget 'many' is no size"),
+        (["--budget", "-2GB"], "expected at least one argument"),
+        (["--budget=-2GB"], "budget '-2GB' is no size"),
+        (["--budget", "1MB"], "smaller than the weights alone"),
+        (["--epochs", "ten"], "invalid int value"),
+        (["--pretrained", "maybe"], "neither true nor false"),
+        (["--batchsize", "8"], "unrecognized arguments"),
+        (["--epoch", "8"], "unrecognized arguments"),
+    ],
+)
+def test_bad_input_is_one_message_exit_2_and_nothing_written(tmp_path, capsys, arguments, message):
+    runs = tmp_path / "runs"
+    try:
+        status = main(["run", "--runs", str(runs), "--figures", str(tmp_path / "figures"), *arguments])
+    except SystemExit as exit:  # argparse
+        status = exit.code
+    assert status == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_weights_stop_the_command_line(tmp_path, capsys, monkeypatch):
+    damaged = tmp_path / "demo_vit.safetensors"
+    damaged.write_bytes(b"no weights")
+    monkeypatch.setattr(demo, "WEIGHTS", damaged)
+    assert main(["run", "--runs", str(tmp_path / "runs"), "--method", "linear"]) == 2
+    assert "damaged" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_one_run_from_end_to_end(tmp_path, capsys):
+    """A kernel is started: the notebook trains, leaves its record, and compare makes the figures."""
+    command = [
+        "run", "--runs", str(tmp_path / "runs"), "--figures", str(tmp_path / "figures"), "--method", "linear",
+        "--checkpointing", "static", "--epochs", "1", "--budget", "28 MiB",
+    ]  # fmt: skip
+    assert main(command) == 0
+    output = capsys.readouterr().out
+    assert "linear" in output and "record.json" in output
+    (record_path,) = (tmp_path / "runs").glob("*/record.json")
+    record = json.loads(record_path.read_text())
+    assert record["run"]["status"] == "ok" and record["quality"]["test_top1_pct"] > 15
+    assert len(list((tmp_path / "figures").glob("*.png"))) == 2
+    executed = nbformat.read(record_path.parent / "finetune.ipynb", as_version=4)
+    pictures = [o for c in executed.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
+    assert len(pictures) == 3
+    written = record_path.stat().st_mtime_ns
+    assert main(command) == 0
+    assert record_path.stat().st_mtime_ns == written, "the second call skips what is done"

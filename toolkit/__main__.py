@@ -1,0 +1,83 @@
+"""`python -m toolkit run`: experiments in batch, one table and two figures at the end.
+
+Without flags it runs the default comparison on the embedded data.  With flags it runs their product:
+each flag is a parameter of `Experiment` and takes one value or several.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import typing
+from dataclasses import fields
+from pathlib import Path
+
+from toolkit.errors import InputError
+from toolkit.experiment import Experiment
+from toolkit.paths import FIGURES, RUNS
+from toolkit.records import compare, load_records
+from toolkit.sweep import DEFAULT_COMPARISON, check_runnable, execute_notebook, grid, run_experiments
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 all runs finished, 1 some failed, 2 bad input, 130 interrupted."""
+    parser = argparse.ArgumentParser(prog="python -m toolkit", description=__doc__.split("\n\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser(
+        "run",
+        help="run experiments and compare them",
+        description=__doc__.split("\n\n")[1],
+        allow_abbrev=False,
+    )
+    run.add_argument(
+        "--runs", type=Path, default=RUNS, metavar="FOLDER", help=f"where runs are kept ({RUNS})"
+    )
+    run.add_argument("--figures", type=Path, default=FIGURES, metavar="FOLDER", help=f"({FIGURES})")
+    types = typing.get_type_hints(Experiment)
+    for field in fields(Experiment):
+        run.add_argument(
+            f"--{field.name.replace('_', '-')}", nargs="+", default=argparse.SUPPRESS, metavar="VALUE",
+            type=_to_bool if types[field.name] is bool else types[field.name],
+            help=f"default: {field.default!r}",
+        )  # fmt: skip
+    options = vars(parser.parse_args(arguments))
+    values = {field.name: options[field.name] for field in fields(Experiment) if field.name in options}
+    try:
+        return _run(
+            grid(**(values or DEFAULT_COMPARISON)), options["runs"].resolve(), options["figures"].resolve()
+        )
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _run(experiments: list[Experiment], runs: Path, figures: Path) -> int:
+    check_runnable(experiments)
+    failed = run_experiments(experiments, runs)
+    ids = [experiment.id for experiment in experiments]
+    records = load_records(runs)
+    records = records[records.experiment_id.isin(ids)]
+    print(compare(records, by=["dataset", "backbone", "method", "checkpointing"]).to_string(index=False))
+    if (records.status == "ok").any():
+        report = runs / "compare.ipynb"
+        execute_notebook(
+            "compare", report, {"runs": str(runs), "figures": str(figures), "experiment_ids": ",".join(ids)}
+        )
+        print(f"report   {report}\nfigures  {figures}")
+    print(f"records  {runs}/*/record.json, with the executed notebook of each run beside it")
+    if failed:
+        print(f"{len(failed)} of {len(experiments)} runs failed; the same command tries them again")
+    return 1 if failed else 0
+
+
+def _to_bool(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""Which modules of a network are its blocks: the repeated units at whose boundary activations may go."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch import nn
+
+from toolkit.errors import InputError
+
+
+def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Blocks of `model` by name, in the order of `model.named_modules()`.
+
+    A block is a composite element of an `nn.Sequential` or `nn.ModuleList`, the innermost such, of a
+    type that occurs at least twice.  So a ViT gives its transformer blocks, a TinyViT its MBConv and
+    attention blocks rather than whole stages, a ResNet its residual blocks.  Adapter layers (peft
+    gives them a `base_layer`) are no blocks, so a wrapped model has the blocks of the model inside.
+
+    Raises `InputError` where nothing repeats.
+    """
+    candidates: dict[str, nn.Module] = {}
+    for name, container in model.named_modules():
+        if not isinstance(container, nn.Sequential | nn.ModuleList):
+            continue
+        for child_name, child in container.named_children():
+            composite = next(child.children(), None) is not None
+            if composite and not _is_container(child) and not hasattr(child, "base_layer"):
+                candidates[f"{name}.{child_name}" if name else child_name] = child
+    innermost = {
+        name: block
+        for name, block in candidates.items()
+        if not any(other.startswith(f"{name}.") for other in candidates)
+    }
+    repeats = Counter(type(block) for block in innermost.values())
+    blocks = {name: block for name, block in innermost.items() if repeats[type(block)] > 1}
+    if not blocks:
+        raise InputError(
+            f"{type(model).__name__} has no repeated composite modules in an nn.Sequential or "
+            "nn.ModuleList, so nothing can be checkpointed block by block; use checkpointing 'none'."
+        )
+    return blocks
+
+
+def _is_container(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)

@@ -1,0 +1,144 @@
+"""How many bytes of device memory are allocated, now and at the peak.
+
+On CUDA the caching allocator tells.  The CPU has no such counter, so there a dispatch mode counts
+the storages of live tensors: the same bytes on every run, which lets every memory statement of this
+project be tested without a GPU.  Not counted on the CPU: temporaries that a kernel allocates and
+frees inside one operator.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+ROUNDING_BYTES = 512  # CUDA's caching allocator hands out multiples of this; so does our count
+
+
+class DeviceMemory(Protocol):
+    """What a strategy and a training loop ask of a device.  Enter it around every training step."""
+
+    kind: str  # how the bytes were obtained, for the record
+
+    @property
+    def allocated_bytes(self) -> int: ...
+
+    @property
+    def peak_bytes(self) -> int: ...
+
+    def reset_peak(self) -> None: ...
+
+    def track(self, tensors: Iterable[torch.Tensor]) -> None: ...
+
+    def __enter__(self): ...
+
+    def __exit__(self, *exc): ...
+
+
+def device_memory(device: torch.device) -> DeviceMemory:
+    """The memory of `device`: the allocator's on CUDA, counted on the CPU."""
+    return CudaMemory(device) if device.type == "cuda" else TensorMemory(device)
+
+
+class CudaMemory:
+    """Bytes of live tensors as the CUDA caching allocator counts them (`memory_allocated`)."""
+
+    kind = "cuda_allocator"
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    @property
+    def allocated_bytes(self) -> int:
+        return torch.cuda.memory_allocated(self.device)
+
+    @property
+    def peak_bytes(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device)
+
+    def reset_peak(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def track(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Nothing to do: the allocator sees every tensor."""
+
+    def __enter__(self) -> CudaMemory:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        pass
+
+
+class _StorageRef(weakref.ref):
+    """Weak reference to a storage that remembers its key and size after it died."""
+
+    __slots__ = ("key", "nbytes")
+
+    def __new__(cls, storage, callback, key, nbytes):
+        self = super().__new__(cls, storage, callback)
+        self.key, self.nbytes = key, nbytes
+        return self
+
+    def __init__(self, storage, callback, key, nbytes):
+        super().__init__(storage, callback)
+
+
+class TensorMemory(TorchDispatchMode):
+    """Bytes of live tensor storages on one device, each rounded up to 512.
+
+    Counts what operators return while the mode is entered, until it dies, whether or not the mode is
+    still entered then.  Tensors made outside (parameters, the batch, a loaded optimizer state) are
+    announced by `track`.
+    """
+
+    kind = "tracked_tensors"
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device_type = device.type
+        self.allocated_bytes = 0
+        self.peak_bytes = 0
+        self.trace: list[int] | None = None  # set to a list to log the bytes after every operator
+        self._live: dict[int, _StorageRef] = {}
+
+    def reset_peak(self) -> None:
+        self.peak_bytes = self.allocated_bytes
+
+    def track(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Count tensors that were made while the mode was not entered; known storages are skipped."""
+        for tensor in tensors:
+            self._count(tensor)
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        if tensor.device.type != self.device_type:
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._live:
+            return
+        nbytes = -(-storage.nbytes() // ROUNDING_BYTES) * ROUNDING_BYTES
+        self._live[key] = _StorageRef(storage, self._freed, key, nbytes)
+        self.allocated_bytes += nbytes
+        if self.allocated_bytes > self.peak_bytes:
+            self.peak_bytes = self.allocated_bytes
+
+    def _freed(self, reference: _StorageRef) -> None:
+        if self._live.get(reference.key) is reference:
+            del self._live[reference.key]
+            self.allocated_bytes -= reference.nbytes
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self._count(result)
+        else:
+            for leaf in tree_iter(result):
+                if isinstance(leaf, torch.Tensor):
+                    self._count(leaf)
+        if self.trace is not None:
+            self.trace.append(self.allocated_bytes)
+        return result

@@ -1,0 +1,20 @@
+"""The one error for input that a person can mend, and the one way to choose among names."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Bad input; the message names the input and the remedy.  The command line exits with status 2."""
+
+
+def check_name(kind: str, name: str, valid: Iterable[str]) -> str:
+    """Return `name` if it is one of `valid`; otherwise raise with the list and the nearest match."""
+    valid = list(valid)
+    if name in valid:
+        return name
+    nearest = difflib.get_close_matches(str(name), valid, n=1)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    raise InputError(f"unknown {kind} {name!r}.{hint} Valid: {', '.join(valid)}.")

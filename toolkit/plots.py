@@ -1,0 +1,109 @@
+"""Figures.  Each function draws one and returns it; `save` writes it for the README or a report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torchvision
+from matplotlib.figure import Figure
+from sklearn.metrics import ConfusionMatrixDisplay
+from torch.utils.data import Dataset
+
+from toolkit.paths import FIGURES
+from toolkit.training import Evaluation
+
+sns.set_theme(style="whitegrid", context="notebook", palette="colorblind")
+STRATEGY_MARKERS = {"none": "o", "static": "s", "threshold": "^"}
+
+
+def save(figure: Figure, name: str, folder: Path = FIGURES) -> Path:
+    """Write `figure` as `name`.png."""
+    path = Path(folder) / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, bbox_inches="tight", metadata={"Software": None})
+    return path
+
+
+def learning_curves(history: list[dict]) -> Figure:
+    """Loss and accuracy of training and validation, by epoch."""
+    frame = pd.DataFrame(history)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
+    for part, name in (("train", "training"), ("val", "validation")):
+        left.plot(frame.epoch, frame[f"{part}_loss"], marker="o", label=name)
+        right.plot(frame.epoch, frame[f"{part}_top1_pct"], marker="o", label=name)
+    left.set(xlabel="epoch", ylabel="cross-entropy", ylim=(0, None))
+    right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 101))
+    right.legend(loc="lower right")
+    for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def memory_over_step(trace: dict[str, list[int]], budget_bytes: int) -> Figure:
+    """Allocated memory after each operator of one training step, under the budget line."""
+    figure, axes = plt.subplots(figsize=(10, 3.5), layout="constrained")
+    start = 0
+    for phase, points in trace.items():
+        x = range(start, start + len(points))
+        axes.fill_between(x, [p / 2**20 for p in points], alpha=0.6, linewidth=0, label=phase)
+        start += len(points)
+    axes.axhline(budget_bytes / 2**20, color="black", linestyle="--", linewidth=1, label="budget")
+    axes.set(
+        xlabel="operators of one training step", ylabel="allocated (MiB)", xlim=(0, start), ylim=(0, None)
+    )
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def confusion_matrix(evaluation: Evaluation, classes: list[str]) -> Figure:
+    """True against predicted class on the evaluated split; rows sum to 1."""
+    many = len(classes) > 20
+    side = 5 if len(classes) <= 10 else 7
+    figure, axes = plt.subplots(figsize=(side + 1, side), layout="constrained")
+    ConfusionMatrixDisplay.from_predictions(
+        evaluation.labels, evaluation.predictions, labels=range(len(classes)), normalize="true",
+        display_labels=None if many else [name.replace("$", r"\$") for name in classes],
+        include_values=len(classes) <= 10, values_format=".2f", xticks_rotation="vertical",
+        cmap="Blues", ax=axes, text_kw={"fontsize": 8},
+    )  # fmt: skip
+    axes.grid(False)
+    if many:
+        axes.set(xticks=[], yticks=[])
+    return figure
+
+
+def accuracy_against(frame: pd.DataFrame, cost: str) -> Figure:
+    """Test accuracy of every run against `cost`: "memory" (training peak) or "time" (training)."""
+    column, unit, label = {
+        "memory": ("train_peak_bytes", 2**20, "peak training memory (MiB)"),
+        "time": ("train_seconds", 1, "training time (s)"),
+    }[cost]
+    data = frame[frame.status == "ok"]
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    sns.scatterplot(
+        x=data[column] / unit, y=data.test_top1_pct, hue=data.method, style=data.checkpointing,
+        markers=STRATEGY_MARKERS, s=110, alpha=0.85, ax=axes,
+    )  # fmt: skip
+    budgets = data.budget.astype(float).unique()
+    if cost == "memory" and len(budgets) == 1:
+        axes.axvline(budgets[0] / unit, color="black", linestyle="--", linewidth=1, label="budget")
+    axes.set(xlabel=label, ylabel="test accuracy (%)", xlim=(0, None))
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def image_grid(split: Dataset, per_class: int, classes: int) -> Figure:
+    """The first `per_class` images of `classes` classes, spread over all of them; one class a row."""
+    labels = np.array([split[row][1] for row in range(len(split))])
+    shown = np.unique(labels)[np.linspace(0, len(np.unique(labels)) - 1, classes).astype(int)]
+    rows = [np.flatnonzero(labels == label)[:per_class] for label in shown]
+    pictures = [split[row][0] for row in np.concatenate(rows)]
+    grid = torchvision.utils.make_grid(pictures, nrow=2 * per_class, padding=2, pad_value=255)
+    figure, axes = plt.subplots(figsize=(10, 10 * grid.shape[1] / grid.shape[2]), layout="constrained")
+    axes.imshow(grid.permute(1, 2, 0))
+    axes.set_axis_off()
+    return figure

@@ -1,0 +1,488 @@
+"""`fit()` and `evaluate()`: plain loops.
+
+Everything that happens to the model in a step stands in `_train_step`.  Around it: the schedule,
+micro-batches, snapshots (a killed run goes on bit for bit on the CPU), and the ways in which a run can
+end, which are results with a status and not lost runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import filelock
+import torch
+import torch.nn.functional as F
+from timm.optim import param_groups_weight_decay
+from timm.utils import random_seed
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from toolkit.backbones import data_config
+from toolkit.budget import Checkpointing, DeviceMemory, device_memory, format_bytes
+from toolkit.datasets import Splits, loader
+from toolkit.errors import InputError
+from toolkit.experiment import Experiment
+from toolkit.snapshots import load_newest_snapshot, save_snapshot
+
+# A killed sweep leaves kernels that need a few seconds to notice that their parent is gone.
+CLAIM_SECONDS = 20
+_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class FitResult:
+    """What training gave.  `status`: ok | oom | nan | interrupted."""
+
+    status: str
+    error: str | None = None
+    history: list[dict] = field(default_factory=list)  # one row per epoch
+    steps: int = 0
+    train_seconds: float = 0.0  # training steps and their data loading, without validation
+    data_seconds: float = 0.0  # of these, waiting for the next batch
+    peak_bytes: int = 0  # device memory, highest moment of the training steps
+    memory_source: str = ""
+    checkpointed_blocks: int = 0  # in the last step
+    memory_trace: dict[str, list[int]] = field(default_factory=dict)  # one step: bytes after each operator
+    resumes: int = 0
+
+
+@dataclass
+class Evaluation:
+    """Metrics of one pass over a split; `predictions` and `labels` are int64 (N,)."""
+
+    top1_pct: float
+    top5_pct: float
+    loss: float
+    seconds: float
+    peak_bytes: int
+    predictions: torch.Tensor
+    labels: torch.Tensor
+
+    def __str__(self) -> str:
+        return (
+            f"top-1 {self.top1_pct:.2f} %, top-5 {self.top5_pct:.2f} %, loss {self.loss:.4f}, "
+            f"{len(self.labels):,} images in {self.seconds:.2f} s, peak {format_bytes(self.peak_bytes)}"
+        )
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch, numpy and random: call it before the model is built (its head is random)."""
+    random_seed(seed)
+
+
+def check_fits_weights(model: nn.Module, budget_bytes: int) -> None:
+    """Raise `InputError` if the weights alone exceed the budget."""
+    weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    if weights > budget_bytes:
+        raise InputError(
+            f"budget {format_bytes(budget_bytes)} is smaller than the weights alone "
+            f"({format_bytes(weights)}); raise the budget or choose a smaller backbone."
+        )
+
+
+def fit(
+    model: nn.Module,
+    splits: Splits,
+    experiment: Experiment,
+    *,
+    folder: Path | None = None,
+    snapshot_seconds: float = 5.0,
+    workers: int = 0,
+) -> FitResult:
+    """Train `model` on `splits.train` as `experiment` says; validate after each epoch.
+
+    AdamW (norms and biases without weight decay), linear warm-up and cosine to zero, cross-entropy.
+    With a `folder`, the state is saved there at most every `snapshot_seconds` (less often where saving
+    takes more than 2 % of the time), and a run that finds a snapshot goes on from it.
+
+    Out of memory, a loss that is not finite, and an interrupt (Ctrl-C, Jupyter's stop button; at the
+    end of the step) end the run with that status.  Raises `InputError` if the weights exceed the budget
+    or another process trains in `folder`.
+    """
+    check_fits_weights(model, experiment.budget_bytes)
+    with _claim(folder), _Interrupt() as interrupt:
+        run = _Run(model, splits, experiment, folder, workers)
+        try:
+            run.train(interrupt, snapshot_seconds)
+        except _NotFinite as error:
+            run.result.status, run.result.error = "nan", str(error)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            run.result.status, run.result.error = "oom", str(error).split("\n")[0]
+        finally:
+            run.checkpointing.remove()
+        return run.result
+
+
+class _Run:
+    """The state of one training run; what must survive a kill goes through `state()`."""
+
+    def __init__(self, model, splits, experiment, folder, workers):
+        self.experiment, self.splits, self.workers = experiment, splits, workers
+        self.device = torch.device(experiment.device)
+        self.model = model.to(self.device)
+        groups = param_groups_weight_decay(self.model, experiment.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=experiment.lr, fused=True)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=experiment.precision == "fp16")
+        self.memory = device_memory(self.device)
+        self.checkpointing = Checkpointing(
+            self.model,
+            experiment.checkpointing,
+            memory=self.memory,
+            budget_bytes=experiment.budget_bytes,
+            threshold=experiment.threshold,
+        )
+        self.data_config = data_config(self.model)
+        self.counted_steps = Counter()  # by batch size
+        self.steps_per_epoch = math.ceil(len(splits.train) / experiment.batch_size)
+        self.total_steps = self.steps_per_epoch * experiment.epochs
+        self.result = FitResult(status="ok", memory_source=self.memory.kind)
+        self.epoch_sums = {"loss": 0.0, "correct": 0, "images": 0}
+        self.snapshots = None if folder is None else Path(folder) / "snapshots"
+        torch.manual_seed(experiment.seed)
+        self._resume()
+        self.memory.track([*self.model.parameters(), *self.model.buffers()])
+        self.memory.track(value for s in self.optimizer.state.values() for value in s.values())
+        self.memory.reset_peak()
+
+    def train(self, interrupt: _Interrupt, snapshot_seconds: float) -> None:
+        """Train until the last step, or until an interrupt is wanted."""
+        saved_at, save_seconds = time.perf_counter(), 0.0
+        with _progress(self.total_steps, self.result.steps) as bar:
+            while self.result.steps < self.total_steps:
+                epoch, first_batch = divmod(self.result.steps, self.steps_per_epoch)
+                set_train_mode(self.model)
+                asked_at = time.perf_counter()
+                for images, labels in self._train_loader(epoch, first_batch):
+                    got_at = time.perf_counter()
+                    self._train_step(images, labels)
+                    self.result.data_seconds += got_at - asked_at
+                    self.result.train_seconds += time.perf_counter() - asked_at
+                    self._show(bar, epoch)
+                    epoch_done = self.result.steps % self.steps_per_epoch == 0
+                    if epoch_done:
+                        self._end_epoch(epoch)
+                    due = time.perf_counter() - saved_at > max(snapshot_seconds, 50 * save_seconds)
+                    if due or interrupt.wanted:
+                        save_seconds = self._save()
+                        saved_at = time.perf_counter()
+                    if interrupt.wanted and self.result.steps < self.total_steps:
+                        self.result.status = "interrupted"
+                        return
+                    asked_at = time.perf_counter()
+        self._save()
+
+    def _train_step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        """One optimizer step on one batch, slice by slice if micro-batches are asked for."""
+        self._set_lr()
+        micro = self.experiment.micro_batch_size or len(labels)
+        tracing = not self.result.memory_trace and self.result.steps == min(1, self.total_steps - 1)
+        trace = MemoryTrace(self.memory) if tracing else contextlib.nullcontext()
+        batch_loss, correct = 0.0, 0
+        with self._counted(len(labels)), trace:
+            for image_slice, label_slice in zip(images.split(micro), labels.split(micro)):
+                x = image_slice.to(self.device, non_blocking=True)  # (micro, 3, H, W)
+                y = label_slice.to(self.device, non_blocking=True)
+                self.memory.track([x, y])
+                with self._autocast():
+                    logits = self.model(x)
+                    # Weighted so that the slices' gradients add up to the whole batch's mean.
+                    loss = F.cross_entropy(logits, y) * (len(y) / len(labels))
+                if tracing:
+                    trace.phase = "backward"
+                self.scaler.scale(loss).backward()
+                batch_loss += loss.item()
+                correct += (logits.detach().argmax(1) == y).sum().item()
+                del x, y, logits, loss
+                if tracing:
+                    trace.phase = "forward"
+            if not math.isfinite(batch_loss):
+                raise _NotFinite(f"loss {batch_loss} at step {self.result.steps + 1}")
+            if tracing:
+                trace.phase = "optimizer"
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
+        if tracing:
+            self.result.memory_trace = trace.points
+        self.epoch_sums["loss"] += batch_loss * len(labels)
+        self.epoch_sums["correct"] += correct
+        self.epoch_sums["images"] += len(labels)
+        self.result.steps += 1
+        self.result.checkpointed_blocks = len(self.checkpointing.checkpointed)
+        self.result.peak_bytes = max(self.result.peak_bytes, self.memory.peak_bytes)
+
+    def _counted(self, batch_size: int):
+        """The memory counter where it has something to learn.
+
+        Counting on the CPU slows a small step by a third.  Equal shapes take equal bytes, so the first
+        two steps of each batch size are enough (the very first lacks the optimizer's state); the
+        strategy `threshold` reads the counter in every step.
+        """
+        if self.experiment.checkpointing == "threshold" or self.counted_steps[batch_size] < 2:
+            self.counted_steps[batch_size] += 1
+            return self.memory
+        return contextlib.nullcontext()
+
+    def _set_lr(self) -> None:
+        """Linear warm-up to the peak learning rate, then a cosine to zero."""
+        step, warmup = self.result.steps + 1, self.experiment.warmup_fraction * self.total_steps
+        if step < warmup:
+            factor = step / warmup
+        else:
+            factor = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.total_steps - warmup)))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.experiment.lr * factor
+
+    def _end_epoch(self, epoch: int) -> None:
+        # Validation is not training: its memory must not show up in the training peak.
+        validation = evaluate(self.model, self._val_loader(), precision=self.experiment.precision)
+        self.memory.reset_peak()
+        images = self.epoch_sums["images"]
+        row = {
+            "epoch": epoch + 1,
+            "train_loss": self.epoch_sums["loss"] / images,
+            "train_top1_pct": 100 * self.epoch_sums["correct"] / images,
+            "val_loss": validation.loss,
+            "val_top1_pct": validation.top1_pct,
+        }
+        self.result.history.append(row)
+        self.epoch_sums = {"loss": 0.0, "correct": 0, "images": 0}
+        if not _live_progress():
+            print(
+                f"epoch {row['epoch']}/{self.experiment.epochs}: loss {row['train_loss']:.4f}, "
+                f"val {row['val_top1_pct']:.2f} %, peak {format_bytes(self.result.peak_bytes)}"
+            )
+
+    def _show(self, bar: tqdm, epoch: int) -> None:
+        images = self.epoch_sums["images"]
+        bar.set_description(f"epoch {epoch + 1}/{self.experiment.epochs}", refresh=False)
+        bar.set_postfix(
+            loss=f"{self.epoch_sums['loss'] / images:.3f}",
+            acc=f"{100 * self.epoch_sums['correct'] / images:.1f}%",
+            peak=format_bytes(self.result.peak_bytes),
+            refresh=False,
+        )
+        bar.update()
+
+    def _autocast(self):
+        dtype = _AUTOCAST[self.experiment.precision]
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def _train_loader(self, epoch: int, first_batch: int) -> DataLoader:
+        return loader(
+            self.splits.train, self.data_config, self.splits.policy,
+            batch_size=self.experiment.batch_size, seed=self.experiment.seed,
+            epoch=epoch, first_batch=first_batch, workers=self.workers,
+        )  # fmt: skip
+
+    def _val_loader(self) -> DataLoader:
+        return loader(
+            self.splits.val, self.data_config, self.splits.policy,
+            batch_size=self.experiment.batch_size, workers=self.workers,
+        )  # fmt: skip
+
+    def _timed(self, batches):
+        """Pass batches through and book their time: waiting for data, and all of it."""
+        iterator, started = iter(batches), time.perf_counter()
+        for batch in iterator:
+            self.result.data_seconds += time.perf_counter() - started
+            yield batch
+            self.result.train_seconds += time.perf_counter() - started
+            started = time.perf_counter()
+
+    def _save(self) -> float:
+        """Write a snapshot; returns the seconds that it took."""
+        if self.snapshots is None:
+            return 0.0
+        started = time.perf_counter()
+        save_snapshot(self.snapshots, self.result.steps, self.state())
+        return time.perf_counter() - started
+
+    def state(self) -> dict:
+        """All that the rest of the run depends on; frozen weights are rebuilt, not stored."""
+        return {
+            "experiment": self.experiment.to_dict(),
+            "model": trained_state(self.model),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng_cpu": torch.get_rng_state(),
+            "rng_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            "epoch_sums": self.epoch_sums,
+            "result": vars(self.result),
+        }
+
+    def _resume(self) -> None:
+        state = self.snapshots and load_newest_snapshot(self.snapshots)
+        if not state:
+            return
+        if state["experiment"] != self.experiment.to_dict():
+            raise InputError(f"{self.snapshots} holds snapshots of another experiment; use another folder.")
+        self.model.load_state_dict(state["model"], strict=False)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["rng_cpu"])
+        if state["rng_cuda"]:
+            torch.cuda.set_rng_state_all(state["rng_cuda"])
+        self.epoch_sums = state["epoch_sums"]
+        self.result = FitResult(**state["result"])
+        self.result.status, self.result.error = "ok", None
+        self.result.resumes += 1
+        print(f"resumed at step {self.result.steps} of {self.total_steps}")
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, batches: DataLoader, *, precision: str = "fp32") -> Evaluation:
+    """Accuracy and loss of `model` over `batches` of `(images, labels)`, on the model's device."""
+    device = next(model.parameters()).device
+    dtype = _AUTOCAST[precision]
+    memory = device_memory(device)
+    memory.track([*model.parameters(), *model.buffers()])
+    memory.reset_peak()
+    model.eval()
+    logits, labels = [], []
+    started = time.perf_counter()
+    for images, batch_labels in batches:
+        images = images.to(device)
+        with memory, torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            memory.track([images])
+            logits.append(model(images).float().cpu())
+        labels.append(batch_labels)
+    seconds = time.perf_counter() - started
+    scores, labels = torch.cat(logits), torch.cat(labels)  # (N, classes), (N,)
+    ranked = scores.topk(min(5, scores.shape[1]), dim=1).indices
+    hits = ranked == labels[:, None]
+    return Evaluation(
+        top1_pct=100 * hits[:, 0].double().mean().item(),
+        top5_pct=100 * hits.any(1).double().mean().item(),
+        loss=F.cross_entropy(scores.double(), labels).item(),
+        seconds=seconds,
+        peak_bytes=memory.peak_bytes,
+        predictions=ranked[:, 0].clone(),
+        labels=labels,
+    )
+
+
+def evaluate_split(model: nn.Module, splits: Splits, split: str, experiment: Experiment) -> Evaluation:
+    """`evaluate` on one split of the experiment's data, prepared as the backbone asks."""
+    batches = loader(
+        getattr(splits, split), data_config(model), splits.policy, batch_size=experiment.batch_size
+    )
+    return evaluate(model, batches, precision=experiment.precision)
+
+
+def set_train_mode(model: nn.Module) -> None:
+    """`model.train()`, but batch norms whose affine parameters are frozen keep their statistics too."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            parameters = list(module.parameters(recurse=False))
+            if parameters and not any(p.requires_grad for p in parameters):
+                module.eval()
+
+
+def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Trained parameters and all buffers: what an adapted model has that its backbone has not."""
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    return {k: v for k, v in model.state_dict().items() if k in trained or k not in frozen}
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out, in any of the words that torch and CUDA use."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    message = str(error)
+    return isinstance(error, RuntimeError) and any(
+        words in message
+        for words in ("out of memory", "can't allocate memory", "_ALLOC_FAILED", "not enough memory")
+    )
+
+
+class MemoryTrace(TorchDispatchMode):
+    """Logs the allocated bytes after every operator, by phase, while it is entered."""
+
+    def __init__(self, memory: DeviceMemory):
+        super().__init__()
+        self.memory = memory
+        self.phase = "forward"
+        self.points: dict[str, list[int]] = {"forward": [], "backward": [], "optimizer": []}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.points[self.phase].append(self.memory.allocated_bytes)
+        return result
+
+
+class _NotFinite(Exception):
+    pass
+
+
+class _Interrupt:
+    """Turns the first Ctrl-C into a wish that the loop reads between steps; the second one raises.
+
+    An interrupt in the middle of an optimizer step would leave weights that no snapshot should hold.
+    """
+
+    def __init__(self) -> None:
+        self.wanted = False
+
+    def _handle(self, signum, frame) -> None:
+        if self.wanted:
+            raise KeyboardInterrupt
+        self.wanted = True
+
+    def __enter__(self) -> _Interrupt:
+        self._main_thread = threading.current_thread() is threading.main_thread()
+        if self._main_thread:
+            self._previous = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *exc) -> None:
+        if self._main_thread:
+            signal.signal(signal.SIGINT, self._previous)
+
+
+@contextlib.contextmanager
+def _claim(folder: Path | None):
+    """Hold `folder` for this process.  The operating system lets go when the process dies."""
+    if folder is None:
+        yield
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(Path(folder) / ".lock")
+    try:
+        lock.acquire(timeout=CLAIM_SECONDS)
+    except filelock.Timeout:
+        raise InputError(f"another process is training in {folder}; wait for it or stop it.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _live_progress() -> bool:
+    """Whether a bar can move: a terminal, or a notebook that a person sits before.
+
+    Under papermill a bar would stay at 0 % for ever, so there one line is printed per epoch.
+    """
+    in_kernel = "ipykernel" in sys.modules
+    if in_kernel:
+        return any(os.environ.get(name) for name in ("JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG"))
+    return sys.stderr.isatty()
+
+
+def _progress(total: int, initial: int) -> tqdm:
+    return tqdm(total=total, initial=initial, unit="step", leave=False, disable=not _live_progress())
