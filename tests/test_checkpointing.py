@@ -14,7 +14,7 @@ METHODS = ("linear", "bitfit", "lora", "full")
 
 
 def step(model, batch, strategy, budget_bytes=10**9, threshold=0.55):
-    """One forward and backward; returns loss, gradients, peak bytes, forward passes per block and the wrapper."""
+    """One forward and backward: (loss, gradients, peak bytes, forward passes per block, wrapper)."""
     x, y = batch
     memory = TensorMemory(CPU)
     memory.track([*model.parameters(), *model.buffers(), x, y])

@@ -1,3 +1,6 @@
+import hashlib
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +14,8 @@ from toolkit.datasets import Policy, load_dataset, loader
 from toolkit.errors import InputError
 
 CONFIG = {
-    "input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bilinear", "crop_pct": 0.875,
+    "input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3,
+    "interpolation": "bilinear", "crop_pct": 0.875,
 }  # fmt: skip
 
 
@@ -250,10 +254,7 @@ def test_dtd_keeps_the_three_parts_of_partition_1_apart(tmp_path):
 
 
 def test_cifar100_takes_validation_from_the_training_set(tmp_path, monkeypatch):
-    """A file in CIFAR-100's format with 1,000 and 100 images; torchvision's own reader checks and reads it."""
-    import hashlib
-    import pickle
-
+    """1,000 and 100 images in CIFAR-100's format; torchvision's own reader checks and reads them."""
     folder = tmp_path / "cifar-100-python"
     folder.mkdir()
     lists = {}

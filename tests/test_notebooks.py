@@ -33,7 +33,7 @@ def test_finetune_and_compare_pass_nbval(tmp_path):
     """With their default parameters, compare on the record that finetune left."""
     done = subprocess.run(
         [
-            sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env", "-q", "-p", "no:cacheprovider",
+            sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env", "-p", "no:cacheprovider",
             "notebooks/finetune.ipynb", "notebooks/compare.ipynb",
         ],
         cwd=ROOT, capture_output=True, text=True, env=os.environ | {"TOOLKIT_RUNS": str(tmp_path)},
@@ -47,8 +47,8 @@ def test_pretraining_runs_at_toy_size(tmp_path):
     execute_notebook(
         "pretrain_demo_backbone", tmp_path / "out.ipynb",
         {
-            "fractals": 2, "curves": 2, "textures": 2, "images_per_class": 16, "epochs": 1, "folder": str(tmp_path),
-            "transfer_seeds": 1, "transfer_epochs": 1,
+            "fractals": 2, "curves": 2, "textures": 2, "images_per_class": 16, "epochs": 1,
+            "folder": str(tmp_path), "transfer_seeds": 1, "transfer_epochs": 1,
         },
     )  # fmt: skip
     assert (tmp_path / "demo_vit.safetensors").stat().st_size > 1_000_000

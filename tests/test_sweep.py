@@ -144,7 +144,7 @@ def test_one_run_from_end_to_end(tmp_path, capsys):
     """A kernel is started: the notebook trains, leaves its record, and compare makes the figures."""
     command = [
         "run", "--runs", str(tmp_path / "runs"), "--figures", str(tmp_path / "figures"), "--method", "linear",
-        "--checkpointing", "static", "--epochs", "1", "--budget", "28 MiB",
+        "--checkpointing", "static", "--epochs", "1", "--budget", "18 MiB",
     ]  # fmt: skip
     assert main(command) == 0
     output = capsys.readouterr().out

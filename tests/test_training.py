@@ -263,6 +263,20 @@ def test_frozen_batch_norm_keeps_its_statistics():
     assert not model[1].training and model[2].training
 
 
+@pytest.mark.parametrize("method", ["bitfit", "lora"])
+def test_adapted_weights_are_all_that_a_backbone_lacks(demo_model, few_digits, tmp_path, method):
+    model = demo_model(method)
+    toolkit.fit(model, few_digits, experiment(method=method, epochs=1))
+    path = toolkit.save_adapted(model, tmp_path / "adapted.safetensors")
+    assert path.stat().st_size < 1.3 * toolkit.summarize(model).adapter_bytes + 10_000
+    again = demo_model(method)
+    assert not same(weights(again), weights(model))
+    toolkit.load_adapted(again, path)
+    assert same(weights(again), weights(model))
+    with pytest.raises(InputError, match="another way"):
+        toolkit.load_adapted(demo_model("linear"), path)
+
+
 def test_schedule_warms_up_and_ends_at_zero(demo_model, few_digits, monkeypatch):
     rates = []
     original = training._Run._set_lr

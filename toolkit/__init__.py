@@ -6,7 +6,7 @@ from toolkit.errors import InputError
 from toolkit.experiment import Experiment
 from toolkit.methods import adapt, summarize
 from toolkit.records import RunRecord, load_records, run_folder
-from toolkit.training import evaluate, evaluate_split, fit, seed_everything
+from toolkit.training import evaluate, evaluate_split, fit, load_adapted, save_adapted, seed_everything
 
 __all__ = [
     "Experiment",
@@ -17,9 +17,11 @@ __all__ = [
     "evaluate",
     "evaluate_split",
     "fit",
+    "load_adapted",
     "load_dataset",
     "load_records",
     "run_folder",
+    "save_adapted",
     "seed_everything",
     "summarize",
 ]

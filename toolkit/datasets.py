@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,7 +104,7 @@ def loader(
     seed: int | None = None,
     epoch: int = 0,
     first_batch: int = 0,
-    workers: int = 0,
+    workers: int | None = None,
 ) -> DataLoader:
     """Batches `(images, labels)`: float (B, 3, H, W) as `config` asks, and int64 (B,).
 
@@ -111,7 +112,10 @@ def loader(
     and augmented, without they come in order and unchanged.  The shuffle is drawn from (seed, epoch)
     and each image's augmentation from (seed, epoch, index): whichever worker loads it, and whether or
     not the epoch is entered at `first_batch` after an interruption, an image comes out the same.
+    `workers`: processes that load; None takes one per core, up to four, where files are decoded.
     """
+    if workers is None:
+        workers = min(4, os.cpu_count() or 1) if isinstance(split, _ImageFiles) else 0
     if seed is None:
         order = list(range(len(split)))
     else:

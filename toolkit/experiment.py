@@ -85,7 +85,7 @@ class Experiment:
 
     @classmethod
     def from_namespace(cls, namespace: dict) -> Experiment:
-        """Build from the variables of a notebook's parameters cell: `Experiment.from_namespace(globals())`."""
+        """Build from a notebook's parameters cell: `Experiment.from_namespace(globals())`."""
         missing = [field.name for field in fields(cls) if field.name not in namespace]
         if missing:
             raise InputError(f"the parameters cell lacks {', '.join(missing)}.")

@@ -65,7 +65,7 @@ class RunRecord:
         result: FitResult,
         evaluation: Evaluation | None,
     ) -> RunRecord:
-        """Assemble the record of a run; `evaluation` is of the test split, None if training did not end well."""
+        """Assemble the record of a run; `evaluation`: of the test split, None unless training ended well."""
         summary = summarize(model)
         record = cls(
             run=_run_fields(experiment, result.status, result.error),

@@ -29,7 +29,7 @@ from toolkit.training import check_fits_weights
 DEFAULT_COMPARISON = {
     "method": ["linear", "bitfit", "lora", "full"],
     "checkpointing": ["none", "static", "threshold"],
-    "budget": ["28 MiB"],
+    "budget": ["18 MiB"],
 }
 
 

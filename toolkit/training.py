@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import filelock
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from timm.optim import param_groups_weight_decay
@@ -98,7 +99,7 @@ def fit(
     *,
     folder: Path | None = None,
     snapshot_seconds: float = 5.0,
-    workers: int = 0,
+    workers: int | None = None,
 ) -> FitResult:
     """Train `model` on `splits.train` as `experiment` says; validate after each epoch.
 
@@ -114,15 +115,15 @@ def fit(
     with _claim(folder), _Interrupt() as interrupt:
         run = _Run(model, splits, experiment, folder, workers)
         try:
-            run.train(interrupt, snapshot_seconds)
+            run.prepare()
+            with run.checkpointing():
+                run.train(interrupt, snapshot_seconds)
         except _NotFinite as error:
             run.result.status, run.result.error = "nan", str(error)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             run.result.status, run.result.error = "oom", str(error).split("\n")[0]
-        finally:
-            run.checkpointing.remove()
         return run.result
 
 
@@ -130,32 +131,39 @@ class _Run:
     """The state of one training run; what must survive a kill goes through `state()`."""
 
     def __init__(self, model, splits, experiment, folder, workers):
-        self.experiment, self.splits, self.workers = experiment, splits, workers
+        self.model, self.experiment, self.splits, self.workers = model, experiment, splits, workers
         self.device = torch.device(experiment.device)
-        self.model = model.to(self.device)
-        groups = param_groups_weight_decay(self.model, experiment.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=experiment.lr, fused=True)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=experiment.precision == "fp16")
         self.memory = device_memory(self.device)
-        self.checkpointing = Checkpointing(
-            self.model,
-            experiment.checkpointing,
-            memory=self.memory,
-            budget_bytes=experiment.budget_bytes,
-            threshold=experiment.threshold,
-        )
-        self.data_config = data_config(self.model)
+        self.data_config = data_config(model)
         self.counted_steps = Counter()  # by batch size
         self.steps_per_epoch = math.ceil(len(splits.train) / experiment.batch_size)
         self.total_steps = self.steps_per_epoch * experiment.epochs
         self.result = FitResult(status="ok", memory_source=self.memory.kind)
         self.epoch_sums = {"loss": 0.0, "correct": 0, "images": 0}
         self.snapshots = None if folder is None else Path(folder) / "snapshots"
-        torch.manual_seed(experiment.seed)
+
+    def prepare(self) -> None:
+        """Put everything on the device and go on from the newest snapshot, if there is one."""
+        self.model.to(self.device)
+        groups = param_groups_weight_decay(self.model, self.experiment.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=self.experiment.lr, fused=True)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.experiment.precision == "fp16")
+        torch.manual_seed(self.experiment.seed)
         self._resume()
         self.memory.track([*self.model.parameters(), *self.model.buffers()])
         self.memory.track(value for s in self.optimizer.state.values() for value in s.values())
         self.memory.reset_peak()
+
+    def checkpointing(self) -> Checkpointing:
+        """The experiment's strategy on this model, for a with statement."""
+        self.blocks = Checkpointing(
+            self.model,
+            self.experiment.checkpointing,
+            memory=self.memory,
+            budget_bytes=self.experiment.budget_bytes,
+            threshold=self.experiment.threshold,
+        )
+        return self.blocks
 
     def train(self, interrupt: _Interrupt, snapshot_seconds: float) -> None:
         """Train until the last step, or until an interrupt is wanted."""
@@ -221,7 +229,7 @@ class _Run:
         self.epoch_sums["correct"] += correct
         self.epoch_sums["images"] += len(labels)
         self.result.steps += 1
-        self.result.checkpointed_blocks = len(self.checkpointing.checkpointed)
+        self.result.checkpointed_blocks = len(self.blocks.checkpointed)
         self.result.peak_bytes = max(self.result.peak_bytes, self.memory.peak_bytes)
 
     def _counted(self, batch_size: int):
@@ -398,6 +406,25 @@ def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     return {k: v for k, v in model.state_dict().items() if k in trained or k not in frozen}
+
+
+def save_adapted(model: nn.Module, path: Path) -> Path:
+    """Write what `trained_state` returns as safetensors: all that a backbone lacks to be this model."""
+    state = {name: value.detach().cpu().contiguous() for name, value in trained_state(model).items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file(state, path)
+    return path
+
+
+def load_adapted(model: nn.Module, path: Path) -> None:
+    """Fill a model, built and adapted as the saved one was, from `save_adapted`'s file."""
+    state = safetensors.torch.load_file(path)
+    if state.keys() != trained_state(model).keys():
+        different = sorted(state.keys() ^ trained_state(model).keys())
+        raise InputError(
+            f"{path} is of a model adapted in another way; first differing tensor: {different[0]}."
+        )
+    model.load_state_dict(state, strict=False)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

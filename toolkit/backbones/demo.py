@@ -17,7 +17,7 @@ from toolkit.files import sha256_of
 from toolkit.paths import DATA
 
 WEIGHTS = DATA / "demo_vit.safetensors"
-SHA256 = "2c78937c4b8b4b7e7b13e97e16fda05d96c5c58803fbbd6230f304189d9ebfeb"
+SHA256 = "fcb84cb856b3fb6734917cc1065202f58beaa6fe0e530d2383b924452bc8b2b1"
 
 _DATA_CONFIG = {
     "input_size": (3, 32, 32),
