@@ -36,7 +36,7 @@ class Experiment:
     lora_rank: int = 8
     lora_alpha: int = 16
     lora_dropout: float = 0.0
-    epochs: int = 10
+    epochs: int = 5
     batch_size: int = 64
     micro_batch_size: int = 0  # images per forward pass; 0 = the whole batch at once
     lr: float = 0.0  # peak learning rate; 0 = the method's default, see methods.METHODS

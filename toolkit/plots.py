@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from sklearn.metrics import ConfusionMatrixDisplay
 from torch.utils.data import Dataset
 
+from toolkit.methods import METHODS
 from toolkit.paths import FIGURES
 from toolkit.training import Evaluation
 
@@ -43,8 +44,8 @@ def learning_curves(history: list[dict]) -> Figure:
     return figure
 
 
-def memory_over_step(trace: dict[str, list[int]], budget_bytes: int) -> Figure:
-    """Allocated memory after each operator of one training step, under the budget line."""
+def memory_over_step(trace: dict[str, list[int]], budget_bytes: int, peak_bytes: int) -> Figure:
+    """Allocated memory after each operator of one training step, with the budget and the run's peak."""
     figure, axes = plt.subplots(figsize=(10, 3.5), layout="constrained")
     start = 0
     for phase, points in trace.items():
@@ -52,6 +53,7 @@ def memory_over_step(trace: dict[str, list[int]], budget_bytes: int) -> Figure:
         axes.fill_between(x, [p / 2**20 for p in points], alpha=0.6, linewidth=0, label=phase)
         start += len(points)
     axes.axhline(budget_bytes / 2**20, color="black", linestyle="--", linewidth=1, label="budget")
+    axes.axhline(peak_bytes / 2**20, color="black", linestyle=":", linewidth=1, label="peak of all steps")
     axes.set(
         xlabel="operators of one training step", ylabel="allocated (MiB)", xlim=(0, start), ylim=(0, None)
     )
@@ -86,6 +88,7 @@ def accuracy_against(frame: pd.DataFrame, cost: str) -> Figure:
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     sns.scatterplot(
         x=data[column] / unit, y=data.test_top1_pct, hue=data.method, style=data.checkpointing,
+        hue_order=[m for m in METHODS if m in set(data.method)],
         markers=STRATEGY_MARKERS, s=110, alpha=0.85, ax=axes,
     )  # fmt: skip
     budgets = data.budget.astype(float).unique()

@@ -22,10 +22,11 @@ import scipy.stats
 import torch
 from torch import nn
 
+from toolkit.budget import STRATEGIES
 from toolkit.datasets import Splits
 from toolkit.experiment import Experiment
 from toolkit.files import write_atomically
-from toolkit.methods import summarize
+from toolkit.methods import METHODS, summarize
 from toolkit.paths import ROOT, RUNS
 from toolkit.snapshots import clear_snapshots
 from toolkit.training import Evaluation, FitResult
@@ -236,6 +237,8 @@ def compare(frame: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     Runs that did not end `ok` count under `not ok` and in no mean.
     """
     rows = []
+    order = {name: position for position, name in enumerate((*METHODS, *STRATEGIES))}
+    frame = frame.sort_values(by, key=lambda column: column.map(lambda value: order.get(value, value)))
     for key, group in frame.groupby(by, sort=False):
         ok = group[group.status == "ok"]
         row = dict(zip(by, key))

@@ -134,8 +134,8 @@ def _lora(model: nn.Module, lora_rank: int = 8, lora_alpha: int = 16, lora_dropo
 
 
 METHODS = {
-    "full": Method(_full, (), default_lr=1e-3),
     "linear": Method(_linear, (), default_lr=1e-2),
     "bitfit": Method(_bitfit, (), default_lr=5e-3),
     "lora": Method(_lora, ("lora_rank", "lora_alpha", "lora_dropout"), default_lr=3e-3),
+    "full": Method(_full, (), default_lr=1e-3),
 }
