@@ -11,7 +11,7 @@ import pytest
 
 import toolkit
 from toolkit.paths import NOTEBOOKS, ROOT
-from toolkit.records import load_curves
+from toolkit.records import is_finished, load_curves
 from toolkit.sweep import execute_notebook
 
 ALL = sorted(NOTEBOOKS.glob("*.ipynb"))
@@ -54,39 +54,37 @@ def test_pretraining_runs_at_toy_size(tmp_path):
     assert (tmp_path / "demo_vit.safetensors").stat().st_size > 1_000_000
 
 
-def test_kill_dash_nine_in_the_middle_of_a_run(tmp_path):
+def test_kill_dash_nine_in_the_middle_of_a_run(tmp_path, digits):
     """The killed command's kernel goes away; the same command resumes to the losses of an unbroken run."""
+    experiment = toolkit.Experiment(method="lora", epochs=4, lora_dropout=0.1)
+    flags = ["--method", "lora", "--epochs", "4", "--lora-dropout", "0.1"]
 
-    def start(runs):
-        flags = [
-            "--method",
-            "lora",
-            "--epochs",
-            "4",
-            "--lora-dropout",
-            "0.1",
-            "--figures",
-            str(tmp_path / "figures"),
-        ]
+    def start():
+        folders = ["--runs", str(tmp_path / "runs"), "--figures", str(tmp_path / "figures")]
         return subprocess.Popen(
-            [sys.executable, "-m", "toolkit", "run", "--runs", str(runs), *flags],
+            [sys.executable, "-m", "toolkit", "run", *folders, *flags],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
 
-    runs = tmp_path / "runs"
-    killed = start(runs)
+    folder = toolkit.run_folder(experiment, tmp_path / "runs")
+    killed = start()
     deadline = time.monotonic() + 240
-    while not list(runs.glob("*/snapshots/*.json")):
+    while not list((folder / "snapshots").glob("*.json")):
         assert time.monotonic() < deadline and killed.poll() is None
         time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    assert not list(runs.glob("*/record.json"))
-    assert start(runs).wait() == 0
-    assert start(tmp_path / "unbroken").wait() == 0
-    (resumed,) = toolkit.load_records(runs).itertuples()
-    (unbroken,) = toolkit.load_records(tmp_path / "unbroken").itertuples()
-    assert resumed.resumes == 1 and unbroken.resumes == 0
-    assert load_curves(resumed.folder) == load_curves(unbroken.folder)
-    assert resumed.test_loss == unbroken.test_loss
-    assert resumed.train_peak_bytes == unbroken.train_peak_bytes
+    assert not is_finished(folder)
+    assert start().wait() == 0
+
+    toolkit.seed_everything(experiment.seed)
+    model = toolkit.build_backbone("demo_vit", 10)
+    model = toolkit.adapt(model, "lora", **experiment.method_options)
+    unbroken = toolkit.fit(model, digits, experiment)
+    (record,) = toolkit.load_records(tmp_path / "runs").itertuples()
+    assert record.resumes == 1
+    assert record.train_peak_bytes == unbroken.peak_bytes
+    assert record.test_loss == toolkit.evaluate_split(model, digits, "test", experiment).loss
+    curves = load_curves(folder)
+    assert curves["history"] == unbroken.history
+    assert curves["memory_trace_bytes"] == unbroken.memory_trace
