@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import os
-import socket
+import sys
 import tempfile
+from pathlib import Path
+
+# No network, here and in every process that a test starts: see no_network/sitecustomize.py.
+_guard = str(Path(__file__).parent / "no_network")
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_guard, os.environ.get("PYTHONPATH")]))
+sys.path.insert(0, _guard)
 
 # Before anything imports toolkit.paths, and inherited by notebook kernels.
 _folder = tempfile.mkdtemp(prefix="toolkit-tests-")
@@ -12,29 +18,17 @@ os.environ["TOOLKIT_RUNS"] = os.path.join(_folder, "runs")
 os.environ["TOOLKIT_FIGURES"] = os.path.join(_folder, "figures")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import hypothesis  # noqa: E402
+import no_network_guard  # noqa: E402, F401
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import toolkit  # noqa: E402
 from toolkit.datasets import Splits, in_memory, load_dataset  # noqa: E402
 
-_connect = socket.socket.connect
-
-
-def _refuse(self, address):
-    """Kernels talk over the loopback interface; everything else is a bug."""
-    if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in (
-        "127.0.0.1",
-        "::1",
-        "localhost",
-    ):
-        raise OSError(f"the tests have no network, but something connects to {address}")
-    return _connect(self, address)
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    monkeypatch.setattr(socket.socket, "connect", _refuse)
+# A loaded machine is slow, not wrong.
+hypothesis.settings.register_profile("toolkit", deadline=None)
+hypothesis.settings.load_profile("toolkit")
 
 
 @pytest.fixture(scope="session")

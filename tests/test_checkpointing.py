@@ -3,8 +3,10 @@
 from collections import Counter
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from toolkit.budget import Checkpointing, TensorMemory, find_blocks
 from toolkit.errors import InputError
@@ -63,6 +65,41 @@ def test_dropout_is_recomputed_with_the_same_mask(demo_model, batch):
     static = step(demo_model("lora", lora_dropout=0.5).train(), batch, "static")
     assert static[0] == plain[0]
     assert all(torch.equal(static[1][name], gradient) for name, gradient in plain[1].items())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "tiny_vit_5m_224"])
+def test_batch_norm_statistics_are_updated_once(name):
+    """Recomputation runs the block again; its running statistics must not move again."""
+    models = []
+    for strategy in ("none", "static"):
+        torch.manual_seed(0)
+        model = timm.create_model(name, num_classes=4, drop_path_rate=0.0).train()
+        wrapper = Checkpointing(model, strategy, memory=TensorMemory(CPU), budget_bytes=1)
+        with wrapper:
+            x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+            model(x).sum().backward()
+        models.append(model)
+    plain, static = models
+    buffers = dict(plain.named_buffers())
+    assert sum("running_mean" in buffer for buffer in buffers) > 10
+    assert all(torch.equal(buffers[name], buffer) for name, buffer in static.named_buffers())
+    gradients = {name: p.grad for name, p in plain.named_parameters()}
+    assert all(torch.equal(gradients[name], p.grad) for name, p in static.named_parameters())
+
+
+def test_blocks_that_are_a_small_part_are_pointed_out():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Sequential(_Small(), _Small()))
+    with pytest.warns(UserWarning, match=r"2 blocks found in Sequential hold 3 %"):
+        Checkpointing(model, "static", memory=TensorMemory(CPU), budget_bytes=1).remove()
+
+
+class _Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.linear(x)
 
 
 def test_static_recomputes_every_block_once(demo_model, batch):

@@ -46,6 +46,8 @@ def test_textures_crops_of_two_splits_share_no_pixel():
     assert all(y % 64 == 0 and x % 64 == 0 for y, x in corners)
     splits = load_dataset("textures")
     assert len(splits.classes) >= 12
+    crops = [crop.tobytes() for s in (splits.train, splits.val, splits.test) for crop in s.images]
+    assert len(set(crops)) > 0.99 * len(crops), "black sky aside, no crop occurs twice"
     assert all(len(getattr(splits, s)) == n * len(splits.classes) for s, n in datasets.TEXTURE_CROPS.items())
     assert splits.train[0][0].shape == (3, 48, 48)
 
@@ -173,12 +175,16 @@ def test_folder_with_its_own_splits(tmp_path):
 
 def test_broken_images_are_listed_and_left_out(photos):
     (photos / "cat" / "text.png").write_text("no image")
+    (photos / "cat" / "postscript.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    (photos / "dog" / "link.png").symlink_to(photos / "nowhere.png")
     whole = (photos / "dog" / "0.png").read_bytes()
     (photos / "dog" / "cut.png").write_bytes(whole[: len(whole) // 2])
     splits = load_dataset(f"folder:{photos}")
-    assert sorted(line.split(":")[0] for line in splits.broken) == ["cat/text.png", "dog/cut.png"]
+    assert sorted(line.split(":")[0] for line in splits.broken) == [
+        "cat/postscript.png", "cat/text.png", "dog/cut.png", "dog/link.png",
+    ]  # fmt: skip
     assert sum(len(getattr(splits, s)) for s in ("train", "val", "test")) == 20
-    assert "2 broken" in str(splits)
+    assert "4 broken" in str(splits)
     again = load_dataset(f"folder:{photos}")
     assert again.broken == splits.broken and again.hashes == splits.hashes
 

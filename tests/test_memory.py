@@ -94,9 +94,13 @@ def test_law_allocated_is_the_sum_of_the_living(actions):
 def test_trace_follows_the_counter():
     memory = TensorMemory(CPU)
     with memory, MemoryTrace(memory) as trace:
+        trace.start("forward")
         a = torch.zeros(1024)
-        trace.phase = "backward"
+        trace.start("backward")
         b = a + 1
         del a
         b.mul_(2)
-    assert trace.points == {"forward": [4096], "backward": [8192, 4096], "optimizer": []}
+    assert trace.segments == [
+        {"phase": "forward", "bytes": [4096]},
+        {"phase": "backward", "bytes": [8192, 4096]},
+    ]

@@ -95,6 +95,22 @@ def test_unfinished_runs_are_repeated(demo_model, few_digits, tmp_path, status):
     assert (tmp_path / "snapshots").exists(), "the state to go on from is kept"
 
 
+def test_a_finished_record_is_not_replaced_by_an_unfinished_one(finished, demo_model, few_digits):
+    record, folder, experiment, *_ = finished
+    record.save(folder)
+    before = (folder / "record.json").read_bytes()
+    RunRecord.of_run(experiment, few_digits, demo_model(), FitResult(status="interrupted"), None).save(folder)
+    RunRecord.of_failure(experiment, "Boom").save(folder)
+    assert (folder / "record.json").read_bytes() == before
+
+
+def test_a_run_on_other_data_is_not_this_one(finished):
+    record, folder, *_ = finished
+    record.save(folder)
+    assert is_finished(folder, record.data["train_sha256"])
+    assert not is_finished(folder, "of other data")
+
+
 def test_nan_cannot_enter_a_record(finished):
     record, folder, *_ = finished
     record.quality["test_loss"] = math.nan
@@ -164,11 +180,29 @@ def test_comparison_table():
             "within_budget": [True, False, False, True, True],
             "train_seconds": [1.0, 3.0, 0.0, 2.0, 2.0],
             "params_trainable": [1234, 1234, 1234, 99, 99],
+            "dataset": "digits",
+            "backbone": "demo_vit",
         }
     )
-    table = compare(frame, by=["method", "checkpointing"]).set_index("method")
+    table = compare(frame).set_index("method")
+    assert list(table.columns[:3]) == ["dataset", "backbone", "checkpointing"]
     assert table.loc["lora", "test top-1 %"] == "91.00 ± 12.71"
     assert table.loc["lora", "n"] == 2 and table.loc["lora", "not ok"] == "oom"
     assert table.loc["lora", "in budget"] == "no"
     assert table.loc["full", "test top-1 %"] == "95.00", "one seed, no interval"
     assert table.loc["full", "peak MiB"] == "2.00"
+
+
+@pytest.mark.parametrize("name", ["lr", "budget", "test_sha256", "device_name"])
+def test_only_runs_that_differ_in_nothing_but_the_seed_are_averaged(name):
+    frame = pd.DataFrame(
+        {
+            "dataset": "digits", "backbone": "demo_vit", "method": "lora", "checkpointing": "none",
+            "seed": [0, 1, 0, 1], name: ["a", "a", "b", "b"], "status": "ok",
+            "test_top1_pct": [1.0, 3.0, 7.0, 9.0],
+            "train_peak_bytes": 2**20, "within_budget": True, "train_seconds": 1.0, "params_trainable": 1,
+        }
+    )  # fmt: skip
+    table = compare(frame)
+    assert table[name].tolist() == ["a", "b"] and table.n.tolist() == [2, 2]
+    assert [text.split(" ")[0] for text in table["test top-1 %"]] == ["2.00", "8.00"]

@@ -2,9 +2,11 @@
 
 import json
 
+import filelock
 import nbformat
 import papermill
 import pytest
+from nbclient.exceptions import DeadKernelError
 
 import toolkit
 from toolkit import sweep
@@ -68,6 +70,7 @@ def fake_run(monkeypatch, few_digits, demo_model):
                 record.save(output.parent)
 
         monkeypatch.setattr(sweep, "execute_notebook", execute)
+        monkeypatch.setattr(sweep, "load_dataset", lambda name: few_digits)
         return calls
 
     return use
@@ -87,7 +90,7 @@ def test_finished_runs_are_skipped_and_unfinished_ones_repeated(fake_run, tmp_pa
 def test_a_dead_kernel_is_a_failure_with_a_record_and_the_rest_goes_on(fake_run, tmp_path):
     def behaviour(experiment):
         if experiment.seed == 0:
-            raise sweep.DeadKernelError("Kernel died")
+            raise DeadKernelError("Kernel died")
         return None if experiment.seed == 1 else "ok"  # a notebook that ends without a record
 
     fake_run(behaviour)
@@ -97,6 +100,16 @@ def test_a_dead_kernel_is_a_failure_with_a_record_and_the_rest_goes_on(fake_run,
     assert frame.status.to_dict() == {0: "failed", 1: "failed", 2: "ok"}
     assert frame.error[0] == "DeadKernelError: Kernel died"
     assert "without a finished record" in frame.error[1]
+
+
+def test_what_another_process_is_running_is_left_to_it(fake_run, tmp_path):
+    calls = fake_run(lambda _: "ok")
+    experiments = sweep.grid(seed=[0, 1])
+    folder = toolkit.run_folder(experiments[0], tmp_path)
+    folder.mkdir()
+    with filelock.FileLock(folder / ".sweep.lock"):
+        assert sweep.run_experiments(experiments, tmp_path) == []
+    assert calls == [experiments[1].id]
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -118,6 +131,8 @@ def test_a_dead_kernel_is_a_failure_with_a_record_and_the_rest_goes_on(fake_run,
         (["--pretrained", "maybe"], "neither true nor false"),
         (["--batchsize", "8"], "unrecognized arguments"),
         (["--epoch", "8"], "unrecognized arguments"),
+        (["--backbone", "resnet18", "--pretrained", "false", "--method", "lora"], "no linear layers"),
+        (["--backbone", "vit_small_patch16_224.nope", "--pretrained", "false"], "timm cannot build"),
     ],
 )
 def test_bad_input_is_one_message_exit_2_and_nothing_written(tmp_path, capsys, arguments, message):
@@ -129,6 +144,17 @@ def test_bad_input_is_one_message_exit_2_and_nothing_written(tmp_path, capsys, a
     assert status == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_runs_folder_that_is_a_file(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["run", "--runs", str(tmp_path / "file" / "runs"), "--method", "linear"]) == 2
+    assert "a file is in the way" in capsys.readouterr().err
+
+
+def test_relative_folders_are_resolved_where_the_command_is_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert toolkit.Experiment(dataset="folder:photos").dataset == f"folder:{tmp_path / 'photos'}"
 
 
 def test_damaged_weights_stop_the_command_line(tmp_path, capsys, monkeypatch):
@@ -143,13 +169,14 @@ def test_damaged_weights_stop_the_command_line(tmp_path, capsys, monkeypatch):
 def test_one_run_from_end_to_end(tmp_path, capsys):
     """A kernel is started: the notebook trains, leaves its record, and compare makes the figures."""
     command = [
-        "run", "--runs", str(tmp_path / "runs"), "--figures", str(tmp_path / "figures"), "--method", "linear",
+        "run", "--runs", str(tmp_path / "runs {x}"), "--figures", str(tmp_path / "figures"),
+        "--method", "linear",
         "--checkpointing", "static", "--epochs", "1", "--budget", "18 MiB",
     ]  # fmt: skip
     assert main(command) == 0
     output = capsys.readouterr().out
     assert "linear" in output and "record.json" in output
-    (record_path,) = (tmp_path / "runs").glob("*/record.json")
+    (record_path,) = (tmp_path / "runs {x}").glob("*/record.json")
     record = json.loads(record_path.read_text())
     assert record["run"]["status"] == "ok" and record["quality"]["test_top1_pct"] > 15
     assert len(list((tmp_path / "figures").glob("*.png"))) == 2

@@ -1,27 +1,35 @@
 """Adapt pretrained vision models inside a memory budget."""
 
-from toolkit.backbones import build_backbone
-from toolkit.datasets import load_dataset
-from toolkit.errors import InputError
-from toolkit.experiment import Experiment
-from toolkit.methods import adapt, summarize
-from toolkit.records import RunRecord, load_records, run_folder
-from toolkit.training import evaluate, evaluate_split, fit, load_adapted, save_adapted, seed_everything
+import importlib
 
-__all__ = [
-    "Experiment",
-    "InputError",
-    "RunRecord",
-    "adapt",
-    "build_backbone",
-    "evaluate",
-    "evaluate_split",
-    "fit",
-    "load_adapted",
-    "load_dataset",
-    "load_records",
-    "run_folder",
-    "save_adapted",
-    "seed_everything",
-    "summarize",
-]
+# Resolved on first use (PEP 562), so that `toolkit.budget` alone costs no more than torch.
+_HOME = {
+    "Experiment": "experiment",
+    "InputError": "errors",
+    "RunRecord": "records",
+    "adapt": "methods",
+    "build_backbone": "backbones",
+    "evaluate": "training",
+    "evaluate_split": "training",
+    "fit": "training",
+    "load_adapted": "training",
+    "load_dataset": "datasets",
+    "load_records": "records",
+    "run_folder": "records",
+    "save_adapted": "training",
+    "seed_everything": "training",
+    "summarize": "methods",
+    "test": "training",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'toolkit' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"toolkit.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -16,7 +16,7 @@ from toolkit.errors import InputError
 from toolkit.experiment import Experiment
 from toolkit.paths import FIGURES, RUNS
 from toolkit.records import compare, load_records
-from toolkit.sweep import DEFAULT_COMPARISON, check_runnable, execute_notebook, grid, run_experiments
+from toolkit.sweep import DEFAULT_COMPARISON, execute_notebook, grid, run_experiments
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,7 +32,12 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument(
         "--runs", type=Path, default=RUNS, metavar="FOLDER", help=f"where runs are kept ({RUNS})"
     )
-    run.add_argument("--figures", type=Path, default=FIGURES, metavar="FOLDER", help=f"({FIGURES})")
+    run.add_argument(
+        "--figures",
+        type=Path,
+        metavar="FOLDER",
+        help=f"default: {FIGURES} for the default comparison, else the folder of the runs",
+    )
     types = typing.get_type_hints(Experiment)
     for field in fields(Experiment):
         run.add_argument(
@@ -43,9 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = vars(parser.parse_args(arguments))
     values = {field.name: options[field.name] for field in fields(Experiment) if field.name in options}
     try:
-        return _run(
-            grid(**(values or DEFAULT_COMPARISON)), options["runs"].resolve(), options["figures"].resolve()
-        )
+        runs = options["runs"].resolve()
+        figures = options["figures"] or (runs if values else FIGURES)
+        return _run(grid(**(values or DEFAULT_COMPARISON)), runs, figures.resolve())
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -55,12 +60,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(experiments: list[Experiment], runs: Path, figures: Path) -> int:
-    check_runnable(experiments)
     failed = run_experiments(experiments, runs)
     ids = [experiment.id for experiment in experiments]
     records = load_records(runs)
     records = records[records.experiment_id.isin(ids)]
-    print(compare(records, by=["dataset", "backbone", "method", "checkpointing"]).to_string(index=False))
+    print(compare(records).to_string(index=False))
     if (records.status == "ok").any():
         report = runs / "compare.ipynb"
         execute_notebook(

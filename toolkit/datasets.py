@@ -112,10 +112,10 @@ def loader(
     and augmented, without they come in order and unchanged.  The shuffle is drawn from (seed, epoch)
     and each image's augmentation from (seed, epoch, index): whichever worker loads it, and whether or
     not the epoch is entered at `first_batch` after an interruption, an image comes out the same.
-    `workers`: processes that load; None takes one per core, up to four, where files are decoded.
+    `workers`: processes that load; None takes one per core, up to four, where images are decoded or cropped.
     """
     if workers is None:
-        workers = min(4, os.cpu_count() or 1) if isinstance(split, _ImageFiles) else 0
+        workers = 0 if policy.crop_scale is None else min(4, os.cpu_count() or 1)
     if seed is None:
         order = list(range(len(split)))
     else:
@@ -164,9 +164,12 @@ class _Batches(Dataset):
     def _framed(self, image: torch.Tensor, row: int) -> torch.Tensor:
         if self.seed is None:
             return self.frame(image)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_mix(self.seed, self.epoch, row))
-            return self.frame(image)
+        # Not torch.manual_seed: that would reseed the GPU's generator, and with it dropout, too.
+        before = torch.default_generator.get_state()
+        torch.default_generator.manual_seed(_mix(self.seed, self.epoch, row))
+        framed = self.frame(image)
+        torch.default_generator.set_state(before)
+        return framed
 
 
 def _generator(*key: object) -> torch.Generator:
@@ -227,7 +230,7 @@ def _three_way(labels: Sequence[int], val: float, test: float) -> dict[str, np.n
 
 
 def _digits(root: Path) -> Splits:
-    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels: 1,078 train, 269 val, 450 test."""
+    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels: 1,077 train, 270 val, 450 test."""
     bunch = load_digits()
     images = np.round(bunch.images * (255 / 16)).astype(np.uint8)
     rows = _three_way(bunch.target, val=0.15, test=0.25)
@@ -256,8 +259,10 @@ def _textures(root: Path) -> Splits:
         photograph = getattr(skimage.data, name)()
         grey = np.asarray(Image.fromarray(photograph).convert("L"))
         for split, tiles in _assign_tiles(rng, grey.shape).items():
-            for corner in rng.choice(tiles, TEXTURE_CROPS[split]):
-                y, x = corner + rng.integers(0, TEXTURE_TILE - TEXTURE_CROP + 1, 2)
+            room = TEXTURE_TILE - TEXTURE_CROP + 1  # positions of a crop in a tile, per axis
+            for place in rng.choice(len(tiles) * room**2, TEXTURE_CROPS[split], replace=False):
+                tile, offset = divmod(place, room**2)
+                y, x = tiles[tile] + divmod(offset, room)
                 parts[split][0].append(grey[y : y + TEXTURE_CROP, x : x + TEXTURE_CROP])
                 parts[split][1].append(label)
     arrays = {split: (np.stack(crops), np.array(labels)) for split, (crops, labels) in parts.items()}
@@ -281,7 +286,7 @@ def _fetch(dataset: str, archive: str, url: str, folder: Path, build: Callable[[
     """`build(download=False)`, else `build(download=True)`, else one error that says what to put where."""
     try:
         return build(False)
-    except RuntimeError:  # torchvision: "Dataset not found or corrupted"
+    except (RuntimeError, OSError):  # torchvision: "Dataset not found or corrupted"; half unpacked
         pass
     try:
         return build(True)
@@ -350,7 +355,8 @@ class _ImageFiles(Dataset):
 
 
 def _decode(path: Path) -> Image.Image:
-    with Image.open(path) as image:
+    # Pillow goes by content, not by name: only formats whose decoders are its own.
+    with Image.open(path, formats=("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
         return image.convert("RGB")
@@ -408,7 +414,7 @@ def _from_files(
 ) -> Splits:
     """Leave out what cannot be decoded, and hash the rest; both remembered per unchanged file list."""
     listing = [
-        (split, str(file.relative_to(root)), label, file.stat().st_size, file.stat().st_mtime_ns)
+        (split, str(file.relative_to(root)), label, *_size_and_time(file))
         for split, samples in files.items()
         for file, label in samples
     ]
@@ -428,6 +434,14 @@ def _from_files(
         splits[split] = _ImageFiles(good)
     reasons = [f"{file}: {reason}" for file, reason in scan["broken"].items()]
     return Splits(name=name, **splits, classes=classes, hashes=scan["hashes"], policy=policy, broken=reasons)
+
+
+def _size_and_time(file: Path) -> tuple[int, int]:
+    try:
+        status = file.stat()
+    except OSError:  # a dangling link; decoding will say so
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
 
 
 def _scan(root: Path, files: dict[str, list[tuple[Path, int]]]) -> dict:

@@ -2,7 +2,7 @@
 
 A notebook builds it in one line from its parameters cell, the command line from its flags.  Every
 field changes what is trained or measured; what does not (where files go, how often a checkpoint is
-written) is no field.  Two runs with equal `id` compute the same thing.
+written) is no field.  What a path or a weight file holds is not part of it: records carry those hashes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 
@@ -60,6 +61,9 @@ class Experiment:
             raise InputError("device 'cuda': torch sees no CUDA device here; use device 'cpu' or 'auto'.")
         if self.precision == "fp16" and self.device == "cpu":
             raise InputError("precision 'fp16' needs a GPU; on the CPU use 'fp32' or 'bf16'.")
+        if self.dataset.startswith("folder:"):  # kernels start in another folder than the command line
+            path = Path(self.dataset.removeprefix("folder:")).expanduser().resolve()
+            object.__setattr__(self, "dataset", f"folder:{path}")
         if self.lr == 0:
             object.__setattr__(self, "lr", METHODS[self.method].default_lr)
         self._check_ranges()

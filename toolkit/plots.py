@@ -44,13 +44,18 @@ def learning_curves(history: list[dict]) -> Figure:
     return figure
 
 
-def memory_over_step(trace: dict[str, list[int]], budget_bytes: int, peak_bytes: int) -> Figure:
+def memory_over_step(trace: list[dict], budget_bytes: int, peak_bytes: int) -> Figure:
     """Allocated memory after each operator of one training step, with the budget and the run's peak."""
     figure, axes = plt.subplots(figsize=(10, 3.5), layout="constrained")
+    colours = dict(zip(("forward", "backward", "optimizer"), sns.color_palette()))
     start = 0
-    for phase, points in trace.items():
-        x = range(start, start + len(points))
-        axes.fill_between(x, [p / 2**20 for p in points], alpha=0.6, linewidth=0, label=phase)
+    for segment in trace:
+        points = [count / 2**20 for count in segment["bytes"]]
+        first = segment["phase"] not in axes.get_legend_handles_labels()[1]
+        axes.fill_between(
+            range(start, start + len(points)), points, alpha=0.6, linewidth=0,
+            color=colours[segment["phase"]], label=segment["phase"] if first else None,
+        )  # fmt: skip
         start += len(points)
     axes.axhline(budget_bytes / 2**20, color="black", linestyle="--", linewidth=1, label="budget")
     axes.axhline(peak_bytes / 2**20, color="black", linestyle=":", linewidth=1, label="peak of all steps")

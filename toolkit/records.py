@@ -6,6 +6,7 @@ JSON, and carries units in its names; what was not measured is null with a reaso
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -69,7 +70,7 @@ class RunRecord:
         """Assemble the record of a run; `evaluation`: of the test split, None unless training ended well."""
         summary = summarize(model)
         record = cls(
-            run=_run_fields(experiment, result.status, result.error),
+            run=_run_fields(experiment, result.status, result.error) | {"started_at": result.started_at},
             config=experiment.to_dict(),
             data={
                 "n_train": len(splits.train),
@@ -85,6 +86,7 @@ class RunRecord:
                 "test_loss": evaluation and evaluation.loss,
                 "val_top1_pct": result.history[-1]["val_top1_pct"] if result.history else None,
                 "selection_rule": "last epoch",
+                "weights_sha256": result.weights_sha256,
                 "params_total": summary.total,
                 "params_trainable": summary.trainable,
                 "adapter_bytes": summary.adapter_bytes,
@@ -98,10 +100,13 @@ class RunRecord:
             },
             energy={"energy_joules": None},
             memory={
-                "train_peak_bytes": result.peak_bytes,
+                "train_peak_bytes": result.peak_bytes or None,
+                "train_reserved_peak_bytes": result.reserved_peak_bytes,
                 "test_peak_bytes": evaluation and evaluation.peak_bytes,
                 "memory_source": result.memory_source,
-                "within_budget": result.peak_bytes <= experiment.budget_bytes,
+                "within_budget": result.peak_bytes <= experiment.budget_bytes
+                if result.status == "ok"
+                else None,
                 "checkpointed_blocks": result.checkpointed_blocks,
             },
             env=environment(experiment.device),
@@ -109,12 +114,21 @@ class RunRecord:
         )
         record.missing["energy_joules"] = "this version has no energy meter"
         if evaluation is None:
-            reason = f"not evaluated: training ended with status {result.status}"
-            record.missing |= dict.fromkeys(
-                ("test_top1_pct", "test_top5_pct", "test_loss", "test_seconds", "test_peak_bytes"), reason
+            fields = (
+                "test_top1_pct",
+                "test_top5_pct",
+                "test_loss",
+                "test_seconds",
+                "test_peak_bytes",
+                "within_budget",
             )
+            record.missing |= dict.fromkeys(fields, f"training or test ended with status {result.status}")
         if not result.history:
             record.missing["val_top1_pct"] = "no epoch was completed"
+        if not result.peak_bytes:
+            record.missing["train_peak_bytes"] = "no training step was begun"
+        if result.reserved_peak_bytes is None:
+            record.missing["train_reserved_peak_bytes"] = "only CUDA's allocator reserves memory ahead"
         return record
 
     @classmethod
@@ -128,8 +142,14 @@ class RunRecord:
         )
 
     def save(self, folder: Path) -> Path:
-        """Write `record.json` into `folder`; a finished run's snapshots go."""
+        """Write `record.json` into `folder`; a finished run's snapshots go.
+
+        The record of a finished run is not replaced by that of an unfinished one.
+        """
         path = Path(folder) / FILE_NAME
+        if self.run["status"] not in FINISHED and is_finished(Path(folder)):
+            print(f"this run is {self.run['status']}; kept the record of the finished one")
+            return path
         write_atomically(path, json.dumps(asdict(self), indent=1, allow_nan=False).encode())
         if self.run["status"] in FINISHED:
             clear_snapshots(Path(folder) / "snapshots")
@@ -150,7 +170,7 @@ def _run_fields(experiment: Experiment, status: str, error: str | None) -> dict:
 def environment(device: str) -> dict:
     """What a result depends on besides its parameters."""
     return {
-        "device_name": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU",
+        "device_name": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
         "os": platform.platform(),
         "python": platform.python_version(),
@@ -158,6 +178,15 @@ def environment(device: str) -> dict:
         **{f"version_{name}": _version(name) for name in ("toolkit", *PACKAGES)},
         **_git(),
     }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def _version(package: str) -> str | None:
@@ -178,7 +207,8 @@ def _git() -> dict:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    status = git("status", "--porcelain", "--untracked-files=no")
+    # What computes, not what is written: the default comparison renews the tracked figures.
+    status = git("status", "--porcelain", "--", "toolkit", "notebooks", "data", "requirements.txt")
     return {"git_sha": git("rev-parse", "HEAD"), "git_dirty": None if status is None else bool(status)}
 
 
@@ -187,10 +217,15 @@ def run_folder(experiment: Experiment, runs: Path = RUNS) -> Path:
     return Path(runs) / experiment.name
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether `folder` holds the record of a run that need not be repeated."""
+def is_finished(folder: Path, train_sha256: str | None = None) -> bool:
+    """Whether `folder` holds the record of a run that need not be repeated.
+
+    With `train_sha256`, a run on other training data does not count.
+    """
     try:
-        return json.loads((folder / FILE_NAME).read_text())["run"]["status"] in FINISHED
+        record = json.loads((folder / FILE_NAME).read_text())
+        finished = record["run"]["status"] in FINISHED
+        return finished and train_sha256 in (None, record["data"]["train_sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -231,15 +266,26 @@ def mean_and_interval(values: pd.Series) -> tuple[float | None, float | None, in
     return float(values.mean()), float(scipy.stats.t.ppf(0.975, n - 1) * values.sem()), n
 
 
-def compare(frame: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+SHOWN = ["dataset", "backbone", "method", "checkpointing"]
+# Runs that disagree here are not the same measurement, whatever their parameters say.
+SAME = ["train_sha256", "test_sha256", "device_name", "threads", "memory_source", "version_torch"]
+
+
+def compare(frame: pd.DataFrame) -> pd.DataFrame:
     """One row per group of runs that differ only in seed: mean, interval and n, as text for people.
 
+    Columns name the parameters in `SHOWN` and any other, or any of `SAME`, that varies in `frame`.
     Runs that did not end `ok` count under `not ok` and in no mean.
     """
+    parameters = [field.name for field in dataclasses.fields(Experiment) if field.name != "seed"]
+    vary = [name for name in (*parameters, *SAME) if name in frame and frame[name].nunique() > 1]
+    by = [*SHOWN, *(name for name in vary if name not in SHOWN)]
     rows = []
     order = {name: position for position, name in enumerate((*METHODS, *STRATEGIES))}
-    frame = frame.sort_values(by, key=lambda column: column.map(lambda value: order.get(value, value)))
-    for key, group in frame.groupby(by, sort=False):
+    frame = frame.sort_values(
+        by, kind="stable", key=lambda column: column.map(lambda value: order.get(value, value))
+    )
+    for key, group in frame.groupby(by, sort=False, dropna=False):
         ok = group[group.status == "ok"]
         row = dict(zip(by, key))
         row["test top-1 %"] = _text(ok.get("test_top1_pct"), 1, 2)

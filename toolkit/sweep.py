@@ -12,15 +12,17 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+import filelock
 import papermill
-from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from tqdm.auto import tqdm
 
 from toolkit.backbones import build_backbone
-from toolkit.datasets import load_dataset
+from toolkit.budget import find_blocks
+from toolkit.datasets import Splits, load_dataset
 from toolkit.errors import InputError, check_name
 from toolkit.experiment import Experiment
+from toolkit.methods import adapt
 from toolkit.paths import NOTEBOOKS, RUNS
 from toolkit.records import RunRecord, is_finished, run_folder
 from toolkit.training import check_fits_weights
@@ -40,44 +42,69 @@ def grid(**values: Iterable) -> list[Experiment]:
     ]
 
 
-def check_runnable(experiments: Iterable[Experiment]) -> None:
-    """Find out before any long work: the data exist, the backbone builds, its weights fit the budget."""
-    seen = set()
+def check_runnable(experiments: Iterable[Experiment], runs: Path = RUNS) -> dict[str, Splits]:
+    """Find out before any long work that the data exist and the models build, adapt and fit the budget.
+
+    Returns the data sets by name.  Raises `InputError`.
+    """
+    if any(parent.exists() and not parent.is_dir() for parent in (runs, *runs.parents)):
+        raise InputError(f"runs cannot be kept in {runs}: a file is in the way.")
+    data, checked = {}, set()
     for experiment in experiments:
-        key = (experiment.dataset, experiment.backbone, experiment.pretrained, experiment.budget)
-        if key in seen:
+        if experiment.dataset not in data:
+            data[experiment.dataset] = load_dataset(experiment.dataset)
+        key = (experiment.backbone, experiment.pretrained, experiment.method, experiment.checkpointing)
+        if (*key, experiment.budget) in checked:
             continue
-        seen.add(key)
-        splits = load_dataset(experiment.dataset)
-        model = build_backbone(experiment.backbone, len(splits.classes), experiment.pretrained)
+        checked.add((*key, experiment.budget))
+        classes = len(data[experiment.dataset].classes)
+        model = build_backbone(experiment.backbone, classes, experiment.pretrained)
         check_fits_weights(model, experiment.budget_bytes)
+        adapt(model, experiment.method, **experiment.method_options)
+        if experiment.checkpointing != "none":
+            find_blocks(model)
+    return data
 
 
 def run_experiments(experiments: list[Experiment], runs: Path = RUNS) -> list[Experiment]:
     """Run what has no finished record under `runs`, with one progress bar; returns what failed.
 
-    A failure leaves a record with status `failed` and does not stop the others.
+    A failure leaves a record with status `failed` and does not stop the others.  What another process
+    is running in the same folder is left to it.  Raises `InputError` before anything runs.
     """
+    data = check_runnable(experiments, runs)
     failed = []
     with tqdm(experiments, unit="run", dynamic_ncols=True) as bar:
         for experiment in bar:
-            folder = run_folder(experiment, runs)
             bar.set_description(f"{experiment.method} / {experiment.checkpointing} / seed {experiment.seed}")
-            if is_finished(folder):
-                continue
+            folder = run_folder(experiment, runs)
+            folder.mkdir(parents=True, exist_ok=True)
             try:
-                execute_notebook(
-                    "finetune", folder / "finetune.ipynb", {**experiment.to_dict(), "runs": str(runs)}
-                )
-                error = None if is_finished(folder) else "the notebook ended without a finished record"
-            except (PapermillExecutionError, DeadKernelError, CellTimeoutError) as problem:
-                error = _one_line(problem)
+                with filelock.FileLock(folder / ".sweep.lock", timeout=0):
+                    error = _run(experiment, folder, runs, data[experiment.dataset].hashes["train"])
+            except filelock.Timeout:
+                bar.write(f"left to the process that is running it: {experiment.describe()}")
+                continue
             if error:
                 failed.append(experiment)
-                if not is_finished(folder):
-                    RunRecord.of_failure(experiment, error).save(folder)
                 bar.write(f"failed: {experiment.describe()}: {error} (notebook: {folder / 'finetune.ipynb'})")
     return failed
+
+
+def _run(experiment: Experiment, folder: Path, runs: Path, train_sha256: str) -> str | None:
+    """Run one experiment unless it is finished; returns what went wrong."""
+    if is_finished(folder, train_sha256):
+        return None
+    parameters = {**experiment.to_dict(), "runs": str(runs)}
+    try:
+        execute_notebook("finetune", folder / "finetune.ipynb", parameters)
+        error = "the notebook ended without a finished record"
+    except Exception as problem:  # a kernel that dies, a cell that raises, a full disk: on to the next
+        error = _one_line(problem)
+    if is_finished(folder, train_sha256):  # a figure that fails after the record takes nothing away
+        return None
+    RunRecord.of_failure(experiment, error).save(folder)
+    return error
 
 
 def execute_notebook(name: str, output: Path, parameters: dict) -> None:
@@ -97,12 +124,17 @@ def execute_notebook(name: str, output: Path, parameters: dict) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # debugger's warning in every kernel
     papermill.execute_notebook(
-        str(notebook), str(output), parameters=parameters, kernel_name="python3", cwd=str(NOTEBOOKS),
+        str(notebook), _no_pattern(output), parameters=parameters, kernel_name="python3", cwd=str(NOTEBOOKS),
         progress_bar=False, extra_arguments=["--IPKernelApp.log_level=ERROR"],
     )  # fmt: skip
+
+
+def _no_pattern(path: Path) -> str:
+    """papermill fills `{name}` in a path with parameters; braces of ours mean themselves."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def _one_line(problem: Exception) -> str:
     if isinstance(problem, PapermillExecutionError):
         return f"{problem.ename}: {problem.evalue}"
-    return f"{type(problem).__name__}: {str(problem).strip().splitlines()[0]}"
+    return f"{type(problem).__name__}: {problem}".strip().splitlines()[0]

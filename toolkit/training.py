@@ -8,6 +8,7 @@ end, which are results with a status and not lost runs.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import os
 import signal
@@ -16,9 +17,11 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 import filelock
+import safetensors
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -54,8 +57,11 @@ class FitResult:
     peak_bytes: int = 0  # device memory, highest moment of the training steps
     memory_source: str = ""
     checkpointed_blocks: int = 0  # in the last step
-    memory_trace: dict[str, list[int]] = field(default_factory=dict)  # one step: bytes after each operator
+    reserved_peak_bytes: int | None = None  # CUDA only: what the allocator held, fragmentation included
+    memory_trace: list[dict] = field(default_factory=list)  # one step, see MemoryTrace.segments
+    weights_sha256: str = ""  # of the model as it came to training
     resumes: int = 0
+    started_at: str = ""  # UTC; the first start of a resumed run
 
 
 @dataclass
@@ -124,6 +130,7 @@ def fit(
             if not is_out_of_memory(error):
                 raise
             run.result.status, run.result.error = "oom", str(error).split("\n")[0]
+            run.read_peaks()
         return run.result
 
 
@@ -138,7 +145,12 @@ class _Run:
         self.counted_steps = Counter()  # by batch size
         self.steps_per_epoch = math.ceil(len(splits.train) / experiment.batch_size)
         self.total_steps = self.steps_per_epoch * experiment.epochs
-        self.result = FitResult(status="ok", memory_source=self.memory.kind)
+        self.result = FitResult(
+            status="ok",
+            memory_source=self.memory.kind,
+            weights_sha256=weights_sha256(model),
+            started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
         self.epoch_sums = {"loss": 0.0, "correct": 0, "images": 0}
         self.snapshots = None if folder is None else Path(folder) / "snapshots"
 
@@ -167,7 +179,7 @@ class _Run:
 
     def train(self, interrupt: _Interrupt, snapshot_seconds: float) -> None:
         """Train until the last step, or until an interrupt is wanted."""
-        saved_at, save_seconds = time.perf_counter(), 0.0
+        saved_at, save_seconds = -math.inf, 0.0  # the first step is saved: a full disk shows up early
         with _progress(self.total_steps, self.result.steps) as bar:
             while self.result.steps < self.total_steps:
                 epoch, first_batch = divmod(self.result.steps, self.steps_per_epoch)
@@ -199,8 +211,11 @@ class _Run:
         tracing = not self.result.memory_trace and self.result.steps == min(1, self.total_steps - 1)
         trace = MemoryTrace(self.memory) if tracing else contextlib.nullcontext()
         batch_loss, correct = 0.0, 0
+        slices = list(zip(images.split(micro), labels.split(micro)))
         with self._counted(len(labels)), trace:
-            for image_slice, label_slice in zip(images.split(micro), labels.split(micro)):
+            for image_slice, label_slice in slices:
+                if tracing:
+                    trace.start("forward")
                 x = image_slice.to(self.device, non_blocking=True)  # (micro, 3, H, W)
                 y = label_slice.to(self.device, non_blocking=True)
                 self.memory.track([x, y])
@@ -209,28 +224,33 @@ class _Run:
                     # Weighted so that the slices' gradients add up to the whole batch's mean.
                     loss = F.cross_entropy(logits, y) * (len(y) / len(labels))
                 if tracing:
-                    trace.phase = "backward"
+                    trace.start("backward")
                 self.scaler.scale(loss).backward()
                 batch_loss += loss.item()
                 correct += (logits.detach().argmax(1) == y).sum().item()
                 del x, y, logits, loss
-                if tracing:
-                    trace.phase = "forward"
             if not math.isfinite(batch_loss):
                 raise _NotFinite(f"loss {batch_loss} at step {self.result.steps + 1}")
             if tracing:
-                trace.phase = "optimizer"
+                trace.start("optimizer")
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
         if tracing:
-            self.result.memory_trace = trace.points
+            self.result.memory_trace = trace.segments
         self.epoch_sums["loss"] += batch_loss * len(labels)
         self.epoch_sums["correct"] += correct
         self.epoch_sums["images"] += len(labels)
         self.result.steps += 1
         self.result.checkpointed_blocks = len(self.blocks.checkpointed)
+        self.read_peaks()
+
+    def read_peaks(self) -> None:
+        """Book the highest memory of the steps so far, this process's and those before."""
         self.result.peak_bytes = max(self.result.peak_bytes, self.memory.peak_bytes)
+        reserved = self.memory.reserved_peak_bytes
+        if reserved is not None:
+            self.result.reserved_peak_bytes = max(self.result.reserved_peak_bytes or 0, reserved)
 
     def _counted(self, batch_size: int):
         """The memory counter where it has something to learn.
@@ -258,6 +278,8 @@ class _Run:
         # Validation is not training: its memory must not show up in the training peak.
         validation = evaluate(self.model, self._val_loader(), precision=self.experiment.precision)
         self.memory.reset_peak()
+        if not math.isfinite(validation.loss):
+            raise _NotFinite(f"validation loss {validation.loss} after epoch {epoch + 1}")
         images = self.epoch_sums["images"]
         row = {
             "epoch": epoch + 1,
@@ -302,15 +324,6 @@ class _Run:
             batch_size=self.experiment.batch_size, workers=self.workers,
         )  # fmt: skip
 
-    def _timed(self, batches):
-        """Pass batches through and book their time: waiting for data, and all of it."""
-        iterator, started = iter(batches), time.perf_counter()
-        for batch in iterator:
-            self.result.data_seconds += time.perf_counter() - started
-            yield batch
-            self.result.train_seconds += time.perf_counter() - started
-            started = time.perf_counter()
-
     def _save(self) -> float:
         """Write a snapshot; returns the seconds that it took."""
         if self.snapshots is None:
@@ -322,7 +335,7 @@ class _Run:
     def state(self) -> dict:
         """All that the rest of the run depends on; frozen weights are rebuilt, not stored."""
         return {
-            "experiment": self.experiment.to_dict(),
+            "inputs": self._inputs(),
             "model": trained_state(self.model),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -332,12 +345,24 @@ class _Run:
             "result": vars(self.result),
         }
 
+    def _inputs(self) -> dict:
+        """What a snapshot must agree on with the run that goes on from it."""
+        return {
+            "experiment": self.experiment.to_dict(),
+            "train data": self.splits.hashes["train"],
+            "weights": self.result.weights_sha256,
+        }
+
     def _resume(self) -> None:
         state = self.snapshots and load_newest_snapshot(self.snapshots)
         if not state:
             return
-        if state["experiment"] != self.experiment.to_dict():
-            raise InputError(f"{self.snapshots} holds snapshots of another experiment; use another folder.")
+        different = [name for name, value in self._inputs().items() if state["inputs"][name] != value]
+        if different:
+            raise InputError(
+                f"{self.snapshots} holds the state of a run with another {' and '.join(different)}; "
+                "use another folder, or remove it to start anew."
+            )
         self.model.load_state_dict(state["model"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -391,6 +416,26 @@ def evaluate_split(model: nn.Module, splits: Splits, split: str, experiment: Exp
     return evaluate(model, batches, precision=experiment.precision)
 
 
+def test(model: nn.Module, splits: Splits, experiment: Experiment, result: FitResult) -> Evaluation | None:
+    """Evaluate on the test split, once, if training ended `ok`; None if it did not.
+
+    Running out of memory here, or a loss that is not finite, becomes the status of `result`.
+    """
+    if result.status != "ok":
+        return None
+    try:
+        evaluation = evaluate_split(model, splits, "test", experiment)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        result.status, result.error = "oom", f"in the test: {str(error).splitlines()[0]}"
+        return None
+    if not math.isfinite(evaluation.loss):
+        result.status, result.error = "nan", f"test loss {evaluation.loss}"
+        return None
+    return evaluation
+
+
 def set_train_mode(model: nn.Module) -> None:
     """`model.train()`, but batch norms whose affine parameters are frozen keep their statistics too."""
     model.train()
@@ -418,7 +463,10 @@ def save_adapted(model: nn.Module, path: Path) -> Path:
 
 def load_adapted(model: nn.Module, path: Path) -> None:
     """Fill a model, built and adapted as the saved one was, from `save_adapted`'s file."""
-    state = safetensors.torch.load_file(path)
+    try:
+        state = safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path} cannot be read as adapted weights: {error}") from error
     if state.keys() != trained_state(model).keys():
         different = sorted(state.keys() ^ trained_state(model).keys())
         raise InputError(
@@ -438,18 +486,33 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def weights_sha256(model: nn.Module) -> str:
+    """Digest of all parameters and buffers, by name."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 class MemoryTrace(TorchDispatchMode):
-    """Logs the allocated bytes after every operator, by phase, while it is entered."""
+    """Logs the allocated bytes after every operator while it is entered.
+
+    `segments`: `{"phase": name, "bytes": [...]}` in the order of `start(name)`.
+    """
 
     def __init__(self, memory: DeviceMemory):
         super().__init__()
         self.memory = memory
-        self.phase = "forward"
-        self.points: dict[str, list[int]] = {"forward": [], "backward": [], "optimizer": []}
+        self.segments: list[dict] = []
+
+    def start(self, phase: str) -> None:
+        """What follows belongs to `phase`."""
+        self.segments.append({"phase": phase, "bytes": []})
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        self.points[self.phase].append(self.memory.allocated_bytes)
+        self.segments[-1]["bytes"].append(self.memory.allocated_bytes)
         return result
 
 

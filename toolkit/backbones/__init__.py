@@ -41,11 +41,11 @@ def build_backbone(name: str, num_classes: int, pretrained: bool = True) -> nn.M
     if name == "demo_vit":
         return build_demo_vit(num_classes, pretrained)
     timm_name = TIMM_NAMES.get(name, name)
-    if not pretrained:
-        return timm.create_model(timm_name, pretrained=False, num_classes=num_classes)
     try:
-        return timm.create_model(timm_name, pretrained=True, num_classes=num_classes)
+        return timm.create_model(timm_name, pretrained=pretrained, num_classes=num_classes)
     except (OSError, RuntimeError) as error:  # what hub clients raise offline differs by version
+        if not pretrained:
+            raise InputError(f"timm cannot build {timm_name!r}: {error}") from error
         raise InputError(
             f"the pretrained weights of {name!r} ({timm_name}) could not be loaded: {error}. Connect to the "
             "Hugging Face hub once so that they are cached, or set pretrained=False for random weights."

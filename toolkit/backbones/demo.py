@@ -43,7 +43,7 @@ def load_demo_weights(model: nn.Module, path: Path, sha256: str) -> None:
     """Fill everything but the head from `path`; raises `InputError` unless the file's digest is `sha256`."""
     if not path.exists():
         raise InputError(
-            f"the weights of demo_vit are missing: {path}. Restore it with `git checkout {path.name}`."
+            f"the weights of demo_vit are missing: {path}. Restore it with `git checkout data/{path.name}`."
         )
     if sha256_of(path) != sha256:
         raise InputError(f"the weights of demo_vit are damaged: {path} is not the file that was published.")

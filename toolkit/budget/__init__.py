@@ -1,4 +1,4 @@
-"""Training inside a memory budget.  Knows nothing but torch: usable on any module and any loop.
+"""Training inside a memory budget.  Needs nothing but torch: usable on any module and any loop.
 
 `sizes` parses budgets, `memory` reads what is allocated (on the CPU too), `blocks` finds where
 activations may be dropped, `checkpointing` drops them.

@@ -30,6 +30,9 @@ class DeviceMemory(Protocol):
     @property
     def peak_bytes(self) -> int: ...
 
+    @property
+    def reserved_peak_bytes(self) -> int | None: ...  # None where nothing is reserved ahead
+
     def reset_peak(self) -> None: ...
 
     def track(self, tensors: Iterable[torch.Tensor]) -> None: ...
@@ -59,6 +62,10 @@ class CudaMemory:
     @property
     def peak_bytes(self) -> int:
         return torch.cuda.max_memory_allocated(self.device)
+
+    @property
+    def reserved_peak_bytes(self) -> int:
+        return torch.cuda.max_memory_reserved(self.device)
 
     def reset_peak(self) -> None:
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -96,13 +103,13 @@ class TensorMemory(TorchDispatchMode):
     """
 
     kind = "tracked_tensors"
+    reserved_peak_bytes = None
 
     def __init__(self, device: torch.device):
         super().__init__()
         self.device_type = device.type
         self.allocated_bytes = 0
         self.peak_bytes = 0
-        self.trace: list[int] | None = None  # set to a list to log the bytes after every operator
         self._live: dict[int, _StorageRef] = {}
 
     def reset_peak(self) -> None:
@@ -139,6 +146,4 @@ class TensorMemory(TorchDispatchMode):
             for leaf in tree_iter(result):
                 if isinstance(leaf, torch.Tensor):
                     self._count(leaf)
-        if self.trace is not None:
-            self.trace.append(self.allocated_bytes)
         return result

@@ -1,0 +1,3 @@
+"""Python imports this at start-up when its folder is on PYTHONPATH."""
+
+import no_network_guard  # noqa: F401
