@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import timm
 import torch
@@ -62,3 +65,11 @@ class _Residual(nn.Module):
 def test_nothing_repeats():
     with pytest.raises(InputError, match="no repeated"):
         find_blocks(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)))
+
+
+def test_the_budget_package_needs_nothing_but_torch():
+    code = (
+        "import sys, toolkit.budget; print(sorted({'timm', 'peft', 'pandas', 'skimage'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stdout + done.stderr

@@ -53,10 +53,11 @@ def check_runnable(experiments: Iterable[Experiment], runs: Path = RUNS) -> dict
     for experiment in experiments:
         if experiment.dataset not in data:
             data[experiment.dataset] = load_dataset(experiment.dataset)
-        key = (experiment.backbone, experiment.pretrained, experiment.method, experiment.checkpointing)
-        if (*key, experiment.budget) in checked:
+        e = experiment
+        key = (e.dataset, e.backbone, e.pretrained, e.method, e.checkpointing, e.budget)
+        if key in checked:
             continue
-        checked.add((*key, experiment.budget))
+        checked.add(key)
         classes = len(data[experiment.dataset].classes)
         model = build_backbone(experiment.backbone, classes, experiment.pretrained)
         check_fits_weights(model, experiment.budget_bytes)

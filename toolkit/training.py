@@ -191,18 +191,17 @@ class _Run:
                     self.result.data_seconds += got_at - asked_at
                     self.result.train_seconds += time.perf_counter() - asked_at
                     self._show(bar, epoch)
-                    epoch_done = self.result.steps % self.steps_per_epoch == 0
-                    if epoch_done:
+                    if self.result.steps % self.steps_per_epoch == 0:
                         self._end_epoch(epoch)
+                    done = self.result.steps == self.total_steps
                     due = time.perf_counter() - saved_at > max(snapshot_seconds, 50 * save_seconds)
-                    if due or interrupt.wanted:
+                    if done or due or interrupt.wanted:
                         save_seconds = self._save()
                         saved_at = time.perf_counter()
-                    if interrupt.wanted and self.result.steps < self.total_steps:
+                    if interrupt.wanted and not done:
                         self.result.status = "interrupted"
                         return
                     asked_at = time.perf_counter()
-        self._save()
 
     def _train_step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         """One optimizer step on one batch, slice by slice if micro-batches are asked for."""
@@ -210,12 +209,12 @@ class _Run:
         micro = self.experiment.micro_batch_size or len(labels)
         tracing = not self.result.memory_trace and self.result.steps == min(1, self.total_steps - 1)
         trace = MemoryTrace(self.memory) if tracing else contextlib.nullcontext()
+        start_phase = trace.start if tracing else lambda phase: None
         batch_loss, correct = 0.0, 0
         slices = list(zip(images.split(micro), labels.split(micro)))
         with self._counted(len(labels)), trace:
             for image_slice, label_slice in slices:
-                if tracing:
-                    trace.start("forward")
+                start_phase("forward")
                 x = image_slice.to(self.device, non_blocking=True)  # (micro, 3, H, W)
                 y = label_slice.to(self.device, non_blocking=True)
                 self.memory.track([x, y])
@@ -223,16 +222,14 @@ class _Run:
                     logits = self.model(x)
                     # Weighted so that the slices' gradients add up to the whole batch's mean.
                     loss = F.cross_entropy(logits, y) * (len(y) / len(labels))
-                if tracing:
-                    trace.start("backward")
+                start_phase("backward")
                 self.scaler.scale(loss).backward()
                 batch_loss += loss.item()
                 correct += (logits.detach().argmax(1) == y).sum().item()
                 del x, y, logits, loss
             if not math.isfinite(batch_loss):
                 raise _NotFinite(f"loss {batch_loss} at step {self.result.steps + 1}")
-            if tracing:
-                trace.start("optimizer")
+            start_phase("optimizer")
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
