@@ -1,0 +1,241 @@
+"""Floating-point operations of a step, forward, backward and recomputation apart.
+
+Two per multiply-add of matrix products, convolutions (grouped and depthwise ones too), attention, 4-bit
+linears and selective scans, and the arithmetic of fused normalisation layers (5 % of a MobileNet's
+step).  Not counted: activations, softmax, residual additions, bias additions, pooling, the optimizer,
+and what a kernel repeats inside itself (flash attention's scores), so that a model has one figure
+whatever kernel runs it.
+
+torch.utils.flop_counter supplies the formulas that are right there.  Ours replace: the weight gradient
+of grouped convolutions, which it multiplies by the number of groups (2.14.1; pytorch pull request
+183405); attention's backward pass, where it counts flash attention's repetition; attention on the CPU,
+matrix-vector products and 4-bit linears, which it leaves out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+from toolkit.errors import InputError
+from toolkit.measure.fake_step import on_fake_tensors
+from toolkit.measure.phases import PHASES, current_phase
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Counts of one step of a whole batch; `macs` are the forward pass's multiply-adds, norms excluded."""
+
+    forward: int
+    backward: int
+    recompute: int
+    macs: int
+    by_operator: dict[str, dict[str, int]]  # phase -> operator -> count
+
+    @property
+    def total(self) -> int:
+        """All three phases."""
+        return self.forward + self.backward + self.recompute
+
+    def __str__(self) -> str:
+        giga = (f"{phase} {getattr(self, phase) / 1e9:.3f}" for phase in PHASES)
+        return f"GFLOP: {', '.join(giga)}; forward {self.macs / 1e9:.3f} GMAC"
+
+
+def flops(model: nn.Module, batch) -> Flops:
+    """Count one training step of `model`, in its present mode, without computing anything.
+
+    `batch`: a tensor (B, ...), a dict of keyword arguments, or (inputs, targets), whose targets are not
+    needed: the loss is the sum of the outputs.  What is frozen costs no weight gradient, and no input
+    gradient below the first trained layer.  `auto_checkpoint`ed or otherwise checkpointed parts count
+    under `recompute`.  Raises `InputError` where the model cannot run on fake tensors; count a real
+    step with `FlopCounter` then.
+    """
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one fused operator that no formula knows
+    try:
+        with on_fake_tensors(model, batch) as fake_batch, FlopCounter() as counter:
+            loss = _scalar(_call(model, fake_batch))
+            if loss.requires_grad:
+                loss.backward()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+    return counter.flops
+
+
+def _call(model: nn.Module, batch):
+    if isinstance(batch, dict):
+        return model(**batch)
+    inputs = batch[0] if isinstance(batch, tuple | list) else batch
+    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+
+
+def _scalar(output) -> torch.Tensor:
+    output = getattr(output, "logits", output)
+    tensors = [leaf for leaf in tree_iter(output) if isinstance(leaf, torch.Tensor)]
+    if not tensors:
+        raise InputError(f"the model returns {type(output).__name__}, which holds no tensor.")
+    return tensors[0].sum()
+
+
+# What fake tensors ask of themselves; not operators.
+_QUERIES = {
+    *(f"aten.{q}" for q in ("is_contiguous", "sym_is_contiguous", "is_strides_like_format", "size", "dim")),
+    *(f"aten.{q}" for q in ("is_non_overlapping_and_dense", "sym_size", "stride", "sym_stride", "numel")),
+    *("aten.sym_numel", "aten.storage_offset", "aten.sym_storage_offset", "prim.layout", "prim.device"),
+}
+
+
+class FlopCounter(TorchDispatchMode):
+    """Counts what really runs while it is entered; `flops` holds the counts.
+
+    `formulas` replace or add to the built-in ones: operator name ("aten.mm") -> function of the
+    operator's arguments and its output, giving a count.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, formulas: dict[str, Callable] | None = None):
+        super().__init__()
+        self._formulas = FORMULAS | NORMS | (formulas or {})
+        self.counts: dict[str, Counter] = defaultdict(Counter)
+
+    @property
+    def flops(self) -> Flops:
+        """The counts so far."""
+        products = sum(n for name, n in self.counts["forward"].items() if name not in NORMS)
+        return Flops(
+            **{phase: sum(self.counts[phase].values()) for phase in PHASES},
+            macs=products // 2,
+            by_operator={phase: dict(counts) for phase, counts in self.counts.items() if counts},
+        )
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        packet = getattr(func, "_overloadpacket", func)
+        name = str(packet)
+        if name in _QUERIES:
+            return NotImplemented
+        if name in self._formulas:
+            out = func(*args, **kwargs)
+            self.counts[current_phase()][name] += self._formulas[name](*args, out=out, **kwargs)
+        elif packet in flop_registry:
+            out = func(*args, **kwargs)
+            self.counts[current_phase()][name] += flop_registry[packet](*args, out_val=out, **kwargs)
+        else:
+            out = self._decomposed(func, args, kwargs)
+            if out is NotImplemented:
+                out = func(*args, **kwargs)
+        return out
+
+    def _decomposed(self, func, args, kwargs):
+        """In inference mode composite operators (`linear`) arrive whole; take them apart."""
+        if not isinstance(func, torch._ops.OpOverload):
+            return NotImplemented
+        with self:
+            return func.decompose(*args, **kwargs)
+
+
+def _convolution_backward(
+    grad, x, weight, bias_sizes, stride, padding, dilation, transposed, output_padding, groups, mask, *, out
+) -> int:
+    """Each of input and weight gradient takes the multiply-adds of the forward pass."""
+    pixels = math.prod((x if transposed else grad).shape[2:])
+    return 2 * grad.shape[0] * pixels * math.prod(weight.shape) * (mask[0] + mask[1])
+
+
+def _attention(q, k, v, *rest, out, **options) -> int:
+    """Q·Kᵀ and P·V; shapes (B, heads, tokens, width).  Masked products count like others."""
+    return 2 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * (q.shape[3] + v.shape[3])
+
+
+def _attention_backward(grad, q, k, v, *rest, out, **options) -> int:
+    """Gradients of Q, K, V and P: twice the forward pass, the scores' repetition not counted."""
+    return 2 * _attention(q, k, v, out=out)
+
+
+def _gemm_4bit(x, weight, shape, *rest, out, **options) -> int:
+    """`x` (..., in) times the unpacked weight of `shape` (out, in); unpacking is not counted."""
+    return 2 * x.numel() * shape[0]
+
+
+def selective_scan_flops(batch: int, channels: int, length: int, states: int) -> tuple[int, int]:
+    """Forward and backward pass of h ← exp(Δ·A)·h + (Δ·u)·B, y = C·h + D·u (arXiv 2312.00752, eq. 2).
+
+    Per channel, time step and state: Δ·A, (Δ·u)·B, the multiply-add of h and that of y; beside them
+    Δ·u and the multiply-add of D·u.  Backward: the gradients of C, h (two), B and Δ·u, a multiply-add
+    each (10), of exp(Δ·A) (1), and through it of Δ and A (4).  exp is not counted, nor are states that
+    a kernel computes again.
+    """
+    steps = batch * channels * length
+    return steps * (6 * states + 3), steps * (15 * states + 7)
+
+
+def _scan(u, dt, a, *rest, out, **options) -> int:
+    return selective_scan_flops(*u.shape, a.shape[1])[0]
+
+
+def _scan_backward(grad, u, dt, a, *rest, out, **options) -> int:
+    return selective_scan_flops(*u.shape, a.shape[1])[1]
+
+
+# Multiply-adds.  Scans: u (B, channels, L), dt like u, A (channels, states).
+FORMULAS: dict[str, Callable] = {
+    "aten.convolution_backward": _convolution_backward,
+    "aten.mv": lambda matrix, vector, *, out: 2 * matrix.numel(),
+    "aten.addmv": lambda bias, matrix, vector, *, out, **scales: 2 * matrix.numel(),
+    "aten.dot": lambda a, b, *, out: 2 * a.numel(),
+    "bitsandbytes.gemm_4bit": _gemm_4bit,
+    "bitsandbytes.gemv_4bit": _gemm_4bit,
+    "toolkit.selective_scan": _scan,
+    "toolkit.selective_scan_backward": _scan_backward,
+}
+for _kind in ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention"):
+    FORMULAS[f"aten._scaled_dot_product_{_kind}"] = _attention
+    FORMULAS[f"aten._scaled_dot_product_{_kind}_backward"] = _attention_backward
+
+
+def _norm(x: torch.Tensor, affine) -> int:
+    """Mean 1, variance 3, normalise 2, scale and shift 2 per element."""
+    return x.numel() * (8 if affine is not None else 6)
+
+
+def _norm_backward(x: torch.Tensor, affine, mask) -> int:
+    """Per element: scaled gradient 1, its two sums 3, input gradient 4; weight 2, bias 1."""
+    return x.numel() * ((7 + (affine is not None)) * mask[0] + 2 * mask[1] + mask[2])
+
+
+def _batch_norm(x, weight, bias, mean, var, training, *rest, out, **options) -> int:
+    """With running statistics a norm is one multiply-add per element."""
+    return _norm(x, weight) if training else 2 * x.numel()
+
+
+def _batch_norm_backward(grad, x, weight, mean, var, save_mean, save_var, training, eps, mask, *, out) -> int:
+    """In training the sums are the gradients of weight and bias; scaling is per channel."""
+    if training:
+        return x.numel() * (7 if mask[0] else 3)
+    return x.numel() * (mask[0] + 2 * mask[1] + mask[2])
+
+
+NORMS: dict[str, Callable] = {
+    "aten.native_batch_norm": _batch_norm,
+    "aten.cudnn_batch_norm": _batch_norm,
+    "aten.native_batch_norm_backward": _batch_norm_backward,
+    "aten.cudnn_batch_norm_backward": lambda x, grad, weight, *rest, out: 7 * x.numel(),
+    "aten.native_layer_norm": lambda x, shape, weight, *rest, out, **_: _norm(x, weight),
+    "aten.native_layer_norm_backward": lambda grad, x, shape, mean, rstd, weight, bias, mask, *, out: (
+        _norm_backward(x, weight, mask)
+    ),
+    "aten.native_group_norm": lambda x, weight, *rest, out, **_: _norm(x, weight),
+    "aten.native_group_norm_backward": lambda grad, x, mean, rstd, weight, n, c, hw, g, mask, *, out: (
+        _norm_backward(x, weight, mask)
+    ),
+}

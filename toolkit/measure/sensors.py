@@ -1,0 +1,159 @@
+"""Where energy figures come from: an NVIDIA GPU through NVML, the CPU through RAPL.
+
+A sensor answers or raises `SensorError` with the reason.  Nothing is estimated from a data sheet, and
+nothing that cannot be read is taken as 0.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+
+class SensorError(Exception):
+    """A quantity that cannot be read, and why."""
+
+
+class GpuSensor(Protocol):
+    """What `Meter` asks of a GPU.  Every method may raise `SensorError`."""
+
+    name: str
+    simulated: bool  # True: what it says is not a measurement
+
+    def counter_joules(self) -> float: ...  # energy since some fixed moment
+
+    def watts(self) -> float: ...
+
+    def celsius(self) -> float: ...
+
+    def processes(self) -> dict[int, int | None]: ...  # process id -> bytes of device memory, if told
+
+
+class Nvml:
+    """One NVIDIA GPU, by its UUID ("GPU-..."), through pynvml.
+
+    The counter (`nvmlDeviceGetTotalEnergyConsumption`, millijoules since the driver was loaded) exists
+    from Volta on.  Power is the instantaneous reading where the driver has one (field 186); otherwise
+    `nvmlDeviceGetPowerUsage`, which on Ampere and newer is a mean over the last second (GA100: not).
+    Raises `SensorError` where there is no such GPU.
+    """
+
+    def __init__(self, uuid: str):
+        try:
+            import pynvml
+        except ImportError:
+            raise SensorError("pynvml is not installed (pip install nvidia-ml-py)") from None
+        self._nvml = pynvml
+        self._call(pynvml.nvmlInit)
+        self._handle = self._call(pynvml.nvmlDeviceGetHandleByUUID, uuid)
+        self.uuid = uuid
+        self.name = _text(self._call(pynvml.nvmlDeviceGetName, self._handle))
+        self.simulated = "simulated" in self.name.lower()  # what the library of our tests calls itself
+        try:
+            self._instant_watts()
+            self.watts = self._instant_watts
+        except SensorError:
+            self.watts = self._usage_watts
+
+    @classmethod
+    def of(cls, device: torch.device) -> Nvml:
+        """The sensor of a CUDA device, whatever CUDA_VISIBLE_DEVICES says about its number."""
+        return cls(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+
+    def _call(self, function, *arguments):
+        try:
+            return function(*arguments)
+        except self._nvml.NVMLError as error:
+            raise SensorError(f"NVML: {error}") from None
+
+    def counter_joules(self) -> float:
+        """Joules since the driver was loaded; the register moves every 10 to 100 ms."""
+        return self._call(self._nvml.nvmlDeviceGetTotalEnergyConsumption, self._handle) / 1000
+
+    def _usage_watts(self) -> float:
+        return self._call(self._nvml.nvmlDeviceGetPowerUsage, self._handle) / 1000
+
+    def _instant_watts(self) -> float:
+        field = self._nvml.NVML_FI_DEV_POWER_INSTANT
+        (value,) = self._call(self._nvml.nvmlDeviceGetFieldValues, self._handle, [field])
+        if value.nvmlReturn != self._nvml.NVML_SUCCESS:
+            raise SensorError(f"NVML: {self._nvml.NVMLError(value.nvmlReturn)}")
+        return value.value.uiVal / 1000
+
+    def celsius(self) -> float:
+        """Temperature of the chip."""
+        kind = self._nvml.NVML_TEMPERATURE_GPU
+        return float(self._call(self._nvml.nvmlDeviceGetTemperature, self._handle, kind))
+
+    def processes(self) -> dict[int, int | None]:
+        """Compute processes on the GPU and their bytes (None where the driver does not tell: Windows)."""
+        running = self._call(self._nvml.nvmlDeviceGetComputeRunningProcesses, self._handle)
+        return {process.pid: process.usedGpuMemory for process in running}
+
+    def used_bytes(self) -> int:
+        """Memory in use on the whole device, by anyone."""
+        return int(self._call(self._nvml.nvmlDeviceGetMemoryInfo, self._handle).used)
+
+    def power_limit_watts(self) -> float:
+        """The enforced power limit."""
+        return self._call(self._nvml.nvmlDeviceGetEnforcedPowerLimit, self._handle) / 1000
+
+    def driver_version(self) -> str:
+        """Version of the NVIDIA driver; it decides what a power reading means."""
+        return _text(self._call(self._nvml.nvmlSystemGetDriverVersion))
+
+
+class Rapl:
+    """Energy of all CPU packages (Intel and AMD) from Linux' powercap counters.
+
+    The counters wrap around, after minutes on a busy server, so they must be read now and then.
+    Raises `SensorError` where there are none, or none that this user may read (often root only).
+    """
+
+    def __init__(self, root: Path = Path("/sys/class/powercap")):
+        try:
+            zones = [z for z in sorted(root.glob("intel-rapl:*")) if z.name.count(":") == 1]
+            self._zones = [z for z in zones if (z / "name").read_text().startswith("package")]
+            self._range = [int((z / "max_energy_range_uj").read_text()) + 1 for z in self._zones]
+            self._last = [self._read(zone) for zone in self._zones]
+        except (OSError, ValueError) as error:
+            raise SensorError(f"RAPL: {error}") from None
+        if not self._zones:
+            raise SensorError(f"RAPL: no CPU package below {root}")
+        self._microjoules = 0
+
+    @staticmethod
+    def _read(zone: Path) -> int:
+        return int((zone / "energy_uj").read_text())
+
+    def counter_joules(self) -> float:
+        """Joules since this object was made."""
+        try:
+            now = [self._read(zone) for zone in self._zones]
+        except (OSError, ValueError) as error:
+            raise SensorError(f"RAPL: {error}") from None
+        moved = ((new - old) % size for new, old, size in zip(now, self._last, self._range))
+        self._microjoules += sum(moved)
+        self._last = now
+        return self._microjoules / 1e6
+
+
+def own_process_bytes(sensor: GpuSensor) -> int:
+    """Device memory of this process: what the allocator reserved, the CUDA context and loaded kernels.
+
+    Inside a container the process ids are the host's: if only one process is listed it is taken as ours.
+    """
+    processes = sensor.processes()
+    used = processes.get(os.getpid())
+    if used is None and len(processes) == 1:
+        (used,) = processes.values()
+    if used is None:
+        raise SensorError("NVML does not tell the memory of this process")
+    return used
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
