@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 import toolkit
 from toolkit.files import write_atomically
-from toolkit.records import RunRecord, compare, is_finished, load_curves, mean_and_interval
+from toolkit.records import RunRecord, is_finished, load_curves
+from toolkit.statistics import compare, mean_and_interval
 from toolkit.training import FitResult
 
 

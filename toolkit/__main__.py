@@ -15,7 +15,8 @@ from pathlib import Path
 from toolkit.errors import InputError
 from toolkit.experiment import Experiment
 from toolkit.paths import FIGURES, RUNS
-from toolkit.records import compare, load_records
+from toolkit.records import load_records
+from toolkit.statistics import compare
 from toolkit.sweep import DEFAULT_COMPARISON, execute_notebook, grid, run_experiments
 
 

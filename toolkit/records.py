@@ -1,17 +1,13 @@
-"""The JSON file that one run leaves, and tables made of many.
+"""The JSON file that one run leaves: the only source of tables and figures.
 
-Records are the only source of tables and figures.  A record is written whole or not at all, is strict
-JSON, and carries units in its names; what was not measured is null with a reason under `missing`.
+A record is written whole or not at all, is strict JSON, and carries units in its names; what was not
+measured is null with a reason under `missing`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import importlib.metadata
 import json
-import platform
-import subprocess
+import sys
 import uuid
 import warnings
 from dataclasses import asdict, dataclass, field
@@ -19,32 +15,33 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
-import scipy.stats
-import torch
 from torch import nn
 
-from toolkit.budget import STRATEGIES
 from toolkit.datasets import Splits
+from toolkit.environment import environment, installed_packages
 from toolkit.experiment import Experiment
 from toolkit.files import write_atomically
-from toolkit.methods import METHODS, summarize
-from toolkit.paths import ROOT, RUNS
+from toolkit.measure import Window, total
+from toolkit.methods import Summary, summarize
+from toolkit.paths import RUNS
+from toolkit.scores import netscore, why_no_score
 from toolkit.snapshots import clear_snapshots
 from toolkit.training import Evaluation, FitResult
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FILE_NAME = "record.json"
 FINISHED = ("ok", "oom", "nan")  # a run with such a record is not repeated; interrupted and failed ones are
-GROUPS = ("run", "config", "data", "quality", "time", "energy", "memory", "env")
-PACKAGES = ("torch", "torchvision", "timm", "peft", "bitsandbytes", "transformers", "numpy")
+GROUPS = ("run", "config", "data", "quality", "time", "energy", "memory", "flops", "scores", "env")
 
 
 @dataclass
 class RunRecord:
     """One run.  Groups of scalars (`GROUPS`) become the columns of `load_records`; `curves` does not.
 
-    Units are in the names: `_bytes`, `_seconds`, `_pct`, `_joules`.  `test_top1_pct` is accuracy on the
-    test split after the last epoch (`selection_rule`); nothing was chosen on it.
+    Units are in the names: `_bytes`, `_seconds`, `_pct`, `_joules`, `_watts`.  `test_top1_pct` is accuracy
+    on the test split after the last epoch (`selection_rule`); nothing was chosen on it.  `energy_joules`
+    is gross GPU energy of training, validation and test, data loading included; `train_net_joules` is
+    training's less idle power.  Scores in decibels, `_inference` of the test pass, `_training` of training.
     """
 
     run: dict
@@ -54,7 +51,10 @@ class RunRecord:
     time: dict = field(default_factory=dict)
     energy: dict = field(default_factory=dict)
     memory: dict = field(default_factory=dict)
+    flops: dict = field(default_factory=dict)
+    scores: dict = field(default_factory=dict)
     env: dict = field(default_factory=dict)
+    packages: dict = field(default_factory=dict)  # every installed distribution
     curves: dict = field(default_factory=dict)
     missing: dict = field(default_factory=dict)  # field name -> why it is null
 
@@ -69,6 +69,7 @@ class RunRecord:
     ) -> RunRecord:
         """Assemble the record of a run; `evaluation`: of the test split, None unless training ended well."""
         summary = summarize(model)
+        env = environment(experiment.device)
         record = cls(
             run=_run_fields(experiment, result.status, result.error) | {"started_at": result.started_at},
             config=experiment.to_dict(),
@@ -94,42 +95,93 @@ class RunRecord:
             time={
                 "train_seconds": result.train_seconds,
                 "data_seconds": result.data_seconds,
+                "validation_seconds": _window(result, "validation").seconds or 0.0,
+                "snapshot_seconds": _window(result, "snapshot").seconds or 0.0,
                 "test_seconds": evaluation and evaluation.seconds,
                 "steps": result.steps,
                 "resumes": result.resumes,
             },
-            energy={"energy_joules": None},
+            energy=_energy_fields(result, evaluation),
             memory={
                 "train_peak_bytes": result.peak_bytes or None,
                 "train_reserved_peak_bytes": result.reserved_peak_bytes,
+                "context_bytes": result.context_bytes,
+                "device_used_bytes": result.device_used_bytes,
                 "test_peak_bytes": evaluation and evaluation.peak_bytes,
+                "host_peak_bytes": _host_peak_bytes(),
                 "memory_source": result.memory_source,
+                "budget_mode": _budget_mode(experiment, env["device_total_bytes"]),
                 "within_budget": result.peak_bytes <= experiment.budget_bytes
                 if result.status == "ok"
                 else None,
                 "checkpointed_blocks": result.checkpointed_blocks,
             },
-            env=environment(experiment.device),
+            flops={
+                **{
+                    f"{phase}_flops_per_image": result.step_flops.get(phase)
+                    for phase in ("forward", "backward", "recompute")
+                },
+                "inference_macs_per_image": evaluation and evaluation.macs_per_image,
+            },
+            env=env,
+            packages=installed_packages(),
             curves={"history": result.history, "memory_trace_bytes": result.memory_trace},
         )
-        record.missing["energy_joules"] = "this version has no energy meter"
-        if evaluation is None:
-            fields = (
-                "test_top1_pct",
-                "test_top5_pct",
-                "test_loss",
-                "test_seconds",
-                "test_peak_bytes",
-                "within_budget",
-            )
-            record.missing |= dict.fromkeys(fields, f"training or test ended with status {result.status}")
-        if not result.history:
-            record.missing["val_top1_pct"] = "no epoch was completed"
-        if not result.peak_bytes:
-            record.missing["train_peak_bytes"] = "no training step was begun"
-        if result.reserved_peak_bytes is None:
-            record.missing["train_reserved_peak_bytes"] = "only CUDA's allocator reserves memory ahead"
+        record._score(summary)
+        record._explain(result, evaluation)
         return record
+
+    def _score(self, summary: Summary) -> None:
+        """Fill in the NetScore family: of the test pass, and with training's costs."""
+        accuracy = self.quality["test_top1_pct"]
+        macs = self.flops["inference_macs_per_image"]
+        costs = {"params_m": summary.total / 1e6, "macs_g": macs and macs / 1e9}
+        for phase, part in (("inference", "test"), ("training", "train")):
+            seconds, joules = self.time[f"{part}_seconds"], self.energy[f"{part}_energy_joules"]
+            peak = self.memory[f"{part}_peak_bytes"]
+            costs |= {
+                "seconds": seconds,
+                "watts": joules / seconds if joules and seconds else None,
+                "peak_mib": peak and peak / 2**20,
+            }
+            for kind, name in {"NS": "ns", "NS-E": "ns_e", "NS-M": "ns_m", "NS#": "ns_sharp"}.items():
+                if kind == "NS" and phase == "training":
+                    continue  # parameters and multiply-adds of a model have no phase
+                column = name if kind == "NS" else f"{name}_{phase}"
+                self.scores[column] = netscore(kind, accuracy, **costs)
+                if self.scores[column] is None:
+                    self.missing[column] = why_no_score(kind, accuracy, **costs)
+
+    def _explain(self, result: FitResult, evaluation: Evaluation | None) -> None:
+        """Give every null its reason."""
+        ended = f"training or test ended with status {result.status}"
+        reasons = {
+            "val_top1_pct": "no epoch was completed",
+            "train_peak_bytes": "no training step was begun",
+            "train_reserved_peak_bytes": "only CUDA's allocator reserves memory ahead",
+            "context_bytes": result.context_reason,
+            "device_used_bytes": result.context_reason,
+            "host_peak_bytes": "this operating system does not tell",
+            "idle_watts": "idle power was not measured, or cannot be",
+            "test_loss": ended,
+            "within_budget": ended,
+        }
+        reasons |= {name: "no training step was traced" for name in self.flops}
+        reasons |= dict.fromkeys(("test_top1_pct", "test_top5_pct", "test_seconds", "test_peak_bytes"), ended)
+        reasons["inference_macs_per_image"] = ended
+        train = _window(result, "train")
+        for name in self.energy:
+            reasons.setdefault(name, train.cpu_reason if "cpu" in name else train.reason)
+            if reasons[name] is None:  # the energy is there, but not this figure about it
+                reasons[name] = {
+                    "train_net_joules": "idle power was not measured",
+                    "train_disagreement_pct": "counter and polling did not both work throughout",
+                }.get(name, "the sensor does not tell")
+        if evaluation is None:
+            reasons["test_energy_joules"] = ended
+        groups = (self.quality, self.time, self.energy, self.memory, self.flops)
+        nulls = [name for group in groups for name, value in group.items() if value is None]
+        self.missing |= {name: reasons[name] for name in nulls}
 
     @classmethod
     def of_failure(cls, experiment: Experiment, error: str) -> RunRecord:
@@ -138,7 +190,10 @@ class RunRecord:
             run=_run_fields(experiment, "failed", error),
             config=experiment.to_dict(),
             env=environment(experiment.device),
-            missing={group: f"the run failed: {error}" for group in ("data", "quality", "time", "memory")},
+            packages=installed_packages(),
+            missing=dict.fromkeys(
+                ("data", "quality", "time", "energy", "memory", "flops", "scores"), f"the run failed: {error}"
+            ),
         )
 
     def save(self, folder: Path) -> Path:
@@ -167,49 +222,46 @@ def _run_fields(experiment: Experiment, status: str, error: str | None) -> dict:
     }
 
 
-def environment(device: str) -> dict:
-    """What a result depends on besides its parameters."""
+def _window(result: FitResult, name: str) -> Window:
+    return Window(**result.windows[name]) if name in result.windows else total([], name)
+
+
+def _energy_fields(result: FitResult, evaluation: Evaluation | None) -> dict:
+    train, validation = _window(result, "train"), _window(result, "validation")
+    fit, test = _window(result, "fit"), evaluation.window if evaluation else None
+    whole = total([fit, test] if test else [fit])
     return {
-        "device_name": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "os": platform.platform(),
-        "python": platform.python_version(),
-        "cuda": torch.version.cuda if device == "cuda" else None,
-        **{f"version_{name}": _version(name) for name in ("toolkit", *PACKAGES)},
-        **_git(),
+        "energy_joules": whole.energy_joules,
+        "energy_source": whole.source,
+        "train_energy_joules": train.energy_joules,
+        "validation_energy_joules": validation.energy_joules,
+        "test_energy_joules": test and test.energy_joules,
+        "train_quantisation_joules": train.quantisation_joules,
+        "train_poll_joules": train.poll_joules,
+        "train_disagreement_pct": train.disagreement_pct,
+        "train_net_joules": train.net_joules,
+        "idle_watts": result.idle_watts,
+        "train_cpu_joules": train.cpu_joules,
+        "gpu_start_celsius": fit.start_celsius,
+        "gpu_end_celsius": fit.end_celsius,
+        "energy_flags": ", ".join(whole.flags),
     }
 
 
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+def _budget_mode(experiment: Experiment, device_total_bytes: int | None) -> str:
+    """Whether the budget is the device itself (within 10 %: part of it is the driver's) or a share of it."""
+    native = device_total_bytes is not None and device_total_bytes <= 1.1 * experiment.budget_bytes
+    return "native" if native else "simulated"
 
 
-def _version(package: str) -> str | None:
+def _host_peak_bytes() -> int | None:
+    """The highest resident memory of this process."""
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+        import resource
+    except ImportError:  # Windows
         return None
-
-
-@functools.cache
-def _git() -> dict:
-    def git(*words: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=10
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    # What computes, not what is written: the default comparison renews the tracked figures.
-    status = git("status", "--porcelain", "--", "toolkit", "notebooks", "data", "requirements.txt")
-    return {"git_sha": git("rev-parse", "HEAD"), "git_dirty": None if status is None else bool(status)}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def run_folder(experiment: Experiment, runs: Path = RUNS) -> Path:
@@ -250,57 +302,3 @@ def load_records(folder: Path = RUNS) -> pd.DataFrame:
 def load_curves(folder: Path) -> dict:
     """`history` and `memory_trace_bytes` of the run in `folder`."""
     return json.loads((Path(folder) / FILE_NAME).read_text())["curves"]
-
-
-def mean_and_interval(values: pd.Series) -> tuple[float | None, float | None, int]:
-    """Mean, half width of the 95 % Student-t interval, and n of the values that exist.
-
-    Missing values are left out, never taken as 0; below two values there is no interval.
-    """
-    values = values.dropna().astype(float)
-    n = len(values)
-    if n == 0:
-        return None, None, 0
-    if n == 1:
-        return float(values.iloc[0]), None, 1
-    return float(values.mean()), float(scipy.stats.t.ppf(0.975, n - 1) * values.sem()), n
-
-
-SHOWN = ["dataset", "backbone", "method", "checkpointing"]
-# Runs that disagree here are not the same measurement, whatever their parameters say.
-SAME = ["train_sha256", "test_sha256", "device_name", "threads", "memory_source", "version_torch"]
-
-
-def compare(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row per group of runs that differ only in seed: mean, interval and n, as text for people.
-
-    Columns name the parameters in `SHOWN` and any other, or any of `SAME`, that varies in `frame`.
-    Runs that did not end `ok` count under `not ok` and in no mean.
-    """
-    parameters = [field.name for field in dataclasses.fields(Experiment) if field.name != "seed"]
-    vary = [name for name in (*parameters, *SAME) if name in frame and frame[name].nunique() > 1]
-    by = [*SHOWN, *(name for name in vary if name not in SHOWN)]
-    rows = []
-    order = {name: position for position, name in enumerate((*METHODS, *STRATEGIES))}
-    frame = frame.sort_values(
-        by, kind="stable", key=lambda column: column.map(lambda value: order.get(value, value))
-    )
-    for key, group in frame.groupby(by, sort=False, dropna=False):
-        ok = group[group.status == "ok"]
-        row = dict(zip(by, key))
-        row["test top-1 %"] = _text(ok.get("test_top1_pct"), 1, 2)
-        row["peak MiB"] = _text(ok.get("train_peak_bytes"), 2**20, 2)
-        row["in budget"] = "" if ok.empty else "yes" if ok.within_budget.astype(bool).all() else "no"
-        row["train s"] = _text(ok.get("train_seconds"), 1, 1)
-        row["trainable"] = "" if ok.empty else f"{int(ok.params_trainable.iloc[0]):,}"
-        row["n"] = len(ok)
-        row["not ok"] = ", ".join(group.status[group.status != "ok"])
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def _text(values: pd.Series | None, unit: float, digits: int) -> str:
-    mean, half_width, n = (None, None, 0) if values is None else mean_and_interval(values / unit)
-    if n == 0:
-        return "–"
-    return f"{mean:.{digits}f}" if half_width is None else f"{mean:.{digits}f} ± {half_width:.{digits}f}"

@@ -15,7 +15,8 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,15 +29,16 @@ import torch.nn.functional as F
 from timm.optim import param_groups_weight_decay
 from timm.utils import random_seed
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from toolkit.backbones import data_config
-from toolkit.budget import Checkpointing, DeviceMemory, device_memory, format_bytes
+from toolkit.budget import Checkpointing, device_memory, format_bytes
 from toolkit.datasets import Splits, loader
 from toolkit.errors import InputError
 from toolkit.experiment import Experiment
+from toolkit.measure import FlopCounter, Meter, SensorError, Window, total
+from toolkit.measure.memory import MemoryTrace, context_bytes
 from toolkit.snapshots import load_newest_snapshot, save_snapshot
 
 # A killed sweep leaves kernels that need a few seconds to notice that their parent is gone.
@@ -52,16 +54,28 @@ class FitResult:
     error: str | None = None
     history: list[dict] = field(default_factory=list)  # one row per epoch
     steps: int = 0
-    train_seconds: float = 0.0  # training steps and their data loading, without validation
-    data_seconds: float = 0.0  # of these, waiting for the next batch
+    # Totals of the meter's windows, by name: "fit" and its parts "train" (steps, data loading and the
+    # "snapshot"s between steps) and "validation"; see measure.Window for the fields.
+    windows: dict[str, dict] = field(default_factory=dict)
+    data_seconds: float = 0.0  # of training, waiting for the next batch
+    idle_watts: float | None = None  # as measured before training, if it was
     peak_bytes: int = 0  # device memory, highest moment of the training steps
     memory_source: str = ""
     checkpointed_blocks: int = 0  # in the last step
     reserved_peak_bytes: int | None = None  # CUDA only: what the allocator held, fragmentation included
+    context_bytes: int | None = None  # CUDA only: beside the allocator's
+    device_used_bytes: int | None = None  # CUDA only: of the whole device, by anyone, at the end
+    context_reason: str | None = "the CPU has no context"  # why these are None
     memory_trace: list[dict] = field(default_factory=list)  # one step, see MemoryTrace.segments
+    step_flops: dict[str, float] = field(default_factory=dict)  # by phase, per image, of that step
     weights_sha256: str = ""  # of the model as it came to training
     resumes: int = 0
     started_at: str = ""  # UTC; the first start of a resumed run
+
+    @property
+    def train_seconds(self) -> float:
+        """Time in the windows "train"."""
+        return self.windows["train"]["seconds"] if "train" in self.windows else 0.0
 
 
 @dataclass
@@ -71,10 +85,16 @@ class Evaluation:
     top1_pct: float
     top5_pct: float
     loss: float
-    seconds: float
+    window: Window
     peak_bytes: int
+    macs_per_image: float  # multiply-adds
     predictions: torch.Tensor
     labels: torch.Tensor
+
+    @property
+    def seconds(self) -> float:
+        """Time of the whole pass, data loading included."""
+        return self.window.seconds
 
     def __str__(self) -> str:
         return (
@@ -106,12 +126,15 @@ def fit(
     folder: Path | None = None,
     snapshot_seconds: float = 5.0,
     workers: int | None = None,
+    meter: Meter | None = None,
 ) -> FitResult:
     """Train `model` on `splits.train` as `experiment` says; validate after each epoch.
 
     AdamW (norms and biases without weight decay), linear warm-up and cosine to zero, cross-entropy.
     With a `folder`, the state is saved there at most every `snapshot_seconds` (less often where saving
-    takes more than 2 % of the time), and a run that finds a snapshot goes on from it.
+    takes more than 2 % of the time), and a run that finds a snapshot goes on from it.  Time and energy
+    are those of `meter` (default: a new one); what a killed process measured after its last snapshot is
+    lost with the steps themselves.
 
     Out of memory, a loss that is not finite, and an interrupt (Ctrl-C, Jupyter's stop button; at the
     end of the step) end the run with that status.  Raises `InputError` if the weights exceed the budget
@@ -119,10 +142,10 @@ def fit(
     """
     check_fits_weights(model, experiment.budget_bytes)
     with _claim(folder), _Interrupt() as interrupt:
-        run = _Run(model, splits, experiment, folder, workers)
+        run = _Run(model, splits, experiment, folder, workers, meter or Meter(experiment.device))
         try:
             run.prepare()
-            with run.checkpointing():
+            with run.checkpointing(), run.window("fit"):
                 run.train(interrupt, snapshot_seconds)
         except _NotFinite as error:
             run.result.status, run.result.error = "nan", str(error)
@@ -131,14 +154,18 @@ def fit(
                 raise
             run.result.status, run.result.error = "oom", str(error).split("\n")[0]
             run.read_peaks()
+        run.book_windows()
         return run.result
 
 
 class _Run:
     """The state of one training run; what must survive a kill goes through `state()`."""
 
-    def __init__(self, model, splits, experiment, folder, workers):
+    def __init__(self, model, splits, experiment, folder, workers, meter):
         self.model, self.experiment, self.splits, self.workers = model, experiment, splits, workers
+        self.meter = meter
+        self.windows: dict[str, list[Window]] = defaultdict(list)  # of this process, by name
+        self.earlier_windows: dict[str, dict] = {}  # totals of the processes that were killed
         self.device = torch.device(experiment.device)
         self.memory = device_memory(self.device)
         self.data_config = data_config(model)
@@ -149,6 +176,7 @@ class _Run:
             status="ok",
             memory_source=self.memory.kind,
             weights_sha256=weights_sha256(model),
+            idle_watts=meter.idle_watts,
             started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         self.epoch_sums = {"loss": 0.0, "correct": 0, "images": 0}
@@ -177,44 +205,79 @@ class _Run:
         )
         return self.blocks
 
+    @contextlib.contextmanager
+    def window(self, name: str) -> Iterator[Window]:
+        """A window of the meter whose total goes into the result."""
+        with self.meter.window(name) as window:
+            self.windows[name].append(window)
+            yield window
+
+    def book_windows(self) -> None:
+        """Bring the result's totals up to now, open windows included."""
+        for name, windows in self.windows.items():
+            earlier = [Window(**self.earlier_windows[name])] if name in self.earlier_windows else []
+            measured = [*earlier, *(self.meter.so_far(window) for window in windows)]
+            self.result.windows[name] = total(measured, name).to_dict()
+
     def train(self, interrupt: _Interrupt, snapshot_seconds: float) -> None:
         """Train until the last step, or until an interrupt is wanted."""
         saved_at, save_seconds = -math.inf, 0.0  # the first step is saved: a full disk shows up early
+
+        def save_if_due() -> None:
+            nonlocal saved_at, save_seconds
+            due = time.perf_counter() - saved_at > max(snapshot_seconds, 50 * save_seconds)
+            if due or interrupt.wanted or self.result.steps == self.total_steps:
+                save_seconds = self._save()
+                saved_at = time.perf_counter()
+
         with _progress(self.total_steps, self.result.steps) as bar:
             while self.result.steps < self.total_steps:
                 epoch, first_batch = divmod(self.result.steps, self.steps_per_epoch)
                 set_train_mode(self.model)
-                asked_at = time.perf_counter()
-                for images, labels in self._train_loader(epoch, first_batch):
-                    got_at = time.perf_counter()
-                    self._train_step(images, labels)
-                    self.result.data_seconds += got_at - asked_at
-                    self.result.train_seconds += time.perf_counter() - asked_at
-                    self._show(bar, epoch)
-                    if self.result.steps % self.steps_per_epoch == 0:
-                        self._end_epoch(epoch)
-                    done = self.result.steps == self.total_steps
-                    due = time.perf_counter() - saved_at > max(snapshot_seconds, 50 * save_seconds)
-                    if done or due or interrupt.wanted:
-                        save_seconds = self._save()
-                        saved_at = time.perf_counter()
-                    if interrupt.wanted and not done:
-                        self.result.status = "interrupted"
-                        return
+                with self.window("train"):
                     asked_at = time.perf_counter()
+                    for images, labels in self._train_loader(epoch, first_batch):
+                        self.result.data_seconds += time.perf_counter() - asked_at
+                        self._train_step(images, labels)
+                        self._show(bar, epoch)
+                        if self.result.steps % self.steps_per_epoch:
+                            save_if_due()
+                            if interrupt.wanted:
+                                self.result.status = "interrupted"
+                                return
+                        asked_at = time.perf_counter()
+                with self.window("validation"):
+                    self._end_epoch(epoch)
+                save_if_due()
+                if interrupt.wanted and self.result.steps < self.total_steps:
+                    self.result.status = "interrupted"
+                    return
+        self._read_context()
+
+    def _read_context(self) -> None:
+        """Book what the device holds beside this process's tensors, while the kernels are loaded."""
+        if self.device.type != "cuda":
+            return
+        free, total_bytes = torch.cuda.mem_get_info(self.device)
+        self.result.device_used_bytes = total_bytes - free
+        try:
+            if self.meter.gpu is None:
+                raise SensorError(self.meter.reason)
+            self.result.context_bytes = context_bytes(self.meter.gpu, self.device)
+        except SensorError as error:
+            self.result.context_reason = str(error)
 
     def _train_step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         """One optimizer step on one batch, slice by slice if micro-batches are asked for."""
         self._set_lr()
         micro = self.experiment.micro_batch_size or len(labels)
         tracing = not self.result.memory_trace and self.result.steps == min(1, self.total_steps - 1)
-        trace = MemoryTrace(self.memory) if tracing else contextlib.nullcontext()
-        start_phase = trace.start if tracing else lambda phase: None
+        trace = MemoryTrace(self.memory, self.model) if tracing else contextlib.nullcontext()
+        counter = FlopCounter() if tracing else contextlib.nullcontext()
         batch_loss, correct = 0.0, 0
         slices = list(zip(images.split(micro), labels.split(micro)))
-        with self._counted(len(labels)), trace:
+        with self._counted(len(labels)), trace, counter:
             for image_slice, label_slice in slices:
-                start_phase("forward")
                 x = image_slice.to(self.device, non_blocking=True)  # (micro, 3, H, W)
                 y = label_slice.to(self.device, non_blocking=True)
                 self.memory.track([x, y])
@@ -222,19 +285,23 @@ class _Run:
                     logits = self.model(x)
                     # Weighted so that the slices' gradients add up to the whole batch's mean.
                     loss = F.cross_entropy(logits, y) * (len(y) / len(labels))
-                start_phase("backward")
                 self.scaler.scale(loss).backward()
                 batch_loss += loss.item()
                 correct += (logits.detach().argmax(1) == y).sum().item()
                 del x, y, logits, loss
             if not math.isfinite(batch_loss):
                 raise _NotFinite(f"loss {batch_loss} at step {self.result.steps + 1}")
-            start_phase("optimizer")
+            if tracing:
+                trace.start_optimizer()
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
         if tracing:
             self.result.memory_trace = trace.segments
+            counts = counter.flops
+            self.result.step_flops = {
+                phase: getattr(counts, phase) / len(labels) for phase in ("forward", "backward", "recompute")
+            }
         self.epoch_sums["loss"] += batch_loss * len(labels)
         self.epoch_sums["correct"] += correct
         self.epoch_sums["images"] += len(labels)
@@ -273,7 +340,9 @@ class _Run:
 
     def _end_epoch(self, epoch: int) -> None:
         # Validation is not training: its memory must not show up in the training peak.
-        validation = evaluate(self.model, self._val_loader(), precision=self.experiment.precision)
+        validation = evaluate(
+            self.model, self._val_loader(), precision=self.experiment.precision, meter=self.meter
+        )
         self.memory.reset_peak()
         if not math.isfinite(validation.loss):
             raise _NotFinite(f"validation loss {validation.loss} after epoch {epoch + 1}")
@@ -325,9 +394,10 @@ class _Run:
         """Write a snapshot; returns the seconds that it took."""
         if self.snapshots is None:
             return 0.0
-        started = time.perf_counter()
-        save_snapshot(self.snapshots, self.result.steps, self.state())
-        return time.perf_counter() - started
+        with self.window("snapshot") as window:
+            self.book_windows()
+            save_snapshot(self.snapshots, self.result.steps, self.state())
+        return window.seconds
 
     def state(self) -> dict:
         """All that the rest of the run depends on; frozen weights are rebuilt, not stored."""
@@ -368,29 +438,39 @@ class _Run:
             torch.cuda.set_rng_state_all(state["rng_cuda"])
         self.epoch_sums = state["epoch_sums"]
         self.result = FitResult(**state["result"])
+        self.earlier_windows = dict(self.result.windows)
         self.result.status, self.result.error = "ok", None
         self.result.resumes += 1
         print(f"resumed at step {self.result.steps} of {self.total_steps}")
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: DataLoader, *, precision: str = "fp32") -> Evaluation:
-    """Accuracy and loss of `model` over `batches` of `(images, labels)`, on the model's device."""
+def evaluate(
+    model: nn.Module, batches: DataLoader, *, precision: str = "fp32", meter: Meter | None = None
+) -> Evaluation:
+    """Accuracy, loss and cost of `model` over `batches` of `(images, labels)`, on the model's device.
+
+    Memory and multiply-adds are counted on the first batch, which no other exceeds.
+    """
     device = next(model.parameters()).device
     dtype = _AUTOCAST[precision]
-    memory = device_memory(device)
+    memory, counter = device_memory(device), FlopCounter()
     memory.track([*model.parameters(), *model.buffers()])
     memory.reset_peak()
     model.eval()
     logits, labels = [], []
-    started = time.perf_counter()
-    for images, batch_labels in batches:
-        images = images.to(device)
-        with memory, torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            memory.track([images])
-            logits.append(model(images).float().cpu())
-        labels.append(batch_labels)
-    seconds = time.perf_counter() - started
+    with (meter or Meter(device)).window("evaluate") as window:
+        for images, batch_labels in batches:
+            images = images.to(device)
+            with contextlib.ExitStack() as stack:
+                if not logits:
+                    stack.enter_context(memory)
+                    stack.enter_context(counter)
+                    memory.track([images])
+                    counted_images = len(images)
+                stack.enter_context(torch.autocast(device.type, dtype=dtype, enabled=dtype is not None))
+                logits.append(model(images).float().cpu())
+            labels.append(batch_labels)
     scores, labels = torch.cat(logits), torch.cat(labels)  # (N, classes), (N,)
     ranked = scores.topk(min(5, scores.shape[1]), dim=1).indices
     hits = ranked == labels[:, None]
@@ -398,22 +478,32 @@ def evaluate(model: nn.Module, batches: DataLoader, *, precision: str = "fp32") 
         top1_pct=100 * hits[:, 0].double().mean().item(),
         top5_pct=100 * hits.any(1).double().mean().item(),
         loss=F.cross_entropy(scores.double(), labels).item(),
-        seconds=seconds,
+        window=window,
         peak_bytes=memory.peak_bytes,
+        macs_per_image=counter.flops.macs / counted_images,
         predictions=ranked[:, 0].clone(),
         labels=labels,
     )
 
 
-def evaluate_split(model: nn.Module, splits: Splits, split: str, experiment: Experiment) -> Evaluation:
+def evaluate_split(
+    model: nn.Module, splits: Splits, split: str, experiment: Experiment, meter: Meter | None = None
+) -> Evaluation:
     """`evaluate` on one split of the experiment's data, prepared as the backbone asks."""
     batches = loader(
         getattr(splits, split), data_config(model), splits.policy, batch_size=experiment.batch_size
     )
-    return evaluate(model, batches, precision=experiment.precision)
+    meter = meter or Meter(experiment.device)
+    return evaluate(model, batches, precision=experiment.precision, meter=meter)
 
 
-def test(model: nn.Module, splits: Splits, experiment: Experiment, result: FitResult) -> Evaluation | None:
+def test(
+    model: nn.Module,
+    splits: Splits,
+    experiment: Experiment,
+    result: FitResult,
+    meter: Meter | None = None,
+) -> Evaluation | None:
     """Evaluate on the test split, once, if training ended `ok`; None if it did not.
 
     Running out of memory here, or a loss that is not finite, becomes the status of `result`.
@@ -421,7 +511,7 @@ def test(model: nn.Module, splits: Splits, experiment: Experiment, result: FitRe
     if result.status != "ok":
         return None
     try:
-        evaluation = evaluate_split(model, splits, "test", experiment)
+        evaluation = evaluate_split(model, splits, "test", experiment, meter)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -490,27 +580,6 @@ def weights_sha256(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-class MemoryTrace(TorchDispatchMode):
-    """Logs the allocated bytes after every operator while it is entered.
-
-    `segments`: `{"phase": name, "bytes": [...]}` in the order of `start(name)`.
-    """
-
-    def __init__(self, memory: DeviceMemory):
-        super().__init__()
-        self.memory = memory
-        self.segments: list[dict] = []
-
-    def start(self, phase: str) -> None:
-        """What follows belongs to `phase`."""
-        self.segments.append({"phase": phase, "bytes": []})
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.segments[-1]["bytes"].append(self.memory.allocated_bytes)
-        return result
 
 
 class _NotFinite(Exception):

@@ -28,7 +28,9 @@ def on_fake_tensors(model: nn.Module, batch) -> Iterator:
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     modules = list(model.modules())
-    saved = [(vars(m).copy(), {k: v.copy() for k, v in vars(m).items() if isinstance(v, dict)}) for m in modules]
+    saved = [
+        (vars(m).copy(), {k: v.copy() for k, v in vars(m).items() if isinstance(v, dict)}) for m in modules
+    ]
     try:
         for module in modules:
             for tensors in (module._parameters, module._buffers):
@@ -37,7 +39,11 @@ def on_fake_tensors(model: nn.Module, batch) -> Iterator:
                         tensors[name] = mode.from_tensor(tensor, static_shapes=True)
         with mode:
             yield tree_map_only(torch.Tensor, lambda t: mode.from_tensor(t, static_shapes=True), batch)
-    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException) as error:
+    except (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        UnsupportedFakeTensorException,
+    ) as error:
         raise InputError(
             f"{type(model).__name__} cannot run on fake tensors, its path depends on values ({error}); "
             "measure a real step instead."

@@ -14,6 +14,7 @@ is None with a reason, never 0.  The figure is what NVML says; its sensors are o
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -27,7 +28,7 @@ from toolkit.measure.sensors import GpuSensor, Nvml, Rapl, SensorError
 
 TICK_SECONDS = 0.1  # NVML's counter and power registers move at least this often
 POLL_SECONDS = 0.1
-NUMBER_SECONDS = 20.0  # shorter windows are flagged: a tick is more than 0.5 % of them
+NUMBER_SHARE = 0.005  # where a tick may be more of the energy than this (below 20 s), a flag says so
 COMPARE_SECONDS = 60.0  # from here on counter and polling must agree
 SUSPECT_PCT = 5.0
 GAP_SECONDS = 1.0
@@ -76,7 +77,8 @@ class Window:
 def total(windows: Iterable[Window], name: str = "total") -> Window:
     """The sum of disjoint windows.  One that lacks a figure leaves the sum without it, with its reason.
 
-    A window in which the counter did not move adds nothing but its uncertainty: its neighbours have it.
+    A window in which the counter did not move adds nothing but its uncertainty: its neighbours have its
+    energy.  Uncertainties add in quadrature: where in a tick one window begins says nothing of the next.
     """
     windows = list(windows)
     resolved = [window for window in windows if BELOW_RESOLUTION not in window.flags]
@@ -91,13 +93,19 @@ def total(windows: Iterable[Window], name: str = "total") -> Window:
     energy, poll = added("energy_joules", resolved), added("poll_joules")
     sources = {window.source for window in resolved}
     counted = energy is not None and poll is not None and "nvml_poll" not in sources
+    ticks = [window.quantisation_joules for window in windows]
+    quantisation = None if not ticks or None in ticks else math.hypot(*ticks)
+    flags = dict.fromkeys(flag for window in windows for flag in window.flags)
+    if energy is not None and quantisation is not None and quantisation <= NUMBER_SHARE * energy:
+        flags.pop("resolution_limited", None)
+        flags.pop(BELOW_RESOLUTION, None)
     return Window(
         name=name,
         seconds=added("seconds"),
         energy_joules=energy,
         source="none" if energy is None else sources.pop() if len(sources) == 1 else "nvml_poll",
         reason=None if energy is not None else first("reason") or "nothing was measured",
-        quantisation_joules=added("quantisation_joules"),
+        quantisation_joules=quantisation,
         poll_joules=poll,
         disagreement_pct=100 * (poll - energy) / energy if counted else None,
         net_joules=added("net_joules", resolved),
@@ -107,7 +115,7 @@ def total(windows: Iterable[Window], name: str = "total") -> Window:
         max_gap_seconds=max((window.max_gap_seconds for window in windows), default=0.0),
         start_celsius=windows[0].start_celsius if windows else None,
         end_celsius=windows[-1].end_celsius if windows else None,
-        flags=list(dict.fromkeys(flag for window in windows for flag in window.flags)),
+        flags=list(flags),
     )
 
 
@@ -174,8 +182,8 @@ class Meter:
         self,
         device: torch.device | str | None = None,
         *,
-        gpu: GpuSensor | None | str = "auto",
-        cpu: Rapl | None | str = "auto",
+        gpu: GpuSensor | str | None = "auto",
+        cpu: Rapl | str | None = "auto",
         clock=time,
         poll_seconds: float | None = POLL_SECONDS,
     ):
@@ -248,7 +256,9 @@ class Meter:
         self._fill(window, reading.seconds - start.seconds, measured)
 
     def so_far(self, window: Window) -> Window:
-        """What an open window has measured until now."""
+        """What an open window has measured until now; a closed one as it is."""
+        if window.seconds is not None:
+            return window
         with self._lock:
             reading = self._read()
             start, integral = next((s, i) for w, s, i in self._open if w is window)
@@ -339,6 +349,8 @@ class Meter:
         window.reason = None
         window.energy_joules = joules
         window.source = "fake" if self.gpu.simulated else "nvml_counter" if by_counter else "nvml_poll"
+        if self.gpu.simulated:
+            window.flags.append("simulated")
         window.quantisation_joules = joules / seconds * TICK_SECONDS
         if self.idle_watts is not None:
             window.net_joules = joules - self.idle_watts * seconds
@@ -346,7 +358,7 @@ class Meter:
             window.disagreement_pct = 100 * (window.poll_joules - joules) / joules
             if seconds >= COMPARE_SECONDS and abs(window.disagreement_pct) > SUSPECT_PCT:
                 window.flags.append("energy_suspect")
-        if seconds < NUMBER_SECONDS:
+        if window.quantisation_joules > NUMBER_SHARE * joules:
             window.flags.append("resolution_limited")
 
     def _synchronize(self) -> None:

@@ -6,7 +6,6 @@ nothing that cannot be read is taken as 0.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Protocol
 
@@ -139,20 +138,6 @@ class Rapl:
         self._microjoules += sum(moved)
         self._last = now
         return self._microjoules / 1e6
-
-
-def own_process_bytes(sensor: GpuSensor) -> int:
-    """Device memory of this process: what the allocator reserved, the CUDA context and loaded kernels.
-
-    Inside a container the process ids are the host's: if only one process is listed it is taken as ours.
-    """
-    processes = sensor.processes()
-    used = processes.get(os.getpid())
-    if used is None and len(processes) == 1:
-        (used,) = processes.values()
-    if used is None:
-        raise SensorError("NVML does not tell the memory of this process")
-    return used
 
 
 def _text(value: str | bytes) -> str:

@@ -1,0 +1,311 @@
+"""The meter against simulated GPUs whose true energy is known, and without any GPU."""
+
+import math
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from simulated_gpu import SimulatedGpu, VirtualClock, meter_of, training_trace
+
+from toolkit.errors import InputError
+from toolkit.measure import Meter, Rapl, SensorError, Window, total
+from toolkit.measure.meter import BELOW_RESOLUTION, TICK_SECONDS
+
+
+def measured(seed: int, seconds: float, **sensor) -> tuple[Window, float, SimulatedGpu]:
+    """One window over a random training run: the window, its true energy, the GPU."""
+    rng = np.random.default_rng(seed)
+    clock = VirtualClock()
+    gpu = SimulatedGpu(clock, training_trace(rng, seconds), phase=rng.uniform(0, 0.1), **sensor)
+    meter = meter_of(gpu)
+    clock.sleep(5.0 + rng.uniform(0, 0.3))
+    start = clock.now
+    with meter.window("train") as window:
+        clock.sleep(seconds)
+    return window, gpu.joules(clock.now) - gpu.joules(start), gpu
+
+
+@pytest.mark.parametrize("seconds", [20, 60])
+def test_counter_is_within_half_a_per_cent(seconds):
+    errors = []
+    for seed in range(200):
+        window, truth, gpu = measured(seed, seconds)
+        errors.append(abs(window.energy_joules - truth) / truth)
+        assert abs(window.energy_joules - truth) <= TICK_SECONDS * gpu.peak_watts
+        assert "simulated" in window.flags and window.source == "fake"
+    assert np.percentile(errors, 95) <= 0.005
+
+
+@pytest.mark.parametrize(("average", "limit"), [(1.0, 0.01), (0.1, 0.01), (0.025, 0.015)])
+def test_polling_alone_is_within_a_per_cent_in_a_minute(average, limit):
+    """Sensors of Ampere/Ada (1 s mean), Turing (100 ms) and GA100/GH100 (25 ms of every 100)."""
+    errors = []
+    for seed in range(100):
+        window, truth, _ = measured(seed, 60, window=average, counter=False)
+        errors.append(abs(window.energy_joules - truth) / truth)
+        assert window.disagreement_pct is None, "there is nothing to compare with"
+    assert np.percentile(errors, 95) <= limit
+
+
+def test_counter_and_polling_are_compared():
+    window, truth, _ = measured(0, 60)
+    assert window.poll_joules == pytest.approx(truth, rel=0.01)
+    assert window.disagreement_pct == pytest.approx(
+        100 * (window.poll_joules / window.energy_joules - 1), abs=1e-9
+    )
+    assert window.quantisation_joules == pytest.approx(window.energy_joules / 600, rel=1e-6)
+    assert window.samples == pytest.approx(602, abs=1) and window.max_gap_seconds == pytest.approx(0.1)
+
+
+def test_a_counter_that_lies_is_suspected():
+    clock = VirtualClock()
+    gpu = SimulatedGpu(clock, [(0, 200.0)])
+    honest = gpu.counter_joules
+    gpu.counter_joules = lambda: 0.5 * honest()
+    meter = meter_of(gpu)
+    with meter.window("train") as window:
+        clock.sleep(60)
+    assert "energy_suspect" in window.flags and window.disagreement_pct == pytest.approx(100, abs=1)
+
+
+trees = st.recursive(
+    st.floats(0.001, 5), lambda children: st.lists(children, min_size=1, max_size=4), max_leaves=12
+)
+
+
+@settings(max_examples=1000)
+@given(trees, st.integers(0, 2**32 - 1), st.booleans())
+def test_law_windows_are_additive(tree, seed, counter):
+    """Children that fill their parent sum to it; a parent counts its children once."""
+    clock = VirtualClock()
+    gpu = SimulatedGpu(clock, training_trace(np.random.default_rng(seed), 20), counter=counter)
+    meter = meter_of(gpu)
+    windows = []
+
+    def run(node, depth):
+        with meter.window(f"depth {depth}") as window:
+            windows.append(window)
+            if isinstance(node, float):
+                clock.sleep(node)
+            else:
+                for child in node:
+                    run(child, depth + 1)
+
+    start = clock.now
+    run(tree, 0)
+    for window in windows:
+        if window.children:
+            parts = total(window.children)
+            assert parts.seconds == pytest.approx(window.seconds, rel=1e-6)
+            if BELOW_RESOLUTION not in window.flags:
+                joules = [child.energy_joules or 0.0 for child in window.children]
+                assert sum(joules) == pytest.approx(window.energy_joules, rel=1e-6)
+    root = windows[0]
+    assert root.seconds == pytest.approx(clock.now - start, rel=1e-6)
+    if root.energy_joules:
+        slack = 2 * TICK_SECONDS * gpu.peak_watts + 1e-3
+        assert root.energy_joules == pytest.approx(gpu.joules(clock.now) - gpu.joules(start), abs=slack)
+
+
+REASONS = ["Not Supported", "GPU is lost", "Unknown Error", "Insufficient Permissions"]
+
+
+@settings(max_examples=1000)
+@given(
+    st.sampled_from(REASONS),
+    st.integers(0, 120),
+    st.one_of(st.just(math.inf), st.integers(1, 40)),
+    st.sampled_from([0.0, 0.001, 0.3]),
+    st.one_of(st.just(math.inf), st.floats(0.1, 5)),
+    st.tuples(st.booleans(), st.booleans()),
+    st.floats(0.01, 8),
+)
+def test_law_no_failure_becomes_a_zero(reason, first, number, latency, resets_at, supported, seconds):
+    """Lost GPUs, unsupported calls, resets and slow drivers: a figure near the truth, or a reason."""
+    clock = VirtualClock()
+    gpu = SimulatedGpu(
+        clock, [(0, 150.0)], latency=latency, resets_at=resets_at, counter=supported[0], power=supported[1],
+        failure=lambda reading: reason if first <= reading < first + number else None,
+    )  # fmt: skip
+    meter = meter_of(gpu)
+    with meter.window("train") as window:
+        clock.sleep(seconds)
+    if window.energy_joules is None:
+        assert window.reason and window.source == "none"
+    else:
+        assert window.reason is None and window.source == "fake"
+        slack = 150 * (3 * TICK_SECONDS + 2 * latency) + 1e-3
+        assert window.energy_joules == pytest.approx(150 * window.seconds, abs=slack)
+        assert window.energy_joules > 0
+
+
+def test_a_reset_of_the_counter_is_bridged_and_said():
+    clock = VirtualClock()
+    gpu = SimulatedGpu(clock, [(0, 150.0)], resets_at=30.0)
+    meter = meter_of(gpu)
+    with meter.window("train") as window:
+        clock.sleep(60)
+    assert "counter_reset" in window.flags
+    assert window.energy_joules == pytest.approx(9000, rel=0.005)
+
+
+def test_a_counter_that_never_moves_is_not_believed():
+    clock = VirtualClock()
+    gpu = SimulatedGpu(clock, [(0, 150.0)])
+    gpu.counter_joules = lambda: 7.0
+    meter = meter_of(gpu)
+    with meter.window("train") as window:
+        clock.sleep(20)
+    assert "counter_stuck" in window.flags and window.energy_joules == pytest.approx(3000, rel=0.01)
+
+
+def test_too_short_to_resolve_is_null_but_not_lost_in_a_sum():
+    clock = VirtualClock()
+    gpu = SimulatedGpu(clock, [(0, 100.0)])
+    meter = meter_of(gpu)
+    windows = []
+    for _ in range(3000):
+        with meter.window("step") as window:
+            clock.sleep(0.01)
+        windows.append(window)
+    assert any(w.energy_joules is None and "did not move" in w.reason for w in windows)
+    whole = total(windows)
+    assert whole.seconds == pytest.approx(30)
+    assert whole.energy_joules == pytest.approx(3000, rel=0.05)
+
+
+def test_sum_of_windows_lacks_what_one_of_them_lacks():
+    known = Window("a", seconds=1.0, energy_joules=5.0, source="nvml_counter", quantisation_joules=0.5)
+    unknown = Window("b", seconds=2.0, reason="NVML: GPU is lost")
+    whole = total([known, unknown])
+    assert whole.seconds == 3.0 and whole.energy_joules is None and whole.source == "none"
+    assert whole.reason == "NVML: GPU is lost"
+    assert total([]).energy_joules is None and total([]).reason
+    both = total([known, known])
+    assert both.energy_joules == 10 and both.quantisation_joules == pytest.approx(0.5 * math.sqrt(2))
+
+
+def test_idle_power_gives_net_energy_beside_gross():
+    clock = VirtualClock()
+    gpu = SimulatedGpu(clock, [(0, 30.0), (10, 180.0)])
+    meter = meter_of(gpu)
+    assert meter.measure_idle(seconds=5) == pytest.approx(30, rel=0.03)
+    clock.sleep(4)
+    with meter.window("train") as window:
+        clock.sleep(60)
+    assert window.energy_joules == pytest.approx(180 * 60, rel=0.005)
+    assert window.net_joules == pytest.approx(150 * 60, rel=0.01)
+
+
+def test_an_open_window_tells_what_it_has_so_far():
+    clock = VirtualClock()
+    meter = meter_of(SimulatedGpu(clock, [(0, 100.0)]))
+    with meter.window("train") as window:
+        clock.sleep(30)
+        half = meter.so_far(window)
+        clock.sleep(30)
+    assert half.energy_joules == pytest.approx(3000, rel=0.01)
+    assert window.energy_joules == pytest.approx(6000, rel=0.01)
+    assert meter.so_far(window) is window
+
+
+def test_without_a_gpu_energy_is_null_with_a_reason_and_time_is_there():
+    started = time.perf_counter()
+    meter = Meter()
+    with meter.window("train") as window:
+        time.sleep(0.02)
+    assert time.perf_counter() - started < 0.5
+    if not torch.cuda.is_available():
+        assert window.energy_joules is None and window.source == "none" and window.reason
+        assert meter.measure_idle() is None
+    assert window.seconds == pytest.approx(0.02, abs=0.1)
+    assert (window.cpu_joules is None) == bool(window.cpu_reason)
+
+
+def test_a_window_cannot_contain_itself():
+    meter = Meter("cpu")
+    with meter.window("train"), pytest.raises(InputError, match="open already"), meter.window("train"):
+        pass
+    with meter.window("train"):
+        pass  # one after the other is fine: a notebook cell runs twice
+
+
+def test_an_exception_closes_its_windows():
+    meter = meter_of(SimulatedGpu(VirtualClock(), [(0, 100.0)]))
+    with pytest.raises(KeyboardInterrupt), meter.window("train") as outer, meter.window("step") as inner:
+        raise KeyboardInterrupt
+    assert outer.seconds is not None and inner.seconds is not None
+    with meter.window("train"):
+        pass
+
+
+def test_the_device_is_awaited_at_the_edges_only(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waited.append(device))
+    clock = VirtualClock()
+    gpu = SimulatedGpu(clock, [(0, 100.0)])
+    meter = Meter("cuda:0", gpu=gpu, cpu=None, clock=clock, poll_seconds=None)
+    clock.every(0.1, meter.sample)
+    with meter.window("train"):
+        with meter.window("step"):
+            clock.sleep(10)
+        clock.sleep(10)
+    assert waited == [torch.device("cuda:0")] * 4
+
+
+def test_polling_costs_less_than_half_a_per_cent_of_a_core_and_ends():
+    clock = VirtualClock()
+    meter = Meter("cpu", gpu=SimulatedGpu(clock, [(0, 100.0)]), cpu=None)
+    with meter.window("train") as window:
+        time.sleep(3)
+    assert window.samples >= 15, "ten times a second, on a loaded machine less"
+    assert meter.poller_cpu_seconds <= 0.005 * window.seconds
+    assert "toolkit-meter" not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.fixture
+def powercap(tmp_path):
+    """`powercap(energies)` writes the counters of two packages and a memory zone below one."""
+
+    def write(first: int, second: int):
+        for zone, name, microjoules in (
+            ("intel-rapl:0", "package-0", first),
+            ("intel-rapl:0:0", "dram", 5),
+            ("intel-rapl:1", "package-1", second),
+        ):
+            folder = tmp_path / zone
+            folder.mkdir(exist_ok=True)
+            (folder / "name").write_text(name + "\n")
+            (folder / "max_energy_range_uj").write_text("999999999\n")
+            (folder / "energy_uj").write_text(f"{microjoules}\n")
+        return tmp_path
+
+    return write
+
+
+def test_cpu_energy_is_the_packages_and_survives_a_wrap(powercap):
+    rapl = Rapl(powercap(10_000_000, 999_000_000))
+    meter = Meter("cpu", cpu=rapl)
+    with meter.window("train") as window:
+        powercap(12_000_000, 1_000_000)  # the second passed 1000 J and began anew
+    assert window.cpu_joules == pytest.approx(2 + 2)
+    assert window.energy_joules is None, "CPU energy never stands in for the GPU's"
+
+
+def test_cpu_energy_that_vanishes_is_null_with_a_reason(powercap):
+    folder = powercap(0, 0)
+    meter = Meter("cpu", cpu=Rapl(folder))
+    with meter.window("train") as window:
+        (folder / "intel-rapl:1" / "energy_uj").unlink()
+    assert window.cpu_joules is None and "RAPL" in window.cpu_reason
+
+
+def test_no_readable_rapl_says_so(tmp_path):
+    with pytest.raises(SensorError, match="no CPU package"):
+        Rapl(tmp_path)
+    meter = Meter("cpu")
+    assert meter.cpu is not None or "RAPL" in meter.cpu_reason

@@ -1,0 +1,174 @@
+"""Memory of a step in detail: over time by phase and block, by category, and what surrounds the tensors."""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from toolkit.budget import DeviceMemory, TensorMemory, find_blocks
+from toolkit.errors import InputError
+from toolkit.measure.phases import current_phase
+from toolkit.measure.sensors import GpuSensor, SensorError
+
+
+class MemoryTrace(TorchDispatchMode):
+    """Logs the allocated bytes after every operator of a step, by phase and block, while it is entered.
+
+    `segments`: `{"phase": forward | backward | recompute | optimizer, "block": name or None,
+    "bytes": [...]}` in the order of time.  In backward an operator belongs to the block whose forward
+    pass made its node of the graph; so frozen parameters, which have none, are no obstacle.
+    """
+
+    def __init__(self, memory: DeviceMemory, model: nn.Module):
+        super().__init__()
+        self.memory = memory
+        self.segments: list[dict] = []
+        self._optimizing = False
+        self._block: str | None = None
+        self._starts: list[int] = []  # autograd sequence numbers at which a block begins or ends
+        self._owners: list[str | None] = []
+        try:
+            self._blocks = find_blocks(model)
+        except InputError:  # nothing repeats: the phases alone are shown
+            self._blocks = {}
+
+    def start_optimizer(self) -> None:
+        """What follows is the optimizer's step."""
+        self._optimizing = True
+
+    def __enter__(self) -> MemoryTrace:
+        self._hooks = [
+            handle
+            for name, block in self._blocks.items()
+            for handle in (
+                block.register_forward_pre_hook(lambda *_, name=name: self._enter_block(name)),
+                block.register_forward_hook(lambda *_: self._enter_block(None), always_call=True),
+            )
+        ]
+        return super().__enter__()
+
+    def __exit__(self, *exc) -> None:
+        for handle in self._hooks:
+            handle.remove()
+        super().__exit__(*exc)
+
+    def _enter_block(self, name: str | None) -> None:
+        if current_phase() == "forward":
+            self._block = name
+            self._starts.append(torch._C._autograd._get_sequence_nr())
+            self._owners.append(name)
+
+    def _block_now(self, phase: str) -> str | None:
+        if phase == "forward":
+            return self._block
+        node = torch._C._current_autograd_node()
+        if node is not None and node._sequence_nr() < 2**63:  # leaves have no place in the order
+            position = bisect_right(self._starts, node._sequence_nr()) - 1
+            self._block = self._owners[position] if position >= 0 else None
+        return self._block
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        phase = "optimizer" if self._optimizing else current_phase()
+        block = None if self._optimizing else self._block_now(phase)
+        last = self.segments[-1] if self.segments else None
+        if last is None or (last["phase"], last["block"]) != (phase, block):
+            last = {"phase": phase, "block": block, "bytes": []}
+            self.segments.append(last)
+        last["bytes"].append(self.memory.allocated_bytes)
+        return result
+
+
+CATEGORIES = ("parameters", "buffers", "gradients", "optimizer", "activations", "temporaries", "inputs")
+
+
+class CategoryMemory(TensorMemory):
+    """`TensorMemory` that also counts by category, to compare with tools that do.
+
+    `category_peaks` are the categories' own maxima, whenever they occur.  Their sum, which some tools
+    call the peak, is reached at no moment: it is at least `peak_bytes`.
+    """
+
+    def __init__(self, device: torch.device, model: nn.Module):
+        super().__init__(device)
+        self.category_bytes: Counter = Counter()
+        self.category_peaks: Counter = Counter()
+        self.optimizing = False
+        self._category: dict[int, str] = {}
+        self._announced: str | None = None
+        self.track_as("parameters", model.parameters())
+        self.track_as("buffers", model.buffers())
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda p: self._move(p.grad, "gradients"))
+
+    def track_as(self, category: str, tensors: Iterable[torch.Tensor]) -> None:
+        """Count tensors that were made outside, under `category`."""
+        self._announced = category
+        self.track(tensors)
+        self._announced = None
+
+    def reset_peak(self) -> None:
+        super().reset_peak()
+        self.category_peaks = Counter(self.category_bytes)
+
+    def _category_now(self) -> str:
+        if self._announced:
+            return self._announced
+        if self.optimizing:
+            return "optimizer"
+        return "temporaries" if current_phase() == "backward" else "activations"
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        key = tensor.untyped_storage()._cdata
+        known = key in self._live
+        super()._count(tensor)
+        if not known and key in self._live:
+            self._add(key, self._live[key].nbytes, self._category_now())
+
+    def _add(self, key: int, nbytes: int, category: str) -> None:
+        self._category[key] = category
+        self.category_bytes[category] += nbytes
+        self.category_peaks[category] = max(self.category_peaks[category], self.category_bytes[category])
+
+    def _move(self, tensor: torch.Tensor, category: str) -> None:
+        key = tensor.untyped_storage()._cdata
+        nbytes = self._live[key].nbytes
+        self.category_bytes[self._category[key]] -= nbytes
+        self._add(key, nbytes, category)
+
+    def _freed(self, reference) -> None:
+        if self._live.get(reference.key) is reference:
+            self.category_bytes[self._category.pop(reference.key)] -= reference.nbytes
+        super()._freed(reference)
+
+
+def context_bytes(sensor: GpuSensor, device: torch.device) -> int:
+    """What this process holds on a CUDA device beside its allocator: context, kernels, libraries.
+
+    Read it while the process works: kernels are loaded on first use.  Raises `SensorError`.
+    """
+    context = own_process_bytes(sensor) - torch.cuda.memory_reserved(device)
+    if context < 0:
+        raise SensorError("NVML reports less memory for this process than its allocator holds")
+    return context
+
+
+def own_process_bytes(sensor: GpuSensor) -> int:
+    """Device memory of this process, by NVML: the allocator's and the context's.
+
+    In a container the listed process ids may be the host's: a single process is taken to be this one.
+    """
+    processes = sensor.processes()
+    used = processes.get(os.getpid())
+    if used is None and len(processes) == 1:
+        (used,) = processes.values()
+    if used is None:
+        raise SensorError("NVML does not tell the memory of this process")
+    return used

@@ -1,0 +1,164 @@
+"""Scores that weigh accuracy against cost, and companions that no choice of units moves.
+
+NetScore family, all 20·log10(accuracy² / cost), accuracy in per cent:
+
+| kind | cost | source |
+|---|---|---|
+| NS | (params · MACs)^1/2, in millions and billions | Wong 2018, arXiv 1806.05512 |
+| NS-E | (seconds · watts)^1/8 | arXiv 2607.02158 |
+| NS-M | (peak memory)^1/8, in MiB | arXiv 2607.02158 |
+| NS# | (peak memory · seconds · watts)^1/8 | arXiv 2607.02158 |
+
+A decibel scale has no zero: in GiB instead of MiB NS-M is 7.53 higher.  So units are in the names of the
+arguments, and the phase (training or inference) belongs to every published score.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from toolkit.errors import InputError, check_name
+
+# Exponents of the costs; accuracy has 2.
+NETSCORES: dict[str, dict[str, float]] = {
+    "NS": {"params_m": 1 / 2, "macs_g": 1 / 2},
+    "NS-E": {"seconds": 1 / 8, "watts": 1 / 8},
+    "NS-M": {"peak_mib": 1 / 8},
+    "NS#": {"peak_mib": 1 / 8, "seconds": 1 / 8, "watts": 1 / 8},
+}
+
+
+def netscore(
+    kind: str | Mapping[str, float],
+    accuracy_pct: float | None,
+    *,
+    params_m: float | None = None,
+    macs_g: float | None = None,
+    seconds: float | None = None,
+    watts: float | None = None,
+    peak_mib: float | None = None,
+) -> float | None:
+    """NetScore in decibels; `kind` names a set of exponents (`NETSCORES`) or is one: cost -> exponent.
+
+    Costs that the kind does not use are ignored.  None where the accuracy or a cost is missing or not
+    positive; `why_no_score` says which.  Raises `InputError` for an unknown kind.
+    """
+    exponents = _exponents(kind)
+    costs = _costs(params_m, macs_g, seconds, watts, peak_mib)
+    if why_no_score(kind, accuracy_pct, **costs):
+        return None
+    log_cost = sum(exponent * math.log10(costs[name]) for name, exponent in exponents.items())
+    return 20 * (2 * math.log10(accuracy_pct) - log_cost)
+
+
+def why_no_score(kind: str | Mapping[str, float], accuracy_pct: float | None, **costs) -> str | None:
+    """The reason for which `netscore` of these figures is None, or None if there is a score."""
+    for name in ("accuracy_pct", *_exponents(kind)):
+        value = accuracy_pct if name == "accuracy_pct" else costs.get(name)
+        if value is None:
+            return f"{name} was not measured"
+        if not (math.isfinite(value) and value > 0):
+            return f"{name} is {value}, and the logarithm needs a positive number"
+    return None
+
+
+def _exponents(kind: str | Mapping[str, float]) -> Mapping[str, float]:
+    if isinstance(kind, str):
+        return NETSCORES[check_name("score", kind, NETSCORES)]
+    for name in kind:
+        check_name("cost", name, _costs(*[None] * 5))
+    return kind
+
+
+def _costs(params_m, macs_g, seconds, watts, peak_mib) -> dict[str, float | None]:
+    return dict(params_m=params_m, macs_g=macs_g, seconds=seconds, watts=watts, peak_mib=peak_mib)
+
+
+# Three formulas go by the name of SAM (Sustainable Accuracy Metric), with three units of energy.
+SAM_VERSIONS = ("cifar100_vits16_repro/legacy", "cifar100_vits16_repro/src", "VideoClassificationTest")
+
+
+def sam(version: str, accuracy: float, joules: float | None, exponent: float = 1.0) -> float | None:
+    """SAM_k with alpha = beta = k = `exponent`; `accuracy` as a fraction, as its sources have it.
+
+    * `cifar100_vits16_repro/legacy`: k·accuracy^k / log10(watt-hours)
+    * `cifar100_vits16_repro/src`: accuracy^k / log10(joules)^k
+    * `VideoClassificationTest`: k·accuracy^k / log10(millijoules)
+
+    The logarithm passes through zero at one unit of energy, where the score jumps from -∞ to +∞: for
+    comparison with published figures only.  None where energy is missing, not positive, or one unit.
+    """
+    check_name("SAM version", version, SAM_VERSIONS)
+    if joules is None or joules <= 0:
+        return None
+    unit_joules = dict(zip(SAM_VERSIONS, (3600.0, 1.0, 1e-3)))[version]
+    log_energy = math.log10(joules / unit_joules)
+    if log_energy == 0:
+        return None
+    if version == "cifar100_vits16_repro/src":
+        if log_energy < 0:
+            return None  # a root of a negative number for most exponents
+        return accuracy**exponent / log_energy**exponent
+    return exponent * accuracy**exponent / log_energy
+
+
+def pareto_rank(accuracy: Sequence[float], costs: Sequence[Sequence[float]]) -> np.ndarray:
+    """Rank of each of N points, int (N,): 1 where no other is at least as good in all and better in one,
+    2 where that holds once rank 1 is taken away, and so on.
+
+    `accuracy` (N,), more is better; `costs` (N, K), less is better.  Only comparisons enter, so no
+    change of unit or scale moves a rank.  Missing values are not ranked: raises `InputError`.
+    """
+    points = _points(accuracy, costs)
+    better = (points[:, None] <= points[None]).all(2) & (points[:, None] < points[None]).any(2)
+    ranks = np.zeros(len(points), dtype=int)
+    rank = 0
+    while (open_ := ranks == 0).any():
+        rank += 1
+        ranks[open_ & ~better[open_].any(0)] = rank
+    return ranks
+
+
+def hypervolume(
+    accuracy_pct: Sequence[float], costs: Sequence[Sequence[float]], worst_costs: Sequence[float]
+) -> float:
+    """Share of the box from (0 %, `worst_costs`) to (100 %, no cost) that the points dominate, 0 to 1.
+
+    `accuracy_pct` (N,), `costs` (N, K), `worst_costs` (K,) in the costs' own units, which cancel.  Sets
+    are comparable only under the same `worst_costs`.  Points beyond the box add nothing.
+    """
+    points = _points(accuracy_pct, costs)
+    worst = np.asarray(worst_costs, dtype=float)
+    if worst.shape != (points.shape[1] - 1,) or not (worst > 0).all():
+        raise InputError(f"worst_costs must hold {points.shape[1] - 1} positive numbers, got {worst_costs}.")
+    losses = np.column_stack([1 + points[:, 0] / 100, points[:, 1:] / worst])  # 0 best, 1 the box's end
+    return _dominated(losses[(losses < 1).all(1)].clip(0))
+
+
+def _dominated(losses: np.ndarray) -> float:
+    """Volume of the union of the boxes from each row to (1, ..., 1), sliced along the first axis."""
+    if len(losses) == 0:
+        return 0.0
+    if losses.shape[1] == 1:
+        return float(1 - losses.min())
+    losses = losses[losses[:, 0].argsort(kind="stable")]
+    edges = np.append(losses[:, 0], 1.0)
+    return sum(
+        (edges[i + 1] - edges[i]) * _dominated(losses[: i + 1, 1:])
+        for i in range(len(losses))
+        if edges[i + 1] > edges[i]
+    )
+
+
+def _points(accuracy, costs) -> np.ndarray:
+    """(N, 1 + K), all to be minimised."""
+    accuracy, costs = np.asarray(accuracy, dtype=float), np.asarray(costs, dtype=float)
+    if costs.ndim != 2 or len(accuracy) != len(costs):
+        raise InputError(f"costs must have a row for each of {len(accuracy)} accuracies, got {costs.shape}.")
+    points = np.column_stack([-accuracy, costs])
+    if not np.isfinite(points).all():
+        raise InputError("a point with a missing figure cannot be ranked; leave it or the figure out.")
+    return points
