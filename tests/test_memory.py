@@ -5,7 +5,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolkit.budget import TensorMemory
-from toolkit.training import MemoryTrace
 
 CPU = torch.device("cpu")
 
@@ -89,18 +88,3 @@ def test_law_allocated_is_the_sum_of_the_living(actions):
         peak = max(peak, living)
         assert memory.allocated_bytes == living
     assert memory.peak_bytes == peak
-
-
-def test_trace_follows_the_counter():
-    memory = TensorMemory(CPU)
-    with memory, MemoryTrace(memory) as trace:
-        trace.start("forward")
-        a = torch.zeros(1024)
-        trace.start("backward")
-        b = a + 1
-        del a
-        b.mul_(2)
-    assert trace.segments == [
-        {"phase": "forward", "bytes": [4096]},
-        {"phase": "backward", "bytes": [8192, 4096]},
-    ]

@@ -2,9 +2,12 @@
 
 import dataclasses
 import gc
+import itertools
 import os
 import signal
+import time
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,16 +81,66 @@ def test_peak_of_counted_steps_is_the_peak_of_all_steps(demo_model, few_digits, 
     assert counted.peak_bytes == everything.peak_bytes > 0
 
 
+def phases(trace):
+    """Phases of a memory trace in the order of time, blocks aside."""
+    return [phase for phase, _ in itertools.groupby(segment["phase"] for segment in trace)]
+
+
 def test_memory_trace_peaks_where_the_peak_is(demo_model, few_digits):
     result = toolkit.fit(demo_model("full"), few_digits, experiment())
-    assert [segment["phase"] for segment in result.memory_trace] == ["forward", "backward", "optimizer"]
+    assert phases(result.memory_trace) == ["forward", "backward", "optimizer"]
     assert max(max(segment["bytes"]) for segment in result.memory_trace) == result.peak_bytes
 
 
 def test_memory_trace_keeps_the_order_of_micro_batches(demo_model, few_digits):
     result = toolkit.fit(demo_model("full"), few_digits, experiment(epochs=1, micro_batch_size=16))
-    phases = [segment["phase"] for segment in result.memory_trace]
-    assert phases == ["forward", "backward", "forward", "backward", "optimizer"]
+    assert phases(result.memory_trace) == ["forward", "backward", "forward", "backward", "optimizer"]
+
+
+def test_flops_of_a_step_show_what_a_strategy_repeats(demo_model, few_digits):
+    flops = {}
+    for strategy in ("none", "static", "threshold"):
+        e = experiment(method="lora", checkpointing=strategy, budget="10 MiB")
+        flops[strategy] = toolkit.fit(demo_model("lora"), few_digits, e).step_flops
+    expected = toolkit.flops(demo_model("lora"), torch.zeros(32, 3, 32, 32))
+    assert flops["none"]["recompute"] == 0 < flops["threshold"]["recompute"] <= flops["static"]["recompute"]
+    for count in flops.values():
+        assert count["forward"] == expected.forward / 32 and count["backward"] == expected.backward / 32
+
+
+def test_windows_of_a_run_add_up(demo_model, few_digits, tmp_path):
+    meter = toolkit.Meter("cpu")
+    with meter.window("whole") as whole:
+        result = toolkit.fit(
+            demo_model("full"), few_digits, experiment(), folder=tmp_path, snapshot_seconds=0, meter=meter
+        )
+    fit, train, validation = (result.windows[name] for name in ("fit", "train", "validation"))
+    assert train["seconds"] + validation["seconds"] <= fit["seconds"] <= whole.seconds
+    assert train["seconds"] == result.train_seconds > result.data_seconds
+    assert 0 < result.windows["snapshot"]["seconds"] < fit["seconds"]
+    assert train["energy_joules"] is None and train["reason"]
+
+
+def test_energy_of_a_run_survives_a_kill(demo_model, few_digits, tmp_path, monkeypatch):
+    """A simulated GPU of 100 W: joules per second stay what they are across two processes' meters."""
+    from simulated_gpu import SimulatedGpu
+
+    def meter():
+        gpu = SimulatedGpu(SimpleNamespace(now=0.0), [(0, 100.0)])
+        gpu.counter_joules = lambda: 100 * time.perf_counter()
+        gpu.watts = lambda: 100.0
+        return toolkit.Meter("cpu", gpu=gpu, cpu=None)
+
+    e = experiment(epochs=3)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_after(patch, 5)
+        toolkit.fit(demo_model(), few_digits, e, folder=tmp_path, snapshot_seconds=0, meter=meter())
+    result = toolkit.fit(demo_model(), few_digits, e, folder=tmp_path, snapshot_seconds=0, meter=meter())
+    assert result.resumes == 1
+    for name in ("fit", "train", "validation"):
+        window = result.windows[name]
+        assert window["source"] == "fake"
+        assert window["energy_joules"] == pytest.approx(100 * window["seconds"], rel=0.05)
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch(demo_model, few_digits):

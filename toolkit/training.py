@@ -285,10 +285,12 @@ class _Run:
                     logits = self.model(x)
                     # Weighted so that the slices' gradients add up to the whole batch's mean.
                     loss = F.cross_entropy(logits, y) * (len(y) / len(labels))
+                hits = (logits.detach().argmax(1) == y).sum()
+                del x, y, logits
                 self.scaler.scale(loss).backward()
                 batch_loss += loss.item()
-                correct += (logits.detach().argmax(1) == y).sum().item()
-                del x, y, logits, loss
+                correct += hits.item()
+                del loss, hits
             if not math.isfinite(batch_loss):
                 raise _NotFinite(f"loss {batch_loss} at step {self.result.steps + 1}")
             if tracing:

@@ -2,9 +2,9 @@
 
 Two per multiply-add of matrix products, convolutions (grouped and depthwise ones too), attention, 4-bit
 linears and selective scans, and the arithmetic of fused normalisation layers (5 % of a MobileNet's
-step).  Not counted: activations, softmax, residual additions, bias additions, pooling, the optimizer,
-and what a kernel repeats inside itself (flash attention's scores), so that a model has one figure
-whatever kernel runs it.
+step).  Not counted: activations, softmax, additions of residuals and biases, pooling, recurrent layers,
+the optimizer, and what a kernel repeats inside itself (flash attention's scores), so that a model has
+one figure whatever kernel runs it.
 
 torch.utils.flop_counter supplies the formulas that are right there.  Ours replace: the weight gradient
 of grouped convolutions, which it multiplies by the number of groups (2.14.1; pytorch pull request

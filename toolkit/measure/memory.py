@@ -75,6 +75,8 @@ class MemoryTrace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return result  # `.item()` after backward is no forward pass
         phase = "optimizer" if self._optimizing else current_phase()
         block = None if self._optimizing else self._block_now(phase)
         last = self.segments[-1] if self.segments else None

@@ -1,0 +1,108 @@
+"""Memory over a step by phase and block, and by category."""
+
+import timm
+import torch
+from torch import nn
+
+from toolkit.budget import Checkpointing, TensorMemory, device_memory
+from toolkit.measure.fake_step import on_fake_tensors
+from toolkit.measure.memory import CategoryMemory, MemoryTrace
+
+CPU = torch.device("cpu")
+
+
+def trace_step(model, batch):
+    """Trace of one AdamW step, and its memory counter."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    memory = TensorMemory(CPU)
+    memory.track([*model.parameters(), *model.buffers(), *batch])
+    with memory, MemoryTrace(memory, model) as trace:
+        images, labels = batch
+        nn.functional.cross_entropy(model(images), labels).backward()
+        trace.start_optimizer()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return trace.segments, memory
+
+
+def test_trace_follows_the_counter():
+    memory = TensorMemory(CPU)
+    weight = torch.ones(1024, requires_grad=True)
+    with memory, MemoryTrace(memory, nn.Linear(1, 1)) as trace:
+        loss = (weight * 2).sum()
+        loss.backward()
+        trace.start_optimizer()
+        weight.grad.mul_(2)
+    phases = [(segment["phase"], segment["block"]) for segment in trace.segments]
+    assert phases == [("forward", None), ("backward", None), ("optimizer", None)]
+    assert trace.segments[0]["bytes"][:2] == [4096, 4096 + 512], "the product, and its sum"
+    assert trace.segments[-1]["bytes"] == [memory.allocated_bytes]
+
+
+def test_blocks_in_the_order_of_a_step_with_frozen_parameters(demo_model, batch):
+    """LoRA: most parameters are frozen, so torch's own tracker could not hook them."""
+    segments, memory = trace_step(demo_model("lora"), batch)
+    order = [(segment["phase"], segment["block"]) for segment in segments]
+    blocks = [f"base_model.model.blocks.{i}" for i in range(4)]
+    assert [block for phase, block in order if phase == "forward" and block] == blocks
+    assert [block for phase, block in order if phase == "backward" and block] == blocks[::-1]
+    assert not [phase for phase, _ in order if phase == "recompute"]
+    assert order[-1] == ("optimizer", None)
+    assert max(max(segment["bytes"]) for segment in segments) == memory.peak_bytes
+
+
+def test_recomputation_belongs_to_its_block(demo_model, batch):
+    model = demo_model("bitfit")
+    with Checkpointing(model, "static", memory=device_memory(CPU), budget_bytes=1):
+        segments, _ = trace_step(model, batch)
+    order = [(segment["phase"], segment["block"]) for segment in segments]
+    recomputed = [block for phase, block in order if phase == "recompute"]
+    assert recomputed == [f"blocks.{i}" for i in (3, 2, 1, 0)]
+    for block in recomputed:
+        assert order.index(("recompute", block)) < len(order) - 1 - order[::-1].index(("backward", block))
+
+
+def test_tracing_leaves_no_hooks(demo_model, batch):
+    model = demo_model("full")
+    trace_step(model, batch)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def category_step(model, images, steps=2):
+    memory = CategoryMemory(CPU, model)
+    memory.track_as("inputs", [images])
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], fused=True)
+    with memory:
+        for step in range(steps):
+            model(images).sum().backward()
+            memory.optimizing = True
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            memory.optimizing = False
+            if step == 0:
+                memory.reset_peak()  # from now on the optimizer has its state
+    return memory
+
+
+def test_categories_partition_the_memory(demo_model, batch):
+    model = demo_model("full")
+    memory = category_step(model, batch[0])
+    assert sum(memory.category_bytes.values()) == memory.allocated_bytes
+    parameters = sum(-(-p.numel() * 4 // 512) * 512 for p in model.parameters())
+    assert memory.category_bytes["parameters"] == memory.category_peaks["gradients"] == parameters
+    assert 2 * parameters <= memory.category_peaks["optimizer"] < 2.2 * parameters
+    assert sum(memory.category_peaks.values()) > memory.peak_bytes, "the maxima do not coincide"
+
+
+def test_frozen_parameters_have_no_gradients(demo_model, batch):
+    memory = category_step(demo_model("lora"), batch[0])
+    assert 0 < memory.category_peaks["gradients"] < memory.category_peaks["parameters"] / 4
+
+
+def test_fake_tensors_take_the_bytes_of_real_ones():
+    images = torch.randn(2, 3, 64, 64)
+    real = category_step(timm.create_model("resnet18"), images)
+    model = timm.create_model("resnet18")
+    with on_fake_tensors(model, images) as fake_images:
+        fake = category_step(model, fake_images)
+    assert (fake.peak_bytes, fake.category_peaks) == (real.peak_bytes, real.category_peaks)
