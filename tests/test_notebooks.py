@@ -29,12 +29,12 @@ def test_committed_clean(path):
     assert notebook.cells[0].source.startswith("# ") and "**Question.**" in notebook.cells[0].source
 
 
-def test_finetune_and_compare_pass_nbval(tmp_path):
-    """With their default parameters, compare on the record that finetune left."""
+def test_notebooks_pass_nbval(tmp_path):
+    """With their default parameters, compare on the record that finetune left; the audit of literature."""
     done = subprocess.run(
         [
             sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env", "-p", "no:cacheprovider",
-            "notebooks/finetune.ipynb", "notebooks/compare.ipynb",
+            "notebooks/finetune.ipynb", "notebooks/compare.ipynb", "notebooks/audit_published_numbers.ipynb",
         ],
         cwd=ROOT, capture_output=True, text=True, env=os.environ | {"TOOLKIT_RUNS": str(tmp_path)},
     )  # fmt: skip

@@ -45,15 +45,19 @@ def learning_curves(history: list[dict]) -> Figure:
 
 
 def memory_over_step(trace: list[dict], budget_bytes: int, peak_bytes: int) -> Figure:
-    """Allocated memory after each operator of one training step, with the budget and the run's peak."""
+    """Allocated memory after each operator of one training step, with the budget and the run's peak.
+
+    `trace`: segments of `measure.memory.MemoryTrace`; shades alternate from block to block.
+    """
     figure, axes = plt.subplots(figsize=(10, 3.5), layout="constrained")
-    colours = dict(zip(("forward", "backward", "optimizer"), sns.color_palette()))
-    start = 0
+    colours = dict(zip(("forward", "backward", "recompute", "optimizer"), sns.color_palette()))
+    start, shades = 0, {}
     for segment in trace:
         points = [count / 2**20 for count in segment["bytes"]]
         first = segment["phase"] not in axes.get_legend_handles_labels()[1]
+        shade = shades.setdefault(segment["block"], 0.55 if len(shades) % 2 else 0.85)
         axes.fill_between(
-            range(start, start + len(points)), points, alpha=0.6, linewidth=0,
+            range(start, start + len(points)), points, alpha=shade, linewidth=0, step="post",
             color=colours[segment["phase"]], label=segment["phase"] if first else None,
         )  # fmt: skip
         start += len(points)

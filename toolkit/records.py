@@ -31,6 +31,13 @@ from toolkit.training import Evaluation, FitResult
 SCHEMA_VERSION = 2
 FILE_NAME = "record.json"
 FINISHED = ("ok", "oom", "nan")  # a run with such a record is not repeated; interrupted and failed ones are
+OVERVIEW = (
+    "test_top1_pct", "train_seconds", "train_energy_joules", "train_net_joules", "train_cpu_joules",
+    "energy_source", "train_peak_bytes", "train_reserved_peak_bytes", "context_bytes", "within_budget",
+    "forward_flops_per_image", "backward_flops_per_image", "recompute_flops_per_image",
+    "inference_macs_per_image", "ns", "ns_e_inference", "ns_m_inference", "ns_sharp_inference",
+    "ns_e_training", "ns_m_training", "ns_sharp_training",
+)  # fmt: skip
 GROUPS = ("run", "config", "data", "quality", "time", "energy", "memory", "flops", "scores", "env")
 
 
@@ -130,6 +137,12 @@ class RunRecord:
         record._score(summary)
         record._explain(result, evaluation)
         return record
+
+    def overview(self) -> pd.DataFrame:
+        """The figures that people look at first, with the reason where there is none."""
+        values = {name: value for group in GROUPS for name, value in getattr(self, group).items()}
+        rows = [(name, values.get(name), self.missing.get(name, "")) for name in OVERVIEW]
+        return pd.DataFrame(rows, columns=["", "value", "missing because"]).set_index("")
 
     def _score(self, summary: Summary) -> None:
         """Fill in the NetScore family: of the test pass, and with training's costs."""
