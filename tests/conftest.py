@@ -18,6 +18,10 @@ os.environ["TOOLKIT_RUNS"] = os.path.join(_folder, "runs")
 os.environ["TOOLKIT_FIGURES"] = os.path.join(_folder, "figures")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# One test process per core (pytest-xdist): two threads in each would wait for one another.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import hypothesis  # noqa: E402
 import no_network_guard  # noqa: E402, F401
 import pytest  # noqa: E402

@@ -29,18 +29,27 @@ def test_committed_clean(path):
     assert notebook.cells[0].source.startswith("# ") and "**Question.**" in notebook.cells[0].source
 
 
-def test_notebooks_pass_nbval(tmp_path):
-    """With their default parameters, compare on the record that finetune left; the audit of literature."""
+def nbval(folder, *names):
+    """Run notebooks with their default parameters, cell by cell, their runs below `folder`."""
     done = subprocess.run(
         [
             sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env", "-p", "no:cacheprovider",
-            "notebooks/finetune.ipynb", "notebooks/compare.ipynb", "notebooks/audit_published_numbers.ipynb",
+            "-n", "0", *(f"notebooks/{name}.ipynb" for name in names),
         ],
-        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"TOOLKIT_RUNS": str(tmp_path)},
+        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"TOOLKIT_RUNS": str(folder)},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_finetune_and_compare_pass_nbval(tmp_path):
+    """Compare on the record that finetune left."""
+    nbval(tmp_path, "finetune", "compare")
     (record,) = toolkit.load_records(tmp_path).itertuples()
     assert record.status == "ok" and record.test_top1_pct > 85
+
+
+def test_audit_passes_nbval(tmp_path):
+    nbval(tmp_path, "audit_published_numbers")
 
 
 def test_pretraining_runs_at_toy_size(tmp_path):

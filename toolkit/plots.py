@@ -10,7 +10,6 @@ import pandas as pd
 import seaborn as sns
 import torchvision
 from matplotlib.figure import Figure
-from sklearn.metrics import ConfusionMatrixDisplay
 from torch.utils.data import Dataset
 
 from toolkit.methods import METHODS
@@ -75,15 +74,14 @@ def confusion_matrix(evaluation: Evaluation, classes: list[str]) -> Figure:
     many = len(classes) > 20
     side = 5 if len(classes) <= 10 else 7
     figure, axes = plt.subplots(figsize=(side + 1, side), layout="constrained")
-    ConfusionMatrixDisplay.from_predictions(
-        evaluation.labels, evaluation.predictions, labels=range(len(classes)), normalize="true",
-        display_labels=None if many else [name.replace("$", r"\$") for name in classes],
-        include_values=len(classes) <= 10, values_format=".2f", xticks_rotation="vertical",
-        cmap="Blues", ax=axes, text_kw={"fontsize": 8},
+    pairs = pd.crosstab(evaluation.labels.numpy(), evaluation.predictions.numpy(), normalize="index")
+    names = False if many else [name.replace("$", r"\$") for name in classes]
+    sns.heatmap(
+        pairs.reindex(index=range(len(classes)), columns=range(len(classes)), fill_value=0.0),
+        vmin=0, vmax=1, cmap="Blues", square=True, annot=len(classes) <= 10, fmt=".2f",
+        annot_kws={"fontsize": 8}, xticklabels=names, yticklabels=names, ax=axes,
     )  # fmt: skip
-    axes.grid(False)
-    if many:
-        axes.set(xticks=[], yticks=[])
+    axes.set(xlabel="predicted", ylabel="true")
     return figure
 
 
