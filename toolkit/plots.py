@@ -59,6 +59,11 @@ def memory_over_step(trace: list[dict], budget_bytes: int, peak_bytes: int) -> F
             range(start, start + len(points)), points, alpha=shade, linewidth=0, step="post",
             color=colours[segment["phase"]], label=segment["phase"] if first else None,
         )  # fmt: skip
+        # Peaks last one operator, less than a pixel: a line keeps them visible.
+        axes.step(
+            range(start, start + len(points)), points, where="post", linewidth=0.6,
+            color=colours[segment["phase"]],
+        )  # fmt: skip
         start += len(points)
     axes.axhline(budget_bytes / 2**20, color="black", linestyle="--", linewidth=1, label="budget")
     axes.axhline(peak_bytes / 2**20, color="black", linestyle=":", linewidth=1, label="peak of all steps")

@@ -17,6 +17,7 @@ from pathlib import Path
 import pandas as pd
 from torch import nn
 
+from toolkit.budget import format_bytes
 from toolkit.datasets import Splits
 from toolkit.environment import environment, installed_packages
 from toolkit.experiment import Experiment
@@ -139,9 +140,9 @@ class RunRecord:
         return record
 
     def overview(self) -> pd.DataFrame:
-        """The figures that people look at first, with the reason where there is none."""
+        """The figures that people look at first, as text, with the reason where there is none."""
         values = {name: value for group in GROUPS for name, value in getattr(self, group).items()}
-        rows = [(name, values.get(name), self.missing.get(name, "")) for name in OVERVIEW]
+        rows = [(name, _readable(name, values.get(name)), self.missing.get(name, "")) for name in OVERVIEW]
         return pd.DataFrame(rows, columns=["", "value", "missing because"]).set_index("")
 
     def _score(self, summary: Summary) -> None:
@@ -163,7 +164,8 @@ class RunRecord:
                 column = name if kind == "NS" else f"{name}_{phase}"
                 self.scores[column] = netscore(kind, accuracy, **costs)
                 if self.scores[column] is None:
-                    self.missing[column] = why_no_score(kind, accuracy, **costs)
+                    reason = why_no_score(kind, accuracy, **costs)
+                    self.missing[column] = reason.replace("watts was", "energy was")
 
     def _explain(self, result: FitResult, evaluation: Evaluation | None) -> None:
         """Give every null its reason."""
@@ -233,6 +235,16 @@ def _run_fields(experiment: Experiment, status: str, error: str | None) -> dict:
         "error": error,
         "ended_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _readable(name: str, value: object) -> str:
+    if value is None:
+        return "–"
+    if name.endswith("_bytes"):
+        return format_bytes(value)
+    if "_flops_" in name or "_macs_" in name:
+        return f"{value / 1e6:,.1f} M"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def _window(result: FitResult, name: str) -> Window:

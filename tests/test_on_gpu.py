@@ -1,0 +1,73 @@
+"""What only a CUDA device can show: the energy counter against polling, the context, the spread."""
+
+import statistics
+
+import pytest
+import torch
+
+import toolkit
+from toolkit.measure import Meter
+from toolkit.measure.memory import context_bytes
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def work(seconds: float) -> None:
+    """Keep the device busy, forward and backward."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    a = torch.randn(2048, 2048, device="cuda", requires_grad=True)
+    start.record()
+    while True:
+        for _ in range(20):
+            (a @ a).sum().backward()
+        end.record()
+        end.synchronize()
+        if start.elapsed_time(end) > 1000 * seconds:
+            return
+
+
+def test_counter_and_polling_agree_over_a_minute():
+    meter = Meter()
+    if meter.gpu is None:
+        pytest.skip(meter.reason)
+    idle = meter.measure_idle()
+    with meter.window("work") as window:
+        work(60)
+    print(meter, window)
+    assert window.source == "nvml_counter" and abs(window.disagreement_pct) <= 5
+    assert window.energy_joules > idle * window.seconds and window.net_joules > 0
+
+
+def test_run_to_run_spread_is_small():
+    meter = Meter()
+    if meter.gpu is None:
+        pytest.skip(meter.reason)
+    work(10)  # warm silicon leaks more
+    powers = []
+    for _ in range(5):
+        with meter.window("work") as window:
+            work(10)
+        powers.append(window.energy_joules / window.seconds)
+    print(powers)
+    assert statistics.stdev(powers) / statistics.mean(powers) <= 0.02
+
+
+def test_context_is_what_the_process_holds_beside_its_allocator():
+    meter = Meter()
+    if meter.gpu is None:
+        pytest.skip(meter.reason)
+    work(0.1)
+    assert 50 * 2**20 < context_bytes(meter.gpu, torch.device("cuda")) < 3 * 2**30
+
+
+def test_a_run_on_the_gpu_is_measured_throughout(demo_model, few_digits, tmp_path):
+    experiment = toolkit.Experiment(epochs=2, batch_size=32, device="cuda", method="lora")
+    meter = Meter()
+    model = demo_model("lora")
+    result = toolkit.fit(model, few_digits, experiment, meter=meter, folder=tmp_path)
+    evaluation = toolkit.test(model, few_digits, experiment, result, meter)
+    record = toolkit.RunRecord.of_run(experiment, few_digits, model, result, evaluation)
+    assert record.memory["train_reserved_peak_bytes"] >= record.memory["train_peak_bytes"] > 0
+    assert record.env["driver"] and record.env["power_limit_watts"]
+    if meter.gpu is not None:
+        assert record.memory["context_bytes"] > 0 and record.energy["energy_joules"] > 0
