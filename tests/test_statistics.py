@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from toolkit.errors import InputError
-from toolkit.statistics import ALIKE, compare, mean_and_interval, paired_differences, refuse_mixed
+from toolkit.statistics import (
+    ALIKE,
+    compare,
+    mean_and_interval,
+    paired_differences,
+    refuse_mixed,
+    standing,
+)
 
 
 def runs(**columns) -> pd.DataFrame:
@@ -116,6 +123,31 @@ def test_the_refusal_says_what_differs():
     frame = runs(env_hash=["a", "b", "a"] * 2, version_torch=["2.14.1", "2.11.0", "2.14.1"] * 2)
     with pytest.raises(InputError, match=r"full / none differ in env_hash: a, b \(version_torch\)"):
         refuse_mixed(frame)
+
+
+def test_standing_of_methods():
+    """Full is more accurate, lora cheaper: both are on the front; what costs more for less is behind it."""
+    frame = runs(
+        ns_m_training=[70.0, 71.0, 72.0, 73.0, 74.0, 75.0],
+        train_peak_bytes=[4.0] * 3 + [2.0] * 3,
+        train_energy_joules=None,
+        energy_source="none",
+    )
+    worse = frame[3:].assign(method="bitfit", train_peak_bytes=3.0, test_top1_pct=80.0, train_seconds=2.0)
+    table = standing(pd.concat([frame, worse], ignore_index=True)).set_index("method")
+    assert table["Pareto rank"].to_dict() == {"bitfit": 2, "lora": 1, "full": 1}
+    assert table.loc["lora", "NS-M"] == "74.00 ± 2.48" and table.loc["lora", "NS-E"] == "–"
+    accuracy = (88.1 + 92.0 + 95.9) / 300
+    expected = 100 * accuracy * (1 - 2 / 4.4) * (1 - 1 / 2.2)
+    assert table.loc["lora", "dominated %"] == pytest.approx(expected, abs=0.05)
+
+
+def test_standing_needs_the_same_figures_of_all():
+    lacking = runs(train_energy_joules=[100.0] * 3 + [None] * 3)
+    table = standing(lacking).set_index("method")
+    assert table.loc["full", "Pareto rank"] == 1 and pd.isna(table.loc["lora", "Pareto rank"])
+    assert standing(runs(status="oom"))["Pareto rank"].isna().all()
+    assert standing(runs(energy_source="fake"))["Pareto rank"].isna().all(), "nothing was measured"
 
 
 def test_differences_are_paired_by_seed():

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import toolkit
-from toolkit import training
+from toolkit import evaluation, training
 from toolkit.errors import InputError
 from toolkit.snapshots import load_newest_snapshot, save_snapshot
 
@@ -290,7 +290,7 @@ def test_out_of_memory_in_the_test_is_a_result(demo_model, few_digits, monkeypat
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     result = training.FitResult(status="ok")
-    monkeypatch.setattr(training, "evaluate", evaluate)
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
     assert toolkit.test(demo_model(), few_digits, experiment(), result) is None
     assert result.status == "oom" and result.error.startswith("in the test")
 

@@ -12,9 +12,9 @@ import torchvision
 from matplotlib.figure import Figure
 from torch.utils.data import Dataset
 
+from toolkit.evaluation import Evaluation
 from toolkit.methods import METHODS
 from toolkit.paths import FIGURES
-from toolkit.training import Evaluation
 
 sns.set_theme(style="whitegrid", context="notebook", palette="colorblind")
 STRATEGY_MARKERS = {"none": "o", "static": "s", "threshold": "^"}

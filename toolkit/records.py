@@ -20,6 +20,7 @@ from torch import nn
 from toolkit.budget import format_bytes
 from toolkit.datasets import Splits
 from toolkit.environment import environment, installed_packages
+from toolkit.evaluation import Evaluation
 from toolkit.experiment import Experiment
 from toolkit.files import write_atomically
 from toolkit.measure import Window, total
@@ -27,7 +28,7 @@ from toolkit.methods import Summary, summarize
 from toolkit.paths import RUNS
 from toolkit.scores import netscore, why_no_score
 from toolkit.snapshots import clear_snapshots
-from toolkit.training import Evaluation, FitResult
+from toolkit.training import FitResult
 
 SCHEMA_VERSION = 2
 FILE_NAME = "record.json"

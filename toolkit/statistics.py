@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import pandas as pd
 import scipy.stats
@@ -12,6 +12,7 @@ from toolkit.budget import STRATEGIES
 from toolkit.errors import InputError
 from toolkit.experiment import Experiment
 from toolkit.methods import METHODS
+from toolkit.scores import hypervolume, pareto_rank
 
 PARAMETERS = [field.name for field in dataclasses.fields(Experiment) if field.name != "seed"]
 # Runs of one experiment that differ here were not measured alike.
@@ -67,18 +68,9 @@ def compare(frame: pd.DataFrame, *, mix: bool = False) -> pd.DataFrame:
     that did not end `ok` count under `not ok` and in no mean.  Raises `InputError` where runs were not
     measured alike (`refuse_mixed`) unless `mix`.
     """
-    if not mix:
-        refuse_mixed(frame)
-    vary = [name for name in (*PARAMETERS, *DATA) if name in frame and frame[name].nunique() > 1]
-    by = [*SHOWN, *(name for name in vary if name not in SHOWN)]
     rows = []
-    order = {name: position for position, name in enumerate((*METHODS, *STRATEGIES))}
-    frame = frame.sort_values(
-        by, kind="stable", key=lambda column: column.map(lambda value: order.get(value, value))
-    )
-    for key, group in frame.groupby(by, sort=False, dropna=False):
+    for row, group in _groups(frame, mix):
         ok = group[group.status == "ok"]
-        row = dict(zip(by, key))
         row["test top-1 %"] = _text(ok.get("test_top1_pct"), 1, 2)
         row["peak MiB"] = _text(ok.get("train_peak_bytes"), 2**20, 2)
         row["in budget"] = "" if ok.empty else "yes" if ok.within_budget.astype(bool).all() else "no"
@@ -89,6 +81,51 @@ def compare(frame: pd.DataFrame, *, mix: bool = False) -> pd.DataFrame:
         row["not ok"] = ", ".join(group.status[group.status != "ok"])
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+SCORES = {"NS": "ns", "NS-E": "ns_e_training", "NS-M": "ns_m_training", "NS#": "ns_sharp_training"}
+COSTS = ["train_peak_bytes", "train_energy_joules", "train_seconds"]
+
+
+def standing(frame: pd.DataFrame, *, mix: bool = False) -> pd.DataFrame:
+    """Scores of the groups of `compare`: NetScores with training's costs, and what no unit can move.
+
+    NetScores are means over seeds of each run's score, with intervals.  `Pareto rank` and `dominated %`
+    (the group's hypervolume in the box up to 1.1 times the worst costs of the table) are of mean
+    accuracy, peak memory, energy and time; a cost that no run has is left out.  A group without a
+    finished run, or without a cost that others have, has neither.  Raises as `compare`.
+    """
+    rows, points = [], []
+    for row, group in _groups(frame, mix):
+        ok = group[(group.status == "ok") & (group.get("energy_source") != "fake")]
+        rows.append(row | {kind: _text(ok.get(column), 1, 2) for kind, column in SCORES.items()})
+        means = {name: mean_and_interval(ok[name])[0] for name in ("test_top1_pct", *COSTS) if name in ok}
+        points.append(pd.Series(means, dtype=float))
+    table, points = pd.DataFrame(rows), pd.DataFrame(points).dropna(axis="columns", how="all")
+    whole = points.dropna()
+    table["Pareto rank"], table["dominated %"] = pd.NA, pd.NA
+    if len(whole) and len(whole.columns) > 1:
+        accuracy, costs = whole.test_top1_pct, whole.drop(columns="test_top1_pct")
+        worst = 1.1 * costs.max()
+        table.loc[whole.index, "Pareto rank"] = pareto_rank(accuracy, costs)
+        table.loc[whole.index, "dominated %"] = [
+            round(100 * hypervolume(accuracy[[i]], costs.loc[[i]], worst), 1) for i in whole.index
+        ]
+    return table
+
+
+def _groups(frame: pd.DataFrame, mix: bool) -> Iterator[tuple[dict, pd.DataFrame]]:
+    """Groups of runs that differ only in seed, with what they share; methods and strategies in order."""
+    if not mix:
+        refuse_mixed(frame)
+    vary = [name for name in (*PARAMETERS, *DATA) if name in frame and frame[name].nunique() > 1]
+    by = [*SHOWN, *(name for name in vary if name not in SHOWN)]
+    order = {name: position for position, name in enumerate((*METHODS, *STRATEGIES))}
+    frame = frame.sort_values(
+        by, kind="stable", key=lambda column: column.map(lambda value: order.get(value, value))
+    )
+    for key, group in frame.groupby(by, sort=False, dropna=False):
+        yield dict(zip(by, key)), group
 
 
 def _energy(ok: pd.DataFrame) -> str:

@@ -1,4 +1,4 @@
-"""`fit()` and `evaluate()`: plain loops.
+"""`fit()`: a plain training loop.
 
 Everything that happens to the model in a step stands in `_train_step`.  Around it: the schedule,
 micro-batches, snapshots (a killed run goes on bit for bit on the CPU), and the ways in which a run can
@@ -8,7 +8,6 @@ end, which are results with a status and not lost runs.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import os
 import signal
@@ -22,8 +21,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import filelock
-import safetensors
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from timm.optim import param_groups_weight_decay
@@ -33,17 +30,19 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from toolkit.backbones import data_config
-from toolkit.budget import Checkpointing, device_memory, format_bytes
+from toolkit.budget import Checkpointing, device_memory, format_bytes, is_out_of_memory
 from toolkit.datasets import Splits, loader
 from toolkit.errors import InputError
+from toolkit.evaluation import autocast, evaluate
 from toolkit.experiment import Experiment
 from toolkit.measure import FlopCounter, Meter, SensorError, Window, total
 from toolkit.measure.memory import MemoryTrace, context_bytes
 from toolkit.snapshots import load_newest_snapshot, save_snapshot
+from toolkit.weights import trained_state, weights_sha256
 
 # A killed sweep leaves kernels that need a few seconds to notice that their parent is gone.
 CLAIM_SECONDS = 20
-_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+SNAPSHOT_FORMAT = 2  # of `_Run.state`
 
 
 @dataclass
@@ -76,31 +75,6 @@ class FitResult:
     def train_seconds(self) -> float:
         """Time in the windows "train"."""
         return self.windows["train"]["seconds"] if "train" in self.windows else 0.0
-
-
-@dataclass
-class Evaluation:
-    """Metrics of one pass over a split; `predictions` and `labels` are int64 (N,)."""
-
-    top1_pct: float
-    top5_pct: float
-    loss: float
-    window: Window
-    peak_bytes: int
-    macs_per_image: float  # multiply-adds
-    predictions: torch.Tensor
-    labels: torch.Tensor
-
-    @property
-    def seconds(self) -> float:
-        """Time of the whole pass, data loading included."""
-        return self.window.seconds
-
-    def __str__(self) -> str:
-        return (
-            f"top-1 {self.top1_pct:.2f} %, top-5 {self.top5_pct:.2f} %, loss {self.loss:.4f}, "
-            f"{len(self.labels):,} images in {self.seconds:.2f} s, peak {format_bytes(self.peak_bytes)}"
-        )
 
 
 def seed_everything(seed: int) -> None:
@@ -281,7 +255,7 @@ class _Run:
                 x = image_slice.to(self.device, non_blocking=True)  # (micro, 3, H, W)
                 y = label_slice.to(self.device, non_blocking=True)
                 self.memory.track([x, y])
-                with self._autocast():
+                with autocast(self.device, self.experiment.precision):
                     logits = self.model(x)
                     # Weighted so that the slices' gradients add up to the whole batch's mean.
                     loss = F.cross_entropy(logits, y) * (len(y) / len(labels))
@@ -375,10 +349,6 @@ class _Run:
         )
         bar.update()
 
-    def _autocast(self):
-        dtype = _AUTOCAST[self.experiment.precision]
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
-
     def _train_loader(self, epoch: int, first_batch: int) -> DataLoader:
         return loader(
             self.splits.train, self.data_config, self.splits.policy,
@@ -417,6 +387,7 @@ class _Run:
     def _inputs(self) -> dict:
         """What a snapshot must agree on with the run that goes on from it."""
         return {
+            "snapshot format": SNAPSHOT_FORMAT,
             "experiment": self.experiment.to_dict(),
             "train data": self.splits.hashes["train"],
             "weights": self.result.weights_sha256,
@@ -426,7 +397,7 @@ class _Run:
         state = self.snapshots and load_newest_snapshot(self.snapshots)
         if not state:
             return
-        different = [name for name, value in self._inputs().items() if state["inputs"][name] != value]
+        different = [name for name, value in self._inputs().items() if state["inputs"].get(name) != value]
         if different:
             raise InputError(
                 f"{self.snapshots} holds the state of a run with another {' and '.join(different)}; "
@@ -446,85 +417,6 @@ class _Run:
         print(f"resumed at step {self.result.steps} of {self.total_steps}")
 
 
-@torch.inference_mode()
-def evaluate(
-    model: nn.Module, batches: DataLoader, *, precision: str = "fp32", meter: Meter | None = None
-) -> Evaluation:
-    """Accuracy, loss and cost of `model` over `batches` of `(images, labels)`, on the model's device.
-
-    Memory and multiply-adds are counted on the first batch, which no other exceeds.
-    """
-    device = next(model.parameters()).device
-    dtype = _AUTOCAST[precision]
-    memory, counter = device_memory(device), FlopCounter()
-    memory.track([*model.parameters(), *model.buffers()])
-    memory.reset_peak()
-    model.eval()
-    logits, labels = [], []
-    with (meter or Meter(device)).window("evaluate") as window:
-        for images, batch_labels in batches:
-            images = images.to(device)
-            with contextlib.ExitStack() as stack:
-                if not logits:
-                    stack.enter_context(memory)
-                    stack.enter_context(counter)
-                    memory.track([images])
-                    counted_images = len(images)
-                stack.enter_context(torch.autocast(device.type, dtype=dtype, enabled=dtype is not None))
-                logits.append(model(images).float().cpu())
-            labels.append(batch_labels)
-    scores, labels = torch.cat(logits), torch.cat(labels)  # (N, classes), (N,)
-    ranked = scores.topk(min(5, scores.shape[1]), dim=1).indices
-    hits = ranked == labels[:, None]
-    return Evaluation(
-        top1_pct=100 * hits[:, 0].double().mean().item(),
-        top5_pct=100 * hits.any(1).double().mean().item(),
-        loss=F.cross_entropy(scores.double(), labels).item(),
-        window=window,
-        peak_bytes=memory.peak_bytes,
-        macs_per_image=counter.flops.macs / counted_images,
-        predictions=ranked[:, 0].clone(),
-        labels=labels,
-    )
-
-
-def evaluate_split(
-    model: nn.Module, splits: Splits, split: str, experiment: Experiment, meter: Meter | None = None
-) -> Evaluation:
-    """`evaluate` on one split of the experiment's data, prepared as the backbone asks."""
-    batches = loader(
-        getattr(splits, split), data_config(model), splits.policy, batch_size=experiment.batch_size
-    )
-    meter = meter or Meter(experiment.device)
-    return evaluate(model, batches, precision=experiment.precision, meter=meter)
-
-
-def test(
-    model: nn.Module,
-    splits: Splits,
-    experiment: Experiment,
-    result: FitResult,
-    meter: Meter | None = None,
-) -> Evaluation | None:
-    """Evaluate on the test split, once, if training ended `ok`; None if it did not.
-
-    Running out of memory here, or a loss that is not finite, becomes the status of `result`.
-    """
-    if result.status != "ok":
-        return None
-    try:
-        evaluation = evaluate_split(model, splits, "test", experiment, meter)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        result.status, result.error = "oom", f"in the test: {str(error).splitlines()[0]}"
-        return None
-    if not math.isfinite(evaluation.loss):
-        result.status, result.error = "nan", f"test loss {evaluation.loss}"
-        return None
-    return evaluation
-
-
 def set_train_mode(model: nn.Module) -> None:
     """`model.train()`, but batch norms whose affine parameters are frozen keep their statistics too."""
     model.train()
@@ -533,55 +425,6 @@ def set_train_mode(model: nn.Module) -> None:
             parameters = list(module.parameters(recurse=False))
             if parameters and not any(p.requires_grad for p in parameters):
                 module.eval()
-
-
-def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Trained parameters and all buffers: what an adapted model has that its backbone has not."""
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    return {k: v for k, v in model.state_dict().items() if k in trained or k not in frozen}
-
-
-def save_adapted(model: nn.Module, path: Path) -> Path:
-    """Write what `trained_state` returns as safetensors: all that a backbone lacks to be this model."""
-    state = {name: value.detach().cpu().contiguous() for name, value in trained_state(model).items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(state, path)
-    return path
-
-
-def load_adapted(model: nn.Module, path: Path) -> None:
-    """Fill a model, built and adapted as the saved one was, from `save_adapted`'s file."""
-    try:
-        state = safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path} cannot be read as adapted weights: {error}") from error
-    if state.keys() != trained_state(model).keys():
-        different = sorted(state.keys() ^ trained_state(model).keys())
-        raise InputError(
-            f"{path} is of a model adapted in another way; first differing tensor: {different[0]}."
-        )
-    model.load_state_dict(state, strict=False)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that memory ran out, in any of the words that torch and CUDA use."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    message = str(error)
-    return isinstance(error, RuntimeError) and any(
-        words in message
-        for words in ("out of memory", "can't allocate memory", "_ALLOC_FAILED", "not enough memory")
-    )
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """Digest of all parameters and buffers, by name."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 class _NotFinite(Exception):

@@ -6,7 +6,7 @@ activations may be dropped, `checkpointing` drops them.
 
 from toolkit.budget.blocks import find_blocks
 from toolkit.budget.checkpointing import STRATEGIES, Checkpointing
-from toolkit.budget.memory import CudaMemory, DeviceMemory, TensorMemory, device_memory
+from toolkit.budget.memory import CudaMemory, DeviceMemory, TensorMemory, device_memory, is_out_of_memory
 from toolkit.budget.sizes import format_bytes, parse_bytes
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "device_memory",
     "find_blocks",
     "format_bytes",
+    "is_out_of_memory",
     "parse_bytes",
 ]

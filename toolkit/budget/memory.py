@@ -147,3 +147,14 @@ class TensorMemory(TorchDispatchMode):
                 if isinstance(leaf, torch.Tensor):
                     self._count(leaf)
         return result
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out, in any of the words that torch and CUDA use."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    message = str(error)
+    return isinstance(error, RuntimeError) and any(
+        words in message
+        for words in ("out of memory", "can't allocate memory", "_ALLOC_FAILED", "not enough memory")
+    )

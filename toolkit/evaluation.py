@@ -1,0 +1,133 @@
+"""`evaluate()`: accuracy, loss and cost of a model over a split."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+
+from toolkit.backbones import data_config
+from toolkit.budget import device_memory, format_bytes, is_out_of_memory
+from toolkit.datasets import Splits, loader
+from toolkit.experiment import Experiment
+from toolkit.measure import FlopCounter, Meter, Window
+
+if TYPE_CHECKING:
+    from toolkit.training import FitResult
+
+_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which a forward pass has `precision`: fp32 (nothing changes), bf16 or fp16."""
+    dtype = _AUTOCAST[precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+@dataclass
+class Evaluation:
+    """Metrics of one pass over a split; `predictions` and `labels` are int64 (N,)."""
+
+    top1_pct: float
+    top5_pct: float
+    loss: float
+    window: Window
+    peak_bytes: int
+    macs_per_image: float  # multiply-adds
+    predictions: torch.Tensor
+    labels: torch.Tensor
+
+    @property
+    def seconds(self) -> float:
+        """Time of the whole pass, data loading included."""
+        return self.window.seconds
+
+    def __str__(self) -> str:
+        return (
+            f"top-1 {self.top1_pct:.2f} %, top-5 {self.top5_pct:.2f} %, loss {self.loss:.4f}, "
+            f"{len(self.labels):,} images in {self.seconds:.2f} s, peak {format_bytes(self.peak_bytes)}"
+        )
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, batches: DataLoader, *, precision: str = "fp32", meter: Meter | None = None
+) -> Evaluation:
+    """Accuracy, loss and cost of `model` over `batches` of `(images, labels)`, on the model's device.
+
+    Memory and multiply-adds are counted on the first batch, which no other exceeds.
+    """
+    device = next(model.parameters()).device
+    memory, counter = device_memory(device), FlopCounter()
+    memory.track([*model.parameters(), *model.buffers()])
+    memory.reset_peak()
+    model.eval()
+    logits, labels = [], []
+    with (meter or Meter(device)).window("evaluate") as window:
+        for images, batch_labels in batches:
+            images = images.to(device)
+            with contextlib.ExitStack() as stack:
+                if not logits:
+                    stack.enter_context(memory)
+                    stack.enter_context(counter)
+                    memory.track([images])
+                    counted_images = len(images)
+                stack.enter_context(autocast(device, precision))
+                logits.append(model(images).float().cpu())
+            labels.append(batch_labels)
+    scores, labels = torch.cat(logits), torch.cat(labels)  # (N, classes), (N,)
+    ranked = scores.topk(min(5, scores.shape[1]), dim=1).indices
+    hits = ranked == labels[:, None]
+    return Evaluation(
+        top1_pct=100 * hits[:, 0].double().mean().item(),
+        top5_pct=100 * hits.any(1).double().mean().item(),
+        loss=F.cross_entropy(scores.double(), labels).item(),
+        window=window,
+        peak_bytes=memory.peak_bytes,
+        macs_per_image=counter.flops.macs / counted_images,
+        predictions=ranked[:, 0].clone(),
+        labels=labels,
+    )
+
+
+def evaluate_split(
+    model: nn.Module, splits: Splits, split: str, experiment: Experiment, meter: Meter | None = None
+) -> Evaluation:
+    """`evaluate` on one split of the experiment's data, prepared as the backbone asks."""
+    batches = loader(
+        getattr(splits, split), data_config(model), splits.policy, batch_size=experiment.batch_size
+    )
+    meter = meter or Meter(experiment.device)
+    return evaluate(model, batches, precision=experiment.precision, meter=meter)
+
+
+def test(
+    model: nn.Module,
+    splits: Splits,
+    experiment: Experiment,
+    result: FitResult,
+    meter: Meter | None = None,
+) -> Evaluation | None:
+    """Evaluate on the test split, once, if training ended `ok`; None if it did not.
+
+    Running out of memory here, or a loss that is not finite, becomes the status of `result`.
+    """
+    if result.status != "ok":
+        return None
+    try:
+        evaluation = evaluate_split(model, splits, "test", experiment, meter)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        result.status, result.error = "oom", f"in the test: {str(error).splitlines()[0]}"
+        return None
+    if not math.isfinite(evaluation.loss):
+        result.status, result.error = "nan", f"test loss {evaluation.loss}"
+        return None
+    return evaluation

@@ -1,0 +1,51 @@
+"""What an adapted model has that its backbone has not: in memory, as a file, and as a digest."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+from toolkit.errors import InputError
+
+
+def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Trained parameters and all buffers: what an adapted model has that its backbone has not."""
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    return {k: v for k, v in model.state_dict().items() if k in trained or k not in frozen}
+
+
+def save_adapted(model: nn.Module, path: Path) -> Path:
+    """Write what `trained_state` returns as safetensors: all that a backbone lacks to be this model."""
+    state = {name: value.detach().cpu().contiguous() for name, value in trained_state(model).items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file(state, path)
+    return path
+
+
+def load_adapted(model: nn.Module, path: Path) -> None:
+    """Fill a model, built and adapted as the saved one was, from `save_adapted`'s file."""
+    try:
+        state = safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path} cannot be read as adapted weights: {error}") from error
+    if state.keys() != trained_state(model).keys():
+        different = sorted(state.keys() ^ trained_state(model).keys())
+        raise InputError(
+            f"{path} is of a model adapted in another way; first differing tensor: {different[0]}."
+        )
+    model.load_state_dict(state, strict=False)
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Digest of all parameters and buffers, by name."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
