@@ -2,7 +2,8 @@
 
    One GPU whose power is a square wave: 100 W and 200 W in turn, a second each.  What fails is set by
    environment variables, read at every call: FAKE_NVML_NO_COUNTER, FAKE_NVML_LOST_AFTER (seconds after
-   nvmlInit), FAKE_NVML_PID (the process that the driver lists; default: the caller). */
+   nvmlInit), FAKE_NVML_NO_INSTANT (power averages over a second, as before driver 530), FAKE_NVML_PID
+   (the process that the driver lists; default: the caller). */
 
 #include <stdlib.h>
 #include <string.h>
@@ -12,7 +13,13 @@
 enum { SUCCESS = 0, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, GPU_IS_LOST = 15 };
 
 typedef struct { unsigned int pid; unsigned long long used; unsigned int instance, compute; } Process;
-typedef struct { unsigned long long total, free, used; } Memory;
+typedef struct {
+  unsigned int field, scope;
+  long long timestamp, latency;
+  unsigned int type;
+  int code;
+  union { unsigned int milliwatts; unsigned long long bits; } value;
+} Field;
 
 static double started;
 
@@ -70,10 +77,10 @@ int nvmlDeviceGetEnforcedPowerLimit(void *device, unsigned int *milliwatts) {
   return SUCCESS;
 }
 
-int nvmlDeviceGetMemoryInfo(void *device, Memory *memory) {
-  memory->total = 2ull << 30;
-  memory->used = 700ull << 20;
-  memory->free = memory->total - memory->used;
+int nvmlDeviceGetFieldValues(void *device, int count, Field *fields) {
+  fields[0].value.bits = 0;
+  fields[0].code = getenv("FAKE_NVML_NO_INSTANT") || fields[0].field != 186 ? NOT_SUPPORTED : SUCCESS;
+  if (fields[0].code == SUCCESS) return nvmlDeviceGetPowerUsage(device, &fields[0].value.milliwatts);
   return SUCCESS;
 }
 

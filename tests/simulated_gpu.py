@@ -44,7 +44,7 @@ class SimulatedGpu:
         self, clock, watts_by_second, *, tick=0.1, phase=0.0, window=0.1, counter=True, power=True,
         failure=lambda number: None, latency=0.0, resets_at=math.inf,
     ):  # fmt: skip
-        self.clock, self.tick, self.phase, self.window = clock, tick, phase, window
+        self.clock, self.tick, self.phase, self.power_window_seconds = clock, tick, phase, window
         self.counter, self.power, self.failure, self.latency = counter, power, failure, latency
         self.start, self.resets_at = clock.now, resets_at
         seconds, watts = np.array(watts_by_second, dtype=float).T
@@ -78,7 +78,7 @@ class SimulatedGpu:
     def watts(self) -> float:
         self._reading(self.power)
         end = self._updated()
-        return (self.joules(end) - self.joules(end - self.window)) / self.window
+        return (self.joules(end) - self.joules(end - self.power_window_seconds)) / self.power_window_seconds
 
     def celsius(self) -> float:
         return 50.0
@@ -101,7 +101,7 @@ def training_trace(rng: np.random.Generator, seconds: float) -> list[tuple[float
     levels = rng.uniform((55, 130, 150, 90), (75, 180, 200, 130))
     shares = np.cumsum(np.concatenate([[0], rng.dirichlet((2, 8, 12, 2))]))[:4]
     while now < 5.0 + seconds:
-        points += [(now + share * step, level) for share, level in zip(shares, levels) if share * step >= 0]
+        points += [(now + share * step, level) for share, level in zip(shares, levels)]
         now += step
     points.append((now, 30.0))
     return points

@@ -109,7 +109,7 @@ CASES = {
         nn.MultiheadAttention(16, 4, batch_first=True), (2, 10, 16),
         20 * 16 * 48 + 2 * 100 * 32 + 20 * 16 * 16, 2 * (20 * 16 * 48 + 2 * 100 * 32 + 20 * 16 * 16),
     ),
-    "embedding, activations, pooling": (
+    "activations, dropout, pooling": (
         nn.Sequential(nn.GELU(), nn.Dropout(0.1), nn.AvgPool2d(2), nn.Softmax(1)), (1, 4, 8, 8), 0, 0,
     ),
 }  # fmt: skip
@@ -304,7 +304,7 @@ def test_a_path_that_depends_on_values_is_an_error_with_a_way_out():
 
 
 def test_own_formulas_go_first():
-    with FlopCounter({"aten.addmm": lambda *arguments, out: 7}) as counter:
+    with FlopCounter({"aten.addmm": lambda *arguments, out_val: 7}) as counter:
         nn.Linear(3, 3)(torch.randn(2, 3))
     assert counter.flops.by_operator == {"forward": {"aten.addmm": 7}}
 
@@ -314,6 +314,17 @@ def test_inference_mode_hides_nothing():
     with torch.inference_mode(), FlopCounter() as counter:
         net(torch.randn(2, 3, 8, 8))
     assert counter.flops.forward == 2 * 2 * (36 * 8 * 27 + 2880)
+
+
+@pytest.mark.parametrize("layer", [nn.MultiheadAttention, nn.TransformerEncoderLayer])
+def test_fused_attention_of_inference_is_taken_apart(layer):
+    net = layer(16, 4, batch_first=True).eval()
+    x = torch.randn(2, 10, 16)
+    inputs = (x, x, x) if layer is nn.MultiheadAttention else (x,)
+    with torch.inference_mode(), FlopCounter() as counter:
+        net(*inputs)
+    assert counter.flops.macs == flops(net, (inputs, None)).macs > 2 * 100 * 32
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 class Number:

@@ -29,7 +29,7 @@ def test_committed_clean(path):
     assert notebook.cells[0].source.startswith("# ") and "**Question.**" in notebook.cells[0].source
 
 
-def nbval(folder, *names):
+def nbval(folder, *names, timeout=600):
     """Run notebooks with their default parameters, cell by cell, their runs below `folder`."""
     done = subprocess.run(
         [
@@ -37,6 +37,7 @@ def nbval(folder, *names):
             "-n", "0", *(f"notebooks/{name}.ipynb" for name in names),
         ],
         cwd=ROOT, capture_output=True, text=True, env=os.environ | {"TOOLKIT_RUNS": str(folder)},
+        timeout=timeout,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -49,7 +50,7 @@ def test_finetune_and_compare_pass_nbval(tmp_path):
 
 
 def test_audit_passes_nbval(tmp_path):
-    nbval(tmp_path, "audit_published_numbers")
+    nbval(tmp_path, "audit_published_numbers", timeout=180)
 
 
 def test_pretraining_runs_at_toy_size(tmp_path):

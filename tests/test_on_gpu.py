@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import toolkit
-from toolkit.measure import Meter
+from toolkit.measure import Meter, SensorError
 from toolkit.measure.memory import context_bytes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -36,6 +36,8 @@ def test_counter_and_polling_agree_over_a_minute():
     print(meter, window)
     assert window.source == "nvml_counter" and abs(window.disagreement_pct) <= 5
     assert window.energy_joules > idle * window.seconds and window.net_joules > 0
+    assert window.samples > 500 and window.max_gap_seconds < 1
+    assert meter.poller_cpu_seconds <= 0.005 * window.seconds
 
 
 def test_run_to_run_spread_is_small():
@@ -57,7 +59,12 @@ def test_context_is_what_the_process_holds_beside_its_allocator():
     if meter.gpu is None:
         pytest.skip(meter.reason)
     work(0.1)
-    assert 50 * 2**20 < context_bytes(meter.gpu, torch.device("cuda")) < 3 * 2**30
+    try:
+        context = context_bytes(meter.gpu, torch.device("cuda"))
+    except SensorError as error:
+        pytest.skip(str(error))
+    print(context)
+    assert 50 * 2**20 < context < 3 * 2**30
 
 
 def test_a_run_on_the_gpu_is_measured_throughout(demo_model, few_digits, tmp_path):
@@ -70,4 +77,5 @@ def test_a_run_on_the_gpu_is_measured_throughout(demo_model, few_digits, tmp_pat
     assert record.memory["train_reserved_peak_bytes"] >= record.memory["train_peak_bytes"] > 0
     assert record.env["driver"] and record.env["power_limit_watts"]
     if meter.gpu is not None:
-        assert record.memory["context_bytes"] > 0 and record.energy["energy_joules"] > 0
+        assert record.memory["context_bytes"] or record.missing["context_bytes"]
+        assert record.energy["energy_joules"] > 0

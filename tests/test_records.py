@@ -2,8 +2,10 @@ import math
 
 import pytest
 import torch
+from simulated_gpu import SimulatedGpu, VirtualClock, meter_of
 
 import toolkit
+from toolkit.environment import environment
 from toolkit.files import write_atomically
 from toolkit.records import RunRecord, is_finished, load_curves
 from toolkit.training import FitResult
@@ -82,7 +84,7 @@ def test_what_was_not_measured_is_null_with_a_reason(demo_model, few_digits, tmp
     )
     nulls = {
         name
-        for group in ("quality", "time", "energy", "memory", "flops", "scores")
+        for group in ("quality", "time", "energy", "memory", "flops", "scores", "env")
         for name, value in getattr(record, group).items()
         if value is None
     }
@@ -115,6 +117,68 @@ def test_a_run_on_other_data_is_not_this_one(finished):
     record.save(folder)
     assert is_finished(folder, record.data["train_sha256"])
     assert not is_finished(folder, "of other data")
+
+
+def test_a_record_of_an_older_schema_is_repeated(finished):
+    record, folder, *_ = finished
+    record.run["schema_version"] -= 1
+    record.save(folder)
+    assert not is_finished(folder)
+
+
+def test_energy_of_a_simulated_gpu_stays_marked(demo_model, few_digits):
+    """From the sensor to what people read; each null with the reason of its own window."""
+    clock = VirtualClock()
+    gpu = SimulatedGpu(clock, [(0, 100.0)])
+    meter = meter_of(gpu)
+    experiment = toolkit.Experiment(epochs=1, batch_size=32, device="cpu")
+    model = demo_model("lora")
+    tick = torch.nn.Module.__call__
+
+    def slow(module, *arguments, **options):
+        if module is model:
+            clock.sleep(10)
+        return tick(module, *arguments, **options)
+
+    torch.nn.Module.__call__ = slow
+    try:
+        result = toolkit.fit(model, few_digits, experiment, meter=meter)
+    finally:
+        torch.nn.Module.__call__ = tick
+    evaluation = toolkit.test(model, few_digits, experiment, result, meter)  # takes no virtual time
+    record = RunRecord.of_run(experiment, few_digits, model, result, evaluation)
+    assert record.energy["energy_source"] == "fake" and "simulated" in record.energy["train_energy_flags"]
+    assert record.energy["train_energy_joules"] == pytest.approx(100 * record.time["train_seconds"], rel=0.05)
+    assert record.energy["test_energy_joules"] is None
+    assert "did not move" in record.missing["test_energy_joules"]
+    overview = record.overview().value
+    assert overview["train_energy_joules"] == overview["ns_e_training"] == "simulated"
+    assert record.curves["windows"]["train"]["samples"] > 100
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda patch: patch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"),
+        lambda patch: patch.setattr(torch, "get_num_threads", lambda: 99),
+        lambda patch: patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True),
+        lambda patch: patch.setattr(torch.backends.cudnn, "benchmark", True),
+        lambda patch: patch.setattr("toolkit.environment._code_sha256", lambda: "edited"),
+        lambda patch: patch.setattr("toolkit.environment._version", lambda name: "0"),
+    ],
+)
+def test_what_makes_runs_incomparable_changes_their_environment(monkeypatch, change):
+    before = environment("cpu")
+    assert environment("cpu") == before
+    with monkeypatch.context() as patch:
+        change(patch)
+        assert environment("cpu")["env_hash"] != before["env_hash"]
+
+
+def test_a_new_commit_of_the_same_code_does_not(monkeypatch):
+    before = environment("cpu")["env_hash"]
+    monkeypatch.setattr("toolkit.environment._git", lambda: {"git_sha": "new", "git_dirty": True})
+    assert environment("cpu")["env_hash"] == before
 
 
 def test_nan_cannot_enter_a_record(finished):

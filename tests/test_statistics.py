@@ -98,7 +98,6 @@ def test_joules_of_a_simulated_gpu_are_not_printed_as_measurements():
 def test_every_mixed_set_is_refused_unless_told_to_mix():
     """50 sets, each with one run that was measured in another way."""
     rng = np.random.default_rng(0)
-    refused = 0
     for number in range(50):
         name = ALIKE[number % len(ALIKE)]
         frame = runs()
@@ -109,19 +108,18 @@ def test_every_mixed_set_is_refused_unless_told_to_mix():
         with pytest.raises(InputError, match="mix=True"):
             paired_differences(frame, "test_top1_pct", {"method": "full"})
         assert len(compare(frame, mix=True)) == 2
-        refused += 1
-    assert refused == 50
 
 
 def test_what_is_alike_is_not_refused():
     refuse_mixed(runs())
     refuse_mixed(runs(env_hash=["a"] * 3 + ["b"] * 3))  # two methods on two machines: no mean is mixed
+    refuse_mixed(runs(energy_source=["nvml_counter", "none", "nvml_counter"] * 2))  # one without a meter
     refuse_mixed(runs(status=["ok", "ok", "failed"] * 2, env_hash=["a", "a", "b"] * 2))
 
 
 def test_the_refusal_says_what_differs():
     frame = runs(env_hash=["a", "b", "a"] * 2, version_torch=["2.14.1", "2.11.0", "2.14.1"] * 2)
-    with pytest.raises(InputError, match=r"full / none differ in env_hash: a, b \(version_torch\)"):
+    with pytest.raises(InputError, match=r"none differ in env_hash: a, b \(version_torch\)"):
         refuse_mixed(frame)
 
 
@@ -147,7 +145,25 @@ def test_standing_needs_the_same_figures_of_all():
     table = standing(lacking).set_index("method")
     assert table.loc["full", "Pareto rank"] == 1 and pd.isna(table.loc["lora", "Pareto rank"])
     assert standing(runs(status="oom"))["Pareto rank"].isna().all()
-    assert standing(runs(energy_source="fake"))["Pareto rank"].isna().all(), "nothing was measured"
+    simulated = runs(energy_source="fake", ns_e_training=60.0, train_energy_joules=[1.0] * 3 + [9.0] * 3)
+    table = standing(simulated).set_index("method")
+    assert set(table["NS-E"]) == {"–"} and table.loc["lora", "Pareto rank"] == 2, "memory and time are real"
+
+
+def test_standing_ranks_within_a_data_set():
+    textures = runs(dataset="textures", test_top1_pct=runs().test_top1_pct - 30, train_sha256="other")
+    table = standing(pd.concat([runs(train_sha256="one"), textures], ignore_index=True))
+    assert table.groupby("dataset")["Pareto rank"].min().to_dict() == {"digits": 1, "textures": 1}
+
+
+def test_rivals_must_be_measured_alike():
+    """A 3060 is slower than an H100 whatever the method."""
+    frame = runs(env_hash=["a"] * 3 + ["b"] * 3, train_seconds=[10.0] * 3 + [100.0] * 3)
+    with pytest.raises(InputError, match="env_hash"):
+        standing(frame)
+    with pytest.raises(InputError, match="env_hash"):
+        paired_differences(frame, "train_seconds", {"method": "full"})
+    assert len(standing(frame, mix=True)) == len(compare(frame)) == 2
 
 
 def test_differences_are_paired_by_seed():
@@ -159,6 +175,29 @@ def test_differences_are_paired_by_seed():
     assert table.loc["full", "mean"] == 0 and table.loc["full", "tied"]
     _, spread, _ = mean_and_interval(runs().test_top1_pct[:3])
     assert spread > 2, "which is why"
+
+
+def test_every_method_has_its_own_learning_rate():
+    table = paired_differences(runs(lr=[1e-3] * 3 + [3e-3] * 3), "test_top1_pct", {"method": "full"})
+    lora = table.set_index("method").loc["lora"]
+    assert lora.n == 3 and lora["mean"] == pytest.approx(-2.0)
+    both = runs(lr=[1e-3] * 3 + [3e-3] * 3, seed=[0, 1, 2] * 2)
+    again = both.assign(lr=1e-2, test_top1_pct=both.test_top1_pct - 1)
+    table = paired_differences(
+        pd.concat([both, again], ignore_index=True), "test_top1_pct", {"method": "full"}
+    )
+    assert table.set_index(["method", "lr"]).loc[("lora", 1e-2)]["mean"] == pytest.approx(-2.0)
+
+
+def test_other_data_make_no_pair():
+    frame = runs(train_sha256=["x"] * 3 + ["y"] * 3)
+    table = paired_differences(frame, "test_top1_pct", {"method": "full"}).set_index("method")
+    assert table.loc["lora", "n"] == 0 and pd.isna(table.loc["lora", "mean"])
+
+
+def test_joules_of_a_simulated_gpu_are_not_compared():
+    with pytest.raises(InputError, match="no finished run"):
+        paired_differences(runs(energy_source="fake"), "train_energy_joules", {"method": "full"})
 
 
 def test_a_seed_without_partner_is_left_out_and_one_pair_has_no_interval():

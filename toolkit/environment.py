@@ -17,8 +17,8 @@ from toolkit.measure import Nvml, SensorError
 from toolkit.paths import ROOT
 
 PACKAGES = ("torch", "torchvision", "timm", "peft", "bitsandbytes", "transformers", "numpy")
-# Recorded, but no reason to keep two runs apart: the same code may be committed anew, and two cards of
-# one model in one machine share a sweep.
+# Recorded, but no reason to keep two runs apart: the same code may be committed anew (`code_sha256` is
+# what counts), and two cards of one model in one machine share a sweep.
 _NOT_IN_HASH = ("os", "gpu_uuid_sha256", "git_sha", "git_dirty")
 
 
@@ -29,6 +29,7 @@ def environment(device: str) -> dict:
     """
     fields = {
         "device_name": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "cpu_name": _cpu_name(),  # loads the data, inside the time and energy of a run
         **_gpu(device),
         "cuda": torch.version.cuda if device == "cuda" else None,
         "cudnn": torch.backends.cudnn.version() if device == "cuda" else None,
@@ -36,10 +37,12 @@ def environment(device: str) -> dict:
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "matmul_precision": torch.get_float32_matmul_precision(),
+        "cudnn_tf32": torch.backends.cudnn.allow_tf32,
         "threads": torch.get_num_threads(),
         "os": platform.platform(),
         "python": platform.python_version(),
         **{f"version_{name}": _version(name) for name in ("toolkit", *PACKAGES)},
+        "code_sha256": _code_sha256(),
         **_git(),
     }
     hashed = {name: value for name, value in fields.items() if name not in _NOT_IN_HASH}
@@ -50,8 +53,21 @@ def environment(device: str) -> dict:
 @functools.cache
 def installed_packages() -> dict[str, str]:
     """Version of every installed distribution."""
-    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    found: dict[str, str] = {}
+    for distribution in importlib.metadata.distributions():
+        name = distribution.metadata["Name"]
+        if name:  # a broken installation has none
+            found.setdefault(name, distribution.version)  # the first on the path is what is imported
     return {name: found[name] for name in sorted(found, key=str.lower)}
+
+
+@functools.cache
+def _code_sha256() -> str:
+    """Digest of this package's source files."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _gpu(device: str) -> dict:

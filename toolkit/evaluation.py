@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -38,8 +37,8 @@ class Evaluation:
     top5_pct: float
     loss: float
     window: Window
-    peak_bytes: int
-    macs_per_image: float  # multiply-adds
+    peak_bytes: int | None  # None where costs were not asked for
+    macs_per_image: float | None  # multiply-adds; likewise
     predictions: torch.Tensor
     labels: torch.Tensor
 
@@ -49,37 +48,35 @@ class Evaluation:
         return self.window.seconds
 
     def __str__(self) -> str:
+        peak = "" if self.peak_bytes is None else f", peak {format_bytes(self.peak_bytes)}"
         return (
             f"top-1 {self.top1_pct:.2f} %, top-5 {self.top5_pct:.2f} %, loss {self.loss:.4f}, "
-            f"{len(self.labels):,} images in {self.seconds:.2f} s, peak {format_bytes(self.peak_bytes)}"
+            f"{len(self.labels):,} images in {self.seconds:.2f} s{peak}"
         )
 
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, batches: DataLoader, *, precision: str = "fp32", meter: Meter | None = None
+    model: nn.Module,
+    batches: DataLoader,
+    *,
+    precision: str = "fp32",
+    meter: Meter | None = None,
+    costs: bool = True,
 ) -> Evaluation:
     """Accuracy, loss and cost of `model` over `batches` of `(images, labels)`, on the model's device.
 
-    Memory and multiply-adds are counted on the first batch, which no other exceeds.
+    With `costs`, memory and multiply-adds are counted on the first batch, which no other exceeds, before
+    the clock starts.
     """
     device = next(model.parameters()).device
-    memory, counter = device_memory(device), FlopCounter()
-    memory.track([*model.parameters(), *model.buffers()])
-    memory.reset_peak()
     model.eval()
+    peak_bytes, macs_per_image = _costs(model, batches, precision) if costs else (None, None)
     logits, labels = [], []
     with (meter or Meter(device)).window("evaluate") as window:
         for images, batch_labels in batches:
-            images = images.to(device)
-            with contextlib.ExitStack() as stack:
-                if not logits:
-                    stack.enter_context(memory)
-                    stack.enter_context(counter)
-                    memory.track([images])
-                    counted_images = len(images)
-                stack.enter_context(autocast(device, precision))
-                logits.append(model(images).float().cpu())
+            with autocast(device, precision):
+                logits.append(model(images.to(device)).float().cpu())
             labels.append(batch_labels)
     scores, labels = torch.cat(logits), torch.cat(labels)  # (N, classes), (N,)
     ranked = scores.topk(min(5, scores.shape[1]), dim=1).indices
@@ -89,11 +86,24 @@ def evaluate(
         top5_pct=100 * hits.any(1).double().mean().item(),
         loss=F.cross_entropy(scores.double(), labels).item(),
         window=window,
-        peak_bytes=memory.peak_bytes,
-        macs_per_image=counter.flops.macs / counted_images,
+        peak_bytes=peak_bytes,
+        macs_per_image=macs_per_image,
         predictions=ranked[:, 0].clone(),
         labels=labels,
     )
+
+
+def _costs(model: nn.Module, batches: DataLoader, precision: str) -> tuple[int, float]:
+    """Peak bytes, and multiply-adds per image, of the first batch."""
+    device = next(model.parameters()).device
+    memory, counter = device_memory(device), FlopCounter()
+    memory.track([*model.parameters(), *model.buffers()])
+    memory.reset_peak()
+    images = next(iter(batches))[0].to(device)
+    memory.track([images])
+    with memory, counter, autocast(device, precision):
+        model(images)
+    return memory.peak_bytes, counter.flops.macs / len(images)
 
 
 def evaluate_split(

@@ -33,6 +33,12 @@ from toolkit.training import FitResult
 SCHEMA_VERSION = 2
 FILE_NAME = "record.json"
 FINISHED = ("ok", "oom", "nan")  # a run with such a record is not repeated; interrupted and failed ones are
+# What a simulated GPU makes worthless; tables leave it out.
+SIMULATED = (
+    "energy_joules", "train_energy_joules", "validation_energy_joules", "test_energy_joules",
+    "train_quantisation_joules", "test_quantisation_joules", "train_poll_joules", "train_net_joules",
+    "idle_watts", "ns_e_inference", "ns_sharp_inference", "ns_e_training", "ns_sharp_training",
+)  # fmt: skip
 OVERVIEW = (
     "test_top1_pct", "train_seconds", "train_energy_joules", "train_net_joules", "train_cpu_joules",
     "energy_source", "train_peak_bytes", "train_reserved_peak_bytes", "context_bytes", "within_budget",
@@ -78,7 +84,7 @@ class RunRecord:
     ) -> RunRecord:
         """Assemble the record of a run; `evaluation`: of the test split, None unless training ended well."""
         summary = summarize(model)
-        env = environment(experiment.device)
+        env = result.environment or environment(experiment.device)
         record = cls(
             run=_run_fields(experiment, result.status, result.error) | {"started_at": result.started_at},
             config=experiment.to_dict(),
@@ -134,7 +140,11 @@ class RunRecord:
             },
             env=env,
             packages=installed_packages(),
-            curves={"history": result.history, "memory_trace_bytes": result.memory_trace},
+            curves={
+                "history": result.history,
+                "memory_trace_bytes": result.memory_trace,
+                "windows": result.windows | ({"test": evaluation.window.to_dict()} if evaluation else {}),
+            },
         )
         record._score(summary)
         record._explain(result, evaluation)
@@ -143,7 +153,15 @@ class RunRecord:
     def overview(self) -> pd.DataFrame:
         """The figures that people look at first, as text, with the reason where there is none."""
         values = {name: value for group in GROUPS for name, value in getattr(self, group).items()}
-        rows = [(name, _readable(name, values.get(name)), self.missing.get(name, "")) for name in OVERVIEW]
+        simulated = SIMULATED if values["energy_source"] == "fake" else ()
+        rows = [
+            (
+                name,
+                "simulated" if name in simulated else _readable(name, values.get(name)),
+                self.missing.get(name, ""),
+            )
+            for name in OVERVIEW
+        ]
         return pd.DataFrame(rows, columns=["", "value", "missing because"]).set_index("")
 
     def _score(self, summary: Summary) -> None:
@@ -151,6 +169,7 @@ class RunRecord:
         accuracy = self.quality["test_top1_pct"]
         macs = self.flops["inference_macs_per_image"]
         costs = {"params_m": summary.total / 1e6, "macs_g": macs and macs / 1e9}
+        self.scores["units"] = "accuracy %, parameters M, MACs G per image, s, W, MiB"
         for phase, part in (("inference", "test"), ("training", "train")):
             seconds, joules = self.time[f"{part}_seconds"], self.energy[f"{part}_energy_joules"]
             peak = self.memory[f"{part}_peak_bytes"]
@@ -171,31 +190,40 @@ class RunRecord:
     def _explain(self, result: FitResult, evaluation: Evaluation | None) -> None:
         """Give every null its reason."""
         ended = f"training or test ended with status {result.status}"
-        reasons = {
+        train = _window(result, "train")
+        test = evaluation.window if evaluation else Window("test", reason=ended)
+        reasons = dict.fromkeys(
+            ("test_top1_pct", "test_top5_pct", "test_loss", "test_seconds", "test_peak_bytes"), ended
+        )
+        reasons |= dict.fromkeys(self.flops, "no training step was traced")
+        reasons |= {
+            "inference_macs_per_image": ended,
+            "within_budget": ended,
             "val_top1_pct": "no epoch was completed",
             "train_peak_bytes": "no training step was begun",
             "train_reserved_peak_bytes": "only CUDA's allocator reserves memory ahead",
-            "context_bytes": result.context_reason,
-            "device_used_bytes": result.context_reason,
+            "context_bytes": result.context_reason or "training was not begun",
+            "device_used_bytes": result.context_reason or "training was not begun",
             "host_peak_bytes": "this operating system does not tell",
-            "idle_watts": "idle power was not measured, or cannot be",
-            "test_loss": ended,
-            "within_budget": ended,
+            "energy_joules": _window(result, "fit").reason or test.reason,
+            "validation_energy_joules": _window(result, "validation").reason,
+            "test_energy_joules": test.reason,
+            "test_quantisation_joules": test.reason,
+            "train_cpu_joules": train.cpu_reason or train.reason,
+            "idle_watts": train.reason or "idle power was not measured",
+            "train_net_joules": train.reason or "idle power was not measured",
+            "train_disagreement_pct": train.reason or "counter and polling did not both work throughout",
+            "train_poll_joules": train.reason or "power could not be read throughout",
         }
-        reasons |= {name: "no training step was traced" for name in self.flops}
-        reasons |= dict.fromkeys(("test_top1_pct", "test_top5_pct", "test_seconds", "test_peak_bytes"), ended)
-        reasons["inference_macs_per_image"] = ended
-        train = _window(result, "train")
-        for name in self.energy:
-            reasons.setdefault(name, train.cpu_reason if "cpu" in name else train.reason)
-            if reasons[name] is None:  # the energy is there, but not this figure about it
-                reasons[name] = {
-                    "train_net_joules": "idle power was not measured",
-                    "train_disagreement_pct": "counter and polling did not both work throughout",
-                }.get(name, "the sensor does not tell")
-        if evaluation is None:
-            reasons["test_energy_joules"] = ended
-        groups = (self.quality, self.time, self.energy, self.memory, self.flops)
+        told = ("train_energy_joules", "train_quantisation_joules", "gpu_start_celsius", "gpu_end_celsius")
+        reasons |= dict.fromkeys(told, train.reason or "the sensor does not tell")
+        on_cuda = result.memory_source == "cuda_allocator"
+        reasons |= dict.fromkeys(
+            self.env, "the driver does not tell" if on_cuda else "the run was on the CPU"
+        )
+        reasons |= {"alloc_conf": "not set", "git_sha": "no git repository", "git_dirty": "no git repository"}
+        reasons |= {name: "not installed" for name in self.env if name.startswith("version_")}
+        groups = (self.quality, self.time, self.energy, self.memory, self.flops, self.env)
         nulls = [name for group in groups for name, value in group.items() if value is None]
         self.missing |= {name: reasons[name] for name in nulls}
 
@@ -254,15 +282,16 @@ def _window(result: FitResult, name: str) -> Window:
 
 def _energy_fields(result: FitResult, evaluation: Evaluation | None) -> dict:
     train, validation = _window(result, "train"), _window(result, "validation")
-    fit, test = _window(result, "fit"), evaluation.window if evaluation else None
-    whole = total([fit, test] if test else [fit])
+    fit, test = _window(result, "fit"), evaluation.window if evaluation else total([], "test")
+    sources = {window.source for window in (fit, train, validation, test)}
     return {
-        "energy_joules": whole.energy_joules,
-        "energy_source": whole.source,
+        "energy_joules": total([fit, test]).energy_joules if evaluation else fit.energy_joules,
+        "energy_source": next(s for s in ("fake", "nvml_poll", "nvml_counter", "none") if s in sources),
         "train_energy_joules": train.energy_joules,
         "validation_energy_joules": validation.energy_joules,
-        "test_energy_joules": test and test.energy_joules,
+        "test_energy_joules": test.energy_joules,
         "train_quantisation_joules": train.quantisation_joules,
+        "test_quantisation_joules": test.quantisation_joules,
         "train_poll_joules": train.poll_joules,
         "train_disagreement_pct": train.disagreement_pct,
         "train_net_joules": train.net_joules,
@@ -270,7 +299,8 @@ def _energy_fields(result: FitResult, evaluation: Evaluation | None) -> dict:
         "train_cpu_joules": train.cpu_joules,
         "gpu_start_celsius": fit.start_celsius,
         "gpu_end_celsius": fit.end_celsius,
-        "energy_flags": ", ".join(whole.flags),
+        "train_energy_flags": ", ".join(train.flags),
+        "test_energy_flags": ", ".join(test.flags),
     }
 
 
@@ -298,11 +328,11 @@ def run_folder(experiment: Experiment, runs: Path = RUNS) -> Path:
 def is_finished(folder: Path, train_sha256: str | None = None) -> bool:
     """Whether `folder` holds the record of a run that need not be repeated.
 
-    With `train_sha256`, a run on other training data does not count.
+    A record of an older schema does not count, nor, with `train_sha256`, a run on other training data.
     """
     try:
         record = json.loads((folder / FILE_NAME).read_text())
-        finished = record["run"]["status"] in FINISHED
+        finished = record["run"]["status"] in FINISHED and record["run"]["schema_version"] == SCHEMA_VERSION
         return finished and train_sha256 in (None, record["data"]["train_sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -5,9 +5,9 @@ NetScore family, all 20·log10(accuracy² / cost), accuracy in per cent:
 | kind | cost | source |
 |---|---|---|
 | NS | (params · MACs)^1/2, in millions and billions | Wong 2018, arXiv 1806.05512 |
-| NS-E | (seconds · watts)^1/8 | arXiv 2607.02158 |
-| NS-M | (peak memory)^1/8, in MiB | arXiv 2607.02158 |
-| NS# | (peak memory · seconds · watts)^1/8 | arXiv 2607.02158 |
+| NS-E | (seconds · watts)^1/8 | arXiv 2607.02158, as two public codebases quote it |
+| NS-M | (peak memory)^1/8, in MiB | likewise |
+| NS# | (peak memory · seconds · watts)^1/8 | likewise |
 
 A decibel scale has no zero: in GiB instead of MiB NS-M is 7.53 higher.  So units are in the names of the
 arguments, and the phase (training or inference) belongs to every published score.

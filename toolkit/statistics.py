@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import pandas as pd
 import scipy.stats
@@ -12,6 +12,7 @@ from toolkit.budget import STRATEGIES
 from toolkit.errors import InputError
 from toolkit.experiment import Experiment
 from toolkit.methods import METHODS
+from toolkit.records import SIMULATED
 from toolkit.scores import hypervolume, pareto_rank
 
 PARAMETERS = [field.name for field in dataclasses.fields(Experiment) if field.name != "seed"]
@@ -35,28 +36,28 @@ def mean_and_interval(values: pd.Series) -> tuple[float | None, float | None, in
     return float(values.mean()), float(scipy.stats.t.ppf(0.975, n - 1) * values.sem()), n
 
 
-def refuse_mixed(frame: pd.DataFrame) -> None:
-    """Raise `InputError` if runs of one experiment (seeds apart) were not measured alike (`ALIKE`).
+def refuse_mixed(frame: pd.DataFrame, within: Sequence[str] | None = None) -> None:
+    """Raise `InputError` if runs that agree in `within` were not measured alike (`ALIKE`).
 
-    A run that measured nothing of a kind (None) does not clash with one that did.
+    `within`: by default all parameters but the seed, and the data.  A run that could not measure (null,
+    or energy source "none") does not clash with one that did.
     """
-    by = [name for name in (*PARAMETERS, *DATA) if name in frame]
+    by = [name for name in (within or (*PARAMETERS, *DATA)) if name in frame]
     for _, group in frame[frame.status == "ok"].groupby(by, dropna=False, sort=False):
-        for name in ALIKE:
-            found = group[name].dropna().unique() if name in group else []
-            if name == "alloc_conf" and name in group:
-                found = group[name].fillna("default").unique()
+        for name in (name for name in ALIKE if name in group):
+            values = group[name].fillna("default") if name == "alloc_conf" else group[name].dropna()
+            found = [value for value in values.unique() if value != "none"]
             if len(found) > 1:
+                what = ", ".join(f"{n} {group[n].iloc[0]}" for n in by if n in SHOWN)
                 raise InputError(
-                    f"runs of {group.method.iloc[0]} / {group.checkpointing.iloc[0]} differ in {name}: "
-                    f"{', '.join(map(str, found))}{_what_differs(group) if name == 'env_hash' else ''}. "
-                    "Their mean would be of two different measurements: select one of them, "
-                    "use another folder, or pass mix=True."
+                    f"runs of {what} differ in {name}: {', '.join(map(str, found))}"
+                    f"{_what_differs(group) if name == 'env_hash' else ''}. They are different measurements: "
+                    "select one of them, use another folder, or pass mix=True."
                 )
 
 
 def _what_differs(group: pd.DataFrame) -> str:
-    names = [name for name in group if name == "device_name" or name.startswith(("version_", "driver"))]
+    names = [name for name in group if name.startswith(("version_", "device_", "cpu_", "driver", "code_"))]
     differing = [name for name in [*names, "threads"] if name in group and group[name].nunique() > 1]
     return f" ({', '.join(differing)})" if differing else ""
 
@@ -70,7 +71,7 @@ def compare(frame: pd.DataFrame, *, mix: bool = False) -> pd.DataFrame:
     """
     rows = []
     for row, group in _groups(frame, mix):
-        ok = group[group.status == "ok"]
+        ok = _without_simulated(group[group.status == "ok"])
         row["test top-1 %"] = _text(ok.get("test_top1_pct"), 1, 2)
         row["peak MiB"] = _text(ok.get("train_peak_bytes"), 2**20, 2)
         row["in budget"] = "" if ok.empty else "yes" if ok.within_budget.astype(bool).all() else "no"
@@ -91,20 +92,25 @@ def standing(frame: pd.DataFrame, *, mix: bool = False) -> pd.DataFrame:
     """Scores of the groups of `compare`: NetScores with training's costs, and what no unit can move.
 
     NetScores are means over seeds of each run's score, with intervals.  `Pareto rank` and `dominated %`
-    (the group's hypervolume in the box up to 1.1 times the worst costs of the table) are of mean
-    accuracy, peak memory, energy and time; a cost that no run has is left out.  A group without a
-    finished run, or without a cost that others have, has neither.  Raises as `compare`.
+    (the group's hypervolume in the box up to 1.1 times the worst costs) are of mean accuracy, peak memory,
+    energy and time, among the groups of one data set; a cost that no run has is left out.  A group
+    without a finished run, or without a cost that others have, has neither.  Raises as `compare`, and
+    where groups that would be ranked together were not measured alike.
     """
+    if not mix:
+        refuse_mixed(frame, ("dataset", *DATA))
     rows, points = [], []
     for row, group in _groups(frame, mix):
-        ok = group[(group.status == "ok") & (group.get("energy_source") != "fake")]
+        ok = _without_simulated(group[group.status == "ok"])
         rows.append(row | {kind: _text(ok.get(column), 1, 2) for kind, column in SCORES.items()})
         means = {name: mean_and_interval(ok[name])[0] for name in ("test_top1_pct", *COSTS) if name in ok}
         points.append(pd.Series(means, dtype=float))
-    table, points = pd.DataFrame(rows), pd.DataFrame(points).dropna(axis="columns", how="all")
-    whole = points.dropna()
+    table, points = pd.DataFrame(rows), pd.DataFrame(points)
     table["Pareto rank"], table["dominated %"] = pd.NA, pd.NA
-    if len(whole) and len(whole.columns) > 1:
+    for _, rivals in points.groupby([table[name] for name in ("dataset", *DATA) if name in table]):
+        whole = rivals.dropna(axis="columns", how="all").dropna()
+        if whole.empty or "test_top1_pct" not in whole or len(whole.columns) == 1:
+            continue
         accuracy, costs = whole.test_top1_pct, whole.drop(columns="test_top1_pct")
         worst = 1.1 * costs.max()
         table.loc[whole.index, "Pareto rank"] = pareto_rank(accuracy, costs)
@@ -129,10 +135,18 @@ def _groups(frame: pd.DataFrame, mix: bool) -> Iterator[tuple[dict, pd.DataFrame
 
 
 def _energy(ok: pd.DataFrame) -> str:
-    """Joules; those of a simulated GPU are no measurement and are not printed as one."""
-    if "energy_source" in ok and (ok.energy_source == "fake").any():
-        return "simulated"
-    return _text(ok.get("train_energy_joules"), 1, 0)
+    simulated = "energy_source" in ok and (ok.energy_source == "fake").any()
+    return "simulated" if simulated else _text(ok.get("train_energy_joules"), 1, 0)
+
+
+def _without_simulated(frame: pd.DataFrame) -> pd.DataFrame:
+    """Nulls for what a simulated GPU said: it is no measurement."""
+    if "energy_source" not in frame or not (frame.energy_source == "fake").any():
+        return frame
+    frame = frame.copy()
+    columns = [name for name in SIMULATED if name in frame]
+    frame[columns] = frame[columns].astype(object).where(frame.energy_source != "fake", None)
+    return frame
 
 
 def _text(values: pd.Series | None, unit: float, digits: int) -> str:
@@ -147,26 +161,29 @@ def paired_differences(
 ) -> pd.DataFrame:
     """Difference in `value` of every group from the group `against` names, paired by seed.
 
-    `against`: column -> value, such as `{"method": "full", "checkpointing": "none"}`; the partner of a
-    run has these values, its own seed, and its own everything else.  Columns: `SHOWN`, what else
-    varies, `mean`, `half_width` (95 % Student-t), `n` pairs, `tied`: the interval contains 0 (None
-    below two pairs).  Raises `InputError` for an unknown column, where there is no such group, a seed
-    occurs twice, or runs were not measured alike (unless `mix`).
+    `against`: column -> value, such as `{"method": "full", "checkpointing": "none"}`.  The partner of a
+    run has these values, its seed and data, and its other parameters (save the learning rate, if there
+    is one for each of `against`: every method has its own default).  Columns: `SHOWN`, what else varies,
+    `mean`, `half_width` (95 % Student-t), `n` pairs, `tied`: the interval contains 0 (None below two
+    pairs).  Raises `InputError` for an unknown column, where there is no such group, a seed occurs twice,
+    or runs that would be compared were not measured alike (unless `mix`).
     """
     for name in (value, *against):
         if name not in frame:
             raise InputError(f"the records have no column {name!r}.")
     if not mix:
-        refuse_mixed(frame)
-    ok = frame[(frame.status == "ok") & frame[value].notna()]
-    by = list(dict.fromkeys([*SHOWN, *(n for n in PARAMETERS if n in ok and ok[n].nunique() > 1)]))
+        refuse_mixed(frame, ("dataset", *DATA))
+    ok = _without_simulated(frame[frame.status == "ok"])
+    ok = ok[ok[value].notna()]
+    by = list(dict.fromkeys([*SHOWN, *(n for n in (*PARAMETERS, *DATA) if n in ok and ok[n].nunique() > 1)]))
     if ok.duplicated([*by, "seed"]).any():
         raise InputError("a seed occurs twice in a group; select one run of each.")
-    key = [name for name in by if name not in against] + ["seed"]
-    partner = ok[(ok[list(against)] == pd.Series(against)).all(axis=1)].set_index(key)[value]
-    if partner.empty:
+    partners = ok[(ok[list(against)] == pd.Series(against)).all(axis=1)]
+    if partners.empty:
         raise InputError(f"no finished run has {dict(against)}.")
-    pairs = ok.join(partner.rename("_partner"), on=key)
+    own_lr = "lr" in by and (ok.groupby(list(against)).lr.nunique() == 1).all()
+    key = [name for name in by if name not in against and not (name == "lr" and own_lr)] + ["seed"]
+    pairs = ok.join(partners.set_index(key)[value].rename("_partner"), on=key)
     pairs["_difference"] = pairs[value].astype(float) - pairs["_partner"].astype(float)
     rows = []
     for group_key, group in pairs.groupby(by, sort=False):

@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 from toolkit.backbones import data_config
 from toolkit.budget import Checkpointing, device_memory, format_bytes, is_out_of_memory
 from toolkit.datasets import Splits, loader
+from toolkit.environment import environment
 from toolkit.errors import InputError
 from toolkit.evaluation import autocast, evaluate
 from toolkit.experiment import Experiment
@@ -64,7 +65,8 @@ class FitResult:
     reserved_peak_bytes: int | None = None  # CUDA only: what the allocator held, fragmentation included
     context_bytes: int | None = None  # CUDA only: beside the allocator's
     device_used_bytes: int | None = None  # CUDA only: of the whole device, by anyone, at the end
-    context_reason: str | None = "the CPU has no context"  # why these are None
+    context_reason: str | None = None  # why these are None
+    environment: dict = field(default_factory=dict)  # see environment.environment; as training began
     memory_trace: list[dict] = field(default_factory=list)  # one step, see MemoryTrace.segments
     step_flops: dict[str, float] = field(default_factory=dict)  # by phase, per image, of that step
     weights_sha256: str = ""  # of the model as it came to training
@@ -129,6 +131,7 @@ def fit(
             run.result.status, run.result.error = "oom", str(error).split("\n")[0]
             run.read_peaks()
         run.book_windows()
+        run.read_context()
         return run.result
 
 
@@ -151,6 +154,7 @@ class _Run:
             memory_source=self.memory.kind,
             weights_sha256=weights_sha256(model),
             idle_watts=meter.idle_watts,
+            environment=environment(self.device.type),
             started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         self.epoch_sums = {"loss": 0.0, "correct": 0, "images": 0}
@@ -226,11 +230,11 @@ class _Run:
                 if interrupt.wanted and self.result.steps < self.total_steps:
                     self.result.status = "interrupted"
                     return
-        self._read_context()
 
-    def _read_context(self) -> None:
+    def read_context(self) -> None:
         """Book what the device holds beside this process's tensors, while the kernels are loaded."""
         if self.device.type != "cuda":
+            self.result.context_reason = "the CPU has no context"
             return
         free, total_bytes = torch.cuda.mem_get_info(self.device)
         self.result.device_used_bytes = total_bytes - free
@@ -317,7 +321,11 @@ class _Run:
     def _end_epoch(self, epoch: int) -> None:
         # Validation is not training: its memory must not show up in the training peak.
         validation = evaluate(
-            self.model, self._val_loader(), precision=self.experiment.precision, meter=self.meter
+            self.model,
+            self._val_loader(),
+            precision=self.experiment.precision,
+            meter=self.meter,
+            costs=False,
         )
         self.memory.reset_peak()
         if not math.isfinite(validation.loss):
@@ -413,6 +421,7 @@ class _Run:
         self.result = FitResult(**state["result"])
         self.earlier_windows = dict(self.result.windows)
         self.result.status, self.result.error = "ok", None
+        self.result.environment, self.result.idle_watts = environment(self.device.type), self.meter.idle_watts
         self.result.resumes += 1
         print(f"resumed at step {self.result.steps} of {self.total_steps}")
 

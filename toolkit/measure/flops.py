@@ -1,10 +1,11 @@
 """Floating-point operations of a step, forward, backward and recomputation apart.
 
 Two per multiply-add of matrix products, convolutions (grouped and depthwise ones too), attention, 4-bit
-linears and selective scans, and the arithmetic of fused normalisation layers (5 % of a MobileNet's
-step).  Not counted: activations, softmax, additions of residuals and biases, pooling, recurrent layers,
-the optimizer, and what a kernel repeats inside itself (flash attention's scores), so that a model has
-one figure whatever kernel runs it.
+linears and selective scans (operators `toolkit::selective_scan` and `..._backward`), and the arithmetic
+of batch, layer and group norms (5 % of a MobileNet's step).  Not counted: activations, softmax, additions
+of residuals and biases, pooling, RMS norms, recurrent and bilinear layers, distances, 8-bit products, the
+optimizer, and what a kernel repeats inside itself (flash attention's scores), so that a model has one
+figure whatever kernel runs it.
 
 torch.utils.flop_counter supplies the formulas that are right there.  Ours replace: the weight gradient
 of grouped convolutions, which it multiplies by the number of groups (2.14.1; pytorch pull request
@@ -59,15 +60,10 @@ def flops(model: nn.Module, batch) -> Flops:
     under `recompute`.  Raises `InputError` where the model cannot run on fake tensors; count a real
     step with `FlopCounter` then.
     """
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one fused operator that no formula knows
-    try:
-        with on_fake_tensors(model, batch) as fake_batch, FlopCounter() as counter:
-            loss = _scalar(_call(model, fake_batch))
-            if loss.requires_grad:
-                loss.backward()
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
+    with on_fake_tensors(model, batch) as fake_batch, FlopCounter() as counter:
+        loss = _scalar(_call(model, fake_batch))
+        if loss.requires_grad:
+            loss.backward()
     return counter.flops
 
 
@@ -107,6 +103,17 @@ class FlopCounter(TorchDispatchMode):
         super().__init__()
         self._formulas = FORMULAS | NORMS | (formulas or {})
         self.counts: dict[str, Counter] = defaultdict(Counter)
+        self._fastpaths: list[bool] = []
+
+    def __enter__(self) -> FlopCounter:
+        # In evaluation torch's attention layers are one fused operator, which no formula knows.
+        self._fastpaths.append(torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
+        return super().__enter__()
+
+    def __exit__(self, *exc) -> None:
+        torch.backends.mha.set_fastpath_enabled(self._fastpaths.pop())
+        super().__exit__(*exc)
 
     @property
     def flops(self) -> Flops:
@@ -126,7 +133,7 @@ class FlopCounter(TorchDispatchMode):
             return NotImplemented
         if name in self._formulas:
             out = func(*args, **kwargs)
-            self.counts[current_phase()][name] += self._formulas[name](*args, out=out, **kwargs)
+            self.counts[current_phase()][name] += self._formulas[name](*args, out_val=out, **kwargs)
         elif packet in flop_registry:
             out = func(*args, **kwargs)
             self.counts[current_phase()][name] += flop_registry[packet](*args, out_val=out, **kwargs)
@@ -145,24 +152,24 @@ class FlopCounter(TorchDispatchMode):
 
 
 def _convolution_backward(
-    grad, x, weight, bias_sizes, stride, padding, dilation, transposed, output_padding, groups, mask, *, out
+    grad, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups, mask, *, out_val
 ) -> int:
     """Each of input and weight gradient takes the multiply-adds of the forward pass."""
     pixels = math.prod((x if transposed else grad).shape[2:])
     return 2 * grad.shape[0] * pixels * math.prod(weight.shape) * (mask[0] + mask[1])
 
 
-def _attention(q, k, v, *rest, out, **options) -> int:
+def _attention(q, k, v, *rest, out_val, **options) -> int:
     """Q·Kᵀ and P·V; shapes (B, heads, tokens, width).  Masked products count like others."""
     return 2 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * (q.shape[3] + v.shape[3])
 
 
-def _attention_backward(grad, q, k, v, *rest, out, **options) -> int:
+def _attention_backward(grad, q, k, v, *rest, out_val, **options) -> int:
     """Gradients of Q, K, V and P: twice the forward pass, the scores' repetition not counted."""
-    return 2 * _attention(q, k, v, out=out)
+    return 2 * _attention(q, k, v, out_val=out_val)
 
 
-def _gemm_4bit(x, weight, shape, *rest, out, **options) -> int:
+def _gemm_4bit(x, weight, shape, *rest, out_val, **options) -> int:
     """`x` (..., in) times the unpacked weight of `shape` (out, in); unpacking is not counted."""
     return 2 * x.numel() * shape[0]
 
@@ -179,20 +186,21 @@ def selective_scan_flops(batch: int, channels: int, length: int, states: int) ->
     return steps * (6 * states + 3), steps * (15 * states + 7)
 
 
-def _scan(u, dt, a, *rest, out, **options) -> int:
+def _scan(u, dt, a, *rest, out_val, **options) -> int:
     return selective_scan_flops(*u.shape, a.shape[1])[0]
 
 
-def _scan_backward(grad, u, dt, a, *rest, out, **options) -> int:
+def _scan_backward(grad, u, dt, a, *rest, out_val, **options) -> int:
     return selective_scan_flops(*u.shape, a.shape[1])[1]
 
 
 # Multiply-adds.  Scans: u (B, channels, L), dt like u, A (channels, states).
 FORMULAS: dict[str, Callable] = {
     "aten.convolution_backward": _convolution_backward,
-    "aten.mv": lambda matrix, vector, *, out: 2 * matrix.numel(),
-    "aten.addmv": lambda bias, matrix, vector, *, out, **scales: 2 * matrix.numel(),
-    "aten.dot": lambda a, b, *, out: 2 * a.numel(),
+    "aten.mv": lambda matrix, vector, *, out_val, **_: 2 * matrix.numel(),
+    "aten.addmv": lambda bias, matrix, vector, *, out_val, **scales: 2 * matrix.numel(),
+    "aten.dot": lambda a, b, *, out_val, **_: 2 * a.numel(),
+    "aten.addbmm": lambda bias, a, b, *, out_val, **_: 2 * a.numel() * b.shape[2],
     "bitsandbytes.gemm_4bit": _gemm_4bit,
     "bitsandbytes.gemv_4bit": _gemm_4bit,
     "toolkit.selective_scan": _scan,
@@ -213,14 +221,14 @@ def _norm_backward(x: torch.Tensor, affine, mask) -> int:
     return x.numel() * ((7 + (affine is not None)) * mask[0] + 2 * mask[1] + mask[2])
 
 
-def _batch_norm(x, weight, bias, mean, var, training, *rest, out, **options) -> int:
+def _batch_norm(x, weight, bias, mean, var, training, *rest, out_val, **options) -> int:
     """With running statistics a norm is one multiply-add per element."""
     return _norm(x, weight) if training else 2 * x.numel()
 
 
-def _batch_norm_backward(grad, x, weight, mean, var, save_mean, save_var, training, eps, mask, *, out) -> int:
+def _batch_norm_backward(grad, x, weight, mean, var, saved, saved_too, train, eps, mask, *, out_val) -> int:
     """In training the sums are the gradients of weight and bias; scaling is per channel."""
-    if training:
+    if train:
         return x.numel() * (7 if mask[0] else 3)
     return x.numel() * (mask[0] + 2 * mask[1] + mask[2])
 
@@ -229,13 +237,13 @@ NORMS: dict[str, Callable] = {
     "aten.native_batch_norm": _batch_norm,
     "aten.cudnn_batch_norm": _batch_norm,
     "aten.native_batch_norm_backward": _batch_norm_backward,
-    "aten.cudnn_batch_norm_backward": lambda x, grad, weight, *rest, out: 7 * x.numel(),
-    "aten.native_layer_norm": lambda x, shape, weight, *rest, out, **_: _norm(x, weight),
-    "aten.native_layer_norm_backward": lambda grad, x, shape, mean, rstd, weight, bias, mask, *, out: (
+    "aten.cudnn_batch_norm_backward": lambda x, grad, weight, *rest, out_val: 7 * x.numel(),
+    "aten.native_layer_norm": lambda x, shape, weight, *rest, out_val, **_: _norm(x, weight),
+    "aten.native_layer_norm_backward": lambda grad, x, shape, mean, rstd, weight, bias, mask, *, out_val: (
         _norm_backward(x, weight, mask)
     ),
-    "aten.native_group_norm": lambda x, weight, *rest, out, **_: _norm(x, weight),
-    "aten.native_group_norm_backward": lambda grad, x, mean, rstd, weight, n, c, hw, g, mask, *, out: (
+    "aten.native_group_norm": lambda x, weight, *rest, out_val, **_: _norm(x, weight),
+    "aten.native_group_norm_backward": lambda grad, x, mean, rstd, weight, n, c, hw, g, mask, *, out_val: (
         _norm_backward(x, weight, mask)
     ),
 }

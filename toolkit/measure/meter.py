@@ -51,7 +51,7 @@ class Window:
     quantisation_joules: float | None = None  # what the sensor's ticks at the two edges may amount to
     poll_joules: float | None = None  # the same by polled power
     disagreement_pct: float | None = None  # of poll_joules from the counter
-    net_joules: float | None = None  # energy_joules less idle power, where that was measured
+    idle_joules: float | None = None  # what an idle device would have taken, where idle power is known
     cpu_joules: float | None = None  # all CPU packages, from RAPL
     cpu_reason: str | None = None
     samples: int = 0  # readings inside and at the edges
@@ -66,12 +66,17 @@ class Window:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {name: value for name, value in values.items() if name != "children"}
 
+    @property
+    def net_joules(self) -> float | None:
+        """Gross energy less that of an idle device."""
+        known = self.energy_joules is not None and self.idle_joules is not None
+        return self.energy_joules - self.idle_joules if known else None
+
     def __str__(self) -> str:
-        energy = (
-            f"no energy ({self.reason})" if self.energy_joules is None
-            else f"{self.energy_joules:,.0f} ± {self.quantisation_joules:,.0f} J ({self.source})"
-        )  # fmt: skip
-        return f"{self.name}: {self.seconds:.2f} s, {energy}"
+        if self.energy_joules is None:
+            return f"{self.name}: {self.seconds:.2f} s, no energy ({self.reason})"
+        ticks = "" if self.quantisation_joules is None else f" ± {self.quantisation_joules:,.0f}"
+        return f"{self.name}: {self.seconds:.2f} s, {self.energy_joules:,.0f}{ticks} J ({self.source})"
 
 
 def total(windows: Iterable[Window], name: str = "total") -> Window:
@@ -81,7 +86,7 @@ def total(windows: Iterable[Window], name: str = "total") -> Window:
     energy.  Uncertainties add in quadrature: where in a tick one window begins says nothing of the next.
     """
     windows = list(windows)
-    resolved = [window for window in windows if BELOW_RESOLUTION not in window.flags]
+    resolved = [w for w in windows if w.energy_joules is not None or BELOW_RESOLUTION not in w.flags]
 
     def added(attribute: str, among: list[Window] = windows) -> float | None:
         values = [getattr(window, attribute) for window in among]
@@ -90,33 +95,47 @@ def total(windows: Iterable[Window], name: str = "total") -> Window:
     def first(attribute: str):
         return next((v for w in windows if (v := getattr(w, attribute)) is not None), None)
 
-    energy, poll = added("energy_joules", resolved), added("poll_joules")
-    sources = {window.source for window in resolved}
-    counted = energy is not None and poll is not None and "nvml_poll" not in sources
     ticks = [window.quantisation_joules for window in windows]
-    quantisation = None if not ticks or None in ticks else math.hypot(*ticks)
-    flags = dict.fromkeys(flag for window in windows for flag in window.flags)
-    if energy is not None and quantisation is not None and quantisation <= NUMBER_SHARE * energy:
-        flags.pop("resolution_limited", None)
-        flags.pop(BELOW_RESOLUTION, None)
-    return Window(
+    whole = Window(
         name=name,
         seconds=added("seconds"),
-        energy_joules=energy,
-        source="none" if energy is None else sources.pop() if len(sources) == 1 else "nvml_poll",
-        reason=None if energy is not None else first("reason") or "nothing was measured",
-        quantisation_joules=quantisation,
-        poll_joules=poll,
-        disagreement_pct=100 * (poll - energy) / energy if counted else None,
-        net_joules=added("net_joules", resolved),
+        energy_joules=added("energy_joules", resolved),
+        quantisation_joules=None if not ticks or None in ticks else math.hypot(*ticks),
+        poll_joules=added("poll_joules"),
+        idle_joules=added("idle_joules"),
         cpu_joules=added("cpu_joules"),
         cpu_reason=first("cpu_reason"),
         samples=sum(window.samples for window in windows),
         max_gap_seconds=max((window.max_gap_seconds for window in windows), default=0.0),
         start_celsius=windows[0].start_celsius if windows else None,
         end_celsius=windows[-1].end_celsius if windows else None,
-        flags=list(flags),
+        flags=list(dict.fromkeys(flag for w in windows for flag in w.flags if flag not in _JUDGED)),
     )
+    if whole.energy_joules is None:
+        whole.reason = first("reason") or "nothing was measured"
+        if not resolved and windows:
+            whole.flags.append(BELOW_RESOLUTION)
+        return whole
+    sources = {window.source for window in resolved}
+    whole.source = next(source for source in ("fake", "nvml_poll", "nvml_counter") if source in sources)
+    _judge(whole, counted="nvml_poll" not in sources and None not in {w.disagreement_pct for w in resolved})
+    return whole
+
+
+# What is decided anew for a sum.
+_JUDGED = (BELOW_RESOLUTION, "resolution_limited", "energy_suspect")
+
+
+def _judge(window: Window, counted: bool) -> None:
+    """Compare counter and polling, and flag what a reader must know of the figure."""
+    if counted and window.poll_joules is not None:
+        difference = window.poll_joules - window.energy_joules
+        window.disagreement_pct = 100 * difference / window.energy_joules
+        if window.seconds >= COMPARE_SECONDS and abs(window.disagreement_pct) > SUSPECT_PCT:
+            window.flags.append("energy_suspect")
+    ticks = window.quantisation_joules
+    if ticks is None or ticks > NUMBER_SHARE * window.energy_joules:
+        window.flags.append("resolution_limited")
 
 
 @dataclass(frozen=True)
@@ -124,9 +143,9 @@ class _Reading:
     """All sensors at one moment; None where a sensor did not answer."""
 
     seconds: float
-    counter: float | None = None
+    gpu_joules: float | None = None  # the counter
     watts: float | None = None
-    cpu: float | None = None
+    cpu_joules: float | None = None
     error: str | None = None
 
 
@@ -142,31 +161,81 @@ class _Integral:
     unpolled_seconds: float = 0.0
     uncounted_cpu_seconds: float = 0.0
 
-    def advanced(self, old: _Reading, new: _Reading) -> _Integral:
-        """The integral at `new`, given that at `old`."""
-        seconds = new.seconds - old.seconds
-        powers = [watts for watts in (old.watts, new.watts) if watts is not None]
-        if len(powers) == 2 or (powers and seconds <= GAP_SECONDS):
-            polled, unpolled = sum(powers) / len(powers) * seconds, 0.0
-        else:
-            polled, unpolled = 0.0, seconds
-        if old.counter is not None and new.counter is not None and new.counter >= old.counter:
-            joules, bridged, unknown = new.counter - old.counter, 0.0, 0.0
-        else:
-            joules, bridged, unknown = polled, seconds, unpolled
-        cpu_known = old.cpu is not None and new.cpu is not None
-        return _Integral(
-            self.joules + joules,
-            self.polled_joules + polled,
-            self.cpu_joules + (new.cpu - old.cpu if cpu_known else 0.0),
-            self.bridged_seconds + bridged,
-            self.unknown_seconds + unknown,
-            self.unpolled_seconds + unpolled,
-            self.uncounted_cpu_seconds + (0.0 if cpu_known else seconds),
-        )
-
     def since(self, start: _Integral) -> _Integral:
         return _Integral(*(a - b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(start))))
+
+
+class _Integrator:
+    """Carries an `_Integral` from reading to reading.
+
+    The counter is trusted from its last move on: what it has gained when it answers again replaces what
+    polling had put in for an outage.  A counter that stands still for a second while power flows is out.
+    """
+
+    def __init__(self):
+        self.value = _Integral()
+        self.last: _Reading | None = None
+        self._moved: tuple[_Reading, _Integral] | None = None  # the counter's last move
+
+    def forget(self) -> None:
+        """What comes next has no connection to what was."""
+        self.last = self._moved = None
+
+    def add(self, new: _Reading) -> list[str]:
+        """Go on to `new`; returns flags for the windows that are open."""
+        old, self.last = self.last, new
+        if old is None:
+            self._moved = None if new.gpu_joules is None else (new, self.value)
+            return []
+        self._add_polled(old, new)
+        return self._add_counted(new)
+
+    def _add_polled(self, old: _Reading, new: _Reading) -> None:
+        seconds = new.seconds - old.seconds
+        powers = [watts for watts in (old.watts, new.watts) if watts is not None]
+        polled = bool(powers) and seconds <= GAP_SECONDS
+        cpu_known = old.cpu_joules is not None and new.cpu_joules is not None
+        joules = sum(powers) / len(powers) * seconds if polled else 0.0
+        value = self.value
+        self.value = dataclasses.replace(
+            value,
+            joules=value.joules + joules,
+            bridged_seconds=value.bridged_seconds + seconds,
+            unknown_seconds=value.unknown_seconds + (0.0 if polled else seconds),
+            polled_joules=value.polled_joules + joules,
+            unpolled_seconds=value.unpolled_seconds + (0.0 if polled else seconds),
+            cpu_joules=value.cpu_joules + (new.cpu_joules - old.cpu_joules if cpu_known else 0.0),
+            uncounted_cpu_seconds=value.uncounted_cpu_seconds + (0.0 if cpu_known else seconds),
+        )
+
+    def _add_counted(self, new: _Reading) -> list[str]:
+        """Let the counter overrule polling where it can."""
+        if new.gpu_joules is None:
+            return []
+        if self._moved is None or new.gpu_joules < self._moved[0].gpu_joules:
+            reset = self._moved is not None
+            self._moved = (new, self.value)
+            return ["counter_reset"] if reset else []
+        then, value = self._moved
+        gained = new.gpu_joules - then.gpu_joules
+        polled_since = self.value.polled_joules - value.polled_joules
+        stood_seconds = new.seconds - then.seconds
+        if gained == 0 and stood_seconds > GAP_SECONDS and polled_since > 0:
+            self.value = dataclasses.replace(
+                self.value,
+                joules=value.joules + polled_since,
+                bridged_seconds=value.bridged_seconds + stood_seconds,
+            )
+            return ["counter_stuck"]
+        self.value = dataclasses.replace(
+            self.value,
+            joules=value.joules + gained,
+            bridged_seconds=value.bridged_seconds,
+            unknown_seconds=value.unknown_seconds,
+        )
+        if gained > 0:
+            self._moved = (new, self.value)
+        return []
 
 
 class Meter:
@@ -202,8 +271,7 @@ class Meter:
         self._clock, self._poll_seconds = clock, poll_seconds
         self._lock = threading.Lock()
         self._open: list[tuple[Window, _Reading, _Integral]] = []
-        self._last: _Reading | None = None
-        self._integral = _Integral()
+        self._integrator = _Integrator()
         self._poller: threading.Thread | None = None
         self._stop = threading.Event()
 
@@ -223,16 +291,15 @@ class Meter:
         """Measure the body of a with statement; windows may nest, under different names."""
         if any(window.name == name for window, _, _ in self._open):
             raise InputError(f"window {name!r} is open already; a window cannot contain itself.")
-        window = Window(name)
-        if self._open:
-            self._open[-1][0].children.append(window)
+        window = Window(name, start_celsius=self._celsius())
         self._synchronize()
-        if self.gpu and not self._open and self._shared():
-            window.flags.append("shared_gpu")
-        window.start_celsius = self._celsius()
         with self._lock:
             reading = self._read()
-            self._open.append((window, reading, self._integral))
+            if self._open:
+                self._open[-1][0].children.append(window)
+            self._open.append((window, reading, self._integrator.value))
+        window.reason = reading.error
+        self._note_company(window)
         if len(self._open) == 1:
             self._start_polling()
         try:
@@ -245,14 +312,21 @@ class Meter:
 
     def _close(self, window: Window) -> None:
         with self._lock:
-            reading = self._read()
-            _, start, integral = self._open.pop()
-            measured = self._integral.since(integral)
-            if not self._open:
-                self._last = None  # nothing is integrated between windows
+            place = next(i for i, (other, _, _) in enumerate(self._open) if other is window)
+            try:
+                reading = self._read()
+            finally:  # whatever happens, the window does not stay open
+                if place < len(self._open) - 1:
+                    window.flags.append("overlaps")  # a generator left open, say
+                _, start, value = self._open.pop(place)
+                measured = self._integrator.value.since(value)
+                if not self._open:
+                    self._integrator.forget()
+                    self._stop.set()
         if not self._open:
             self._stop_polling()
         window.end_celsius = self._celsius()
+        self._note_company(window)
         self._fill(window, reading.seconds - start.seconds, measured)
 
     def so_far(self, window: Window) -> Window:
@@ -261,9 +335,9 @@ class Meter:
             return window
         with self._lock:
             reading = self._read()
-            start, integral = next((s, i) for w, s, i in self._open if w is window)
+            start, value = next((s, v) for w, s, v in self._open if w is window)
             copy = dataclasses.replace(window, flags=list(window.flags))
-            self._fill(copy, reading.seconds - start.seconds, self._integral.since(integral))
+            self._fill(copy, reading.seconds - start.seconds, self._integrator.value.since(value))
             return copy
 
     def measure_idle(self, seconds: float = 5.0) -> float | None:
@@ -290,33 +364,23 @@ class Meter:
         """Read all sensors and carry the integrals on to now.  Needs the lock."""
         before = self._clock.perf_counter()
         errors: list[str] = []
-        counter = _asked(self.gpu, "counter_joules", errors) if self._has_counter else None
+        joules = _asked(self.gpu, "counter_joules", errors) if self._has_counter else None
         watts = _asked(self.gpu, "watts", errors) if self._has_power else None
-        cpu = _asked(self.cpu, "counter_joules", [])
-        reading = _Reading(
-            (before + self._clock.perf_counter()) / 2, counter, watts, cpu, errors[-1] if errors else None
-        )
-        if self._last is not None:
-            self._integral = self._integral.advanced(self._last, reading)
-            self._note(self._last, reading)
-        for window, _, _ in self._open:
-            window.samples += 1
-        self._last = reading
-        return reading
-
-    def _note(self, old: _Reading, new: _Reading) -> None:
-        """Tell the open windows what was odd between two readings."""
-        flags = []
-        if old.counter is not None and new.counter is not None and new.counter < old.counter:
-            flags.append("counter_reset")
-        if self.gpu and new.error:
+        cpu_joules = _asked(self.cpu, "counter_joules", [])
+        seconds = (before + self._clock.perf_counter()) / 2
+        reading = _Reading(seconds, joules, watts, cpu_joules, errors[-1] if errors else None)
+        gap_seconds = seconds - self._integrator.last.seconds if self._integrator.last else 0.0
+        flags = self._integrator.add(reading)
+        if reading.error:
             flags.append("sensor_failed")
-        if self.gpu and new.seconds - old.seconds > GAP_SECONDS:
+        if self.gpu and gap_seconds > GAP_SECONDS:
             flags.append("sampling_gap")
         for window, _, _ in self._open:
-            window.max_gap_seconds = max(window.max_gap_seconds, new.seconds - old.seconds)
+            window.samples += 1
+            window.max_gap_seconds = max(window.max_gap_seconds, gap_seconds)
             window.flags.extend(flag for flag in flags if flag not in window.flags)
-            window.reason = new.error or window.reason
+            window.reason = reading.error or window.reason
+        return reading
 
     def _fill(self, window: Window, seconds: float, measured: _Integral) -> None:
         """Turn the difference of two integrals into the figures of a window."""
@@ -331,35 +395,28 @@ class Meter:
         if self.gpu is None:
             window.reason = self.reason
             return
-        if measured.unpolled_seconds == 0:
-            window.poll_joules = measured.polled_joules
-        if measured.unknown_seconds:
-            window.reason = f"no reading for {measured.unknown_seconds:.2f} s: {window.reason}"
-            return
-        by_counter = measured.bridged_seconds <= 0.01 * seconds
-        joules = measured.joules
-        if joules == 0 and seconds > GAP_SECONDS and window.poll_joules:
-            joules, by_counter = window.poll_joules, False
-            window.flags.append("counter_stuck")
-        if joules == 0:
-            window.reason = f"the sensors did not move in {seconds:.4f} s"
-            window.quantisation_joules = window.poll_joules and window.poll_joules / seconds * TICK_SECONDS
-            window.flags.append(BELOW_RESOLUTION)
-            return
-        window.reason = None
-        window.energy_joules = joules
-        window.source = "fake" if self.gpu.simulated else "nvml_counter" if by_counter else "nvml_poll"
         if self.gpu.simulated:
             window.flags.append("simulated")
-        window.quantisation_joules = joules / seconds * TICK_SECONDS
         if self.idle_watts is not None:
-            window.net_joules = joules - self.idle_watts * seconds
-        if by_counter and window.poll_joules is not None:
-            window.disagreement_pct = 100 * (window.poll_joules - joules) / joules
-            if seconds >= COMPARE_SECONDS and abs(window.disagreement_pct) > SUSPECT_PCT:
-                window.flags.append("energy_suspect")
-        if window.quantisation_joules > NUMBER_SHARE * joules:
-            window.flags.append("resolution_limited")
+            window.idle_joules = self.idle_watts * seconds
+        if measured.unpolled_seconds == 0:
+            window.poll_joules = measured.polled_joules
+        by_counter = abs(measured.bridged_seconds) <= 0.01 * seconds
+        edge_seconds = TICK_SECONDS if by_counter else max(TICK_SECONDS, self.gpu.power_window_seconds)
+        if measured.unknown_seconds:
+            why = window.reason or "a counter that began anew, or readings too far apart"
+            window.reason = f"no reading for {abs(measured.unknown_seconds):.2f} s: {why}"
+        elif measured.joules <= 0:
+            window.reason = f"the sensors did not move in {seconds:.4f} s"
+            if window.poll_joules is not None:
+                window.quantisation_joules = window.poll_joules / seconds * edge_seconds if seconds else 0.0
+            window.flags.append(BELOW_RESOLUTION)
+        else:
+            window.reason = None
+            window.energy_joules = measured.joules
+            window.source = "fake" if self.gpu.simulated else "nvml_counter" if by_counter else "nvml_poll"
+            window.quantisation_joules = measured.joules / seconds * edge_seconds
+            _judge(window, counted=by_counter)
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -368,9 +425,10 @@ class Meter:
     def _celsius(self) -> float | None:
         return _asked(self.gpu, "celsius", [])
 
-    def _shared(self) -> bool:
+    def _note_company(self, window: Window) -> None:
         processes = _asked(self.gpu, "processes", [])
-        return processes is not None and len(processes) > 1
+        if processes is not None and len(processes) > 1 and "shared_gpu" not in window.flags:
+            window.flags.append("shared_gpu")
 
     def _start_polling(self) -> None:
         if self._poll_seconds and (self.gpu or self.cpu):
@@ -410,4 +468,6 @@ def _asked(sensor, quantity: str, errors: list[str]):
         return getattr(sensor, quantity)()
     except SensorError as error:
         errors.append(str(error))
-        return None
+    except Exception as error:  # measuring must never end a run
+        errors.append(f"{type(error).__name__}: {error}")
+    return None

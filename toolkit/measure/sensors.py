@@ -21,6 +21,7 @@ class GpuSensor(Protocol):
 
     name: str
     simulated: bool  # True: what it says is not a measurement
+    power_window_seconds: float  # over which `watts` averages
 
     def counter_joules(self) -> float: ...  # energy since some fixed moment
 
@@ -53,9 +54,9 @@ class Nvml:
         self.simulated = "simulated" in self.name.lower()  # what the library of our tests calls itself
         try:
             self._instant_watts()
-            self.watts = self._instant_watts
+            self.watts, self.power_window_seconds = self._instant_watts, 0.1
         except SensorError:
-            self.watts = self._usage_watts
+            self.watts, self.power_window_seconds = self._usage_watts, 1.0
 
     @classmethod
     def of(cls, device: torch.device) -> Nvml:
@@ -80,6 +81,8 @@ class Nvml:
         (value,) = self._call(self._nvml.nvmlDeviceGetFieldValues, self._handle, [field])
         if value.nvmlReturn != self._nvml.NVML_SUCCESS:
             raise SensorError(f"NVML: {self._nvml.NVMLError(value.nvmlReturn)}")
+        if value.value.uiVal == 0:
+            raise SensorError("NVML: instantaneous power is 0 W")
         return value.value.uiVal / 1000
 
     def celsius(self) -> float:
@@ -91,10 +94,6 @@ class Nvml:
         """Compute processes on the GPU and their bytes (None where the driver does not tell: Windows)."""
         running = self._call(self._nvml.nvmlDeviceGetComputeRunningProcesses, self._handle)
         return {process.pid: process.usedGpuMemory for process in running}
-
-    def used_bytes(self) -> int:
-        """Memory in use on the whole device, by anyone."""
-        return int(self._call(self._nvml.nvmlDeviceGetMemoryInfo, self._handle).used)
 
     def power_limit_watts(self) -> float:
         """The enforced power limit."""
@@ -116,8 +115,8 @@ class Rapl:
         try:
             zones = [z for z in sorted(root.glob("intel-rapl:*")) if z.name.count(":") == 1]
             self._zones = [z for z in zones if (z / "name").read_text().startswith("package")]
-            self._range = [int((z / "max_energy_range_uj").read_text()) + 1 for z in self._zones]
-            self._last = [self._read(zone) for zone in self._zones]
+            self._range_microjoules = [int((z / "max_energy_range_uj").read_text()) + 1 for z in self._zones]
+            self._last_microjoules = [self._read(zone) for zone in self._zones]
         except (OSError, ValueError) as error:
             raise SensorError(f"RAPL: {error}") from None
         if not self._zones:
@@ -134,9 +133,9 @@ class Rapl:
             now = [self._read(zone) for zone in self._zones]
         except (OSError, ValueError) as error:
             raise SensorError(f"RAPL: {error}") from None
-        moved = ((new - old) % size for new, old, size in zip(now, self._last, self._range))
-        self._microjoules += sum(moved)
-        self._last = now
+        moved = zip(now, self._last_microjoules, self._range_microjoules)
+        self._microjoules += sum((new - old) % size for new, old, size in moved)
+        self._last_microjoules = now
         return self._microjoules / 1e6
 
 
