@@ -6,7 +6,7 @@ from torch import nn
 
 from toolkit.budget import Checkpointing, TensorMemory, device_memory
 from toolkit.measure.fake_step import on_fake_tensors
-from toolkit.measure.memory import CategoryMemory, MemoryTrace
+from toolkit.measure.memory import MemoryTrace, memory_of_adam_step
 
 CPU = torch.device("cpu")
 
@@ -68,25 +68,9 @@ def test_tracing_leaves_no_hooks(demo_model, batch):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def category_step(model, images, steps=2):
-    memory = CategoryMemory(CPU, model)
-    memory.track_as("inputs", [images])
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], fused=True)
-    with memory:
-        for step in range(steps):
-            model(images).sum().backward()
-            memory.optimizing = True
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            memory.optimizing = False
-            if step == 0:
-                memory.reset_peak()  # from now on the optimizer has its state
-    return memory
-
-
 def test_categories_partition_the_memory(demo_model, batch):
     model = demo_model("full")
-    memory = category_step(model, batch[0])
+    memory = memory_of_adam_step(model, batch[0])
     assert sum(memory.category_bytes.values()) == memory.allocated_bytes
     parameters = sum(-(-p.numel() * 4 // 512) * 512 for p in model.parameters())
     assert memory.category_bytes["parameters"] == memory.category_peaks["gradients"] == parameters
@@ -95,14 +79,14 @@ def test_categories_partition_the_memory(demo_model, batch):
 
 
 def test_frozen_parameters_have_no_gradients(demo_model, batch):
-    memory = category_step(demo_model("lora"), batch[0])
+    memory = memory_of_adam_step(demo_model("lora"), batch[0])
     assert 0 < memory.category_peaks["gradients"] < memory.category_peaks["parameters"] / 4
 
 
 def test_fake_tensors_take_the_bytes_of_real_ones():
     images = torch.randn(2, 3, 64, 64)
-    real = category_step(timm.create_model("resnet18"), images)
+    real = memory_of_adam_step(timm.create_model("resnet18"), images)
     model = timm.create_model("resnet18")
     with on_fake_tensors(model, images) as fake_images:
-        fake = category_step(model, fake_images)
+        fake = memory_of_adam_step(model, fake_images)
     assert (fake.peak_bytes, fake.category_peaks) == (real.peak_bytes, real.category_peaks)

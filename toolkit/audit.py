@@ -15,7 +15,7 @@ from torch import nn
 
 from toolkit.measure import FlopCounter
 from toolkit.measure.fake_step import on_fake_tensors
-from toolkit.measure.memory import CategoryMemory
+from toolkit.measure.memory import memory_of_adam_step
 from toolkit.scores import SAM_VERSIONS, sam
 
 IMAGE = (3, 224, 224)
@@ -166,19 +166,8 @@ def category_maxima(names: list[str], batch_sizes: list[int]) -> pd.DataFrame:
 
 def _peaks(model: nn.Module, batch_size: int) -> tuple[int, int]:
     with on_fake_tensors(model, torch.empty(batch_size, *IMAGE)) as images:
-        memory = CategoryMemory(torch.device("cpu"), model)
-        memory.track_as("inputs", [images])
-        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], fused=True)
-        with memory:
-            for step in range(2):
-                model(images).sum().backward()
-                memory.optimizing = True
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                memory.optimizing = False
-                if step == 0:
-                    memory.reset_peak()  # from now on the optimizer has its state
-        return sum(memory.category_peaks.values()), memory.peak_bytes
+        memory = memory_of_adam_step(model, images)
+    return sum(memory.category_peaks.values()), memory.peak_bytes
 
 
 def sam_winners(first: tuple[float, float], second: tuple[float, float], exponents: range) -> pd.DataFrame:

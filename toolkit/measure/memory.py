@@ -151,6 +151,23 @@ class CategoryMemory(TensorMemory):
         super()._freed(reference)
 
 
+def memory_of_adam_step(model: nn.Module, images: torch.Tensor) -> CategoryMemory:
+    """Memory of the second of two Adam steps on the sum of the outputs; from it on Adam has its state."""
+    memory = CategoryMemory(images.device, model)
+    memory.track_as("inputs", [images])
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], fused=True)
+    with memory:
+        for step in range(2):
+            model(images).sum().backward()
+            memory.optimizing = True
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            memory.optimizing = False
+            if step == 0:
+                memory.reset_peak()
+    return memory
+
+
 def context_bytes(sensor: GpuSensor, device: torch.device) -> int:
     """What this process holds on a CUDA device beside its allocator: context, kernels, libraries.
 
