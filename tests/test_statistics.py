@@ -164,6 +164,7 @@ def test_rivals_must_be_measured_alike():
     with pytest.raises(InputError, match="env_hash"):
         paired_differences(frame, "train_seconds", {"method": "full"})
     assert len(standing(frame, mix=True)) == len(compare(frame)) == 2
+    assert len(standing(runs(budget_mode=["native"] * 3 + ["simulated"] * 3))) == 2, "budgets may compete"
 
 
 def test_differences_are_paired_by_seed():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import pandas as pd
 import scipy.stats
@@ -36,15 +36,19 @@ def mean_and_interval(values: pd.Series) -> tuple[float | None, float | None, in
     return float(values.mean()), float(scipy.stats.t.ppf(0.975, n - 1) * values.sem()), n
 
 
-def refuse_mixed(frame: pd.DataFrame, within: Sequence[str] | None = None) -> None:
-    """Raise `InputError` if runs that agree in `within` were not measured alike (`ALIKE`).
+def refuse_mixed(frame: pd.DataFrame, *, rivals: bool = False) -> None:
+    """Raise `InputError` if runs that would be averaged were not measured alike (`ALIKE`).
 
-    `within`: by default all parameters but the seed, and the data.  A run that could not measure (null,
-    or energy source "none") does not clash with one that did.
+    Those are runs that differ in nothing but the seed; with `rivals` also all runs on the same data, which
+    may differ in their budget mode.  A run that could not measure (null, or energy source "none") does
+    not clash with one that did.
     """
-    by = [name for name in (within or (*PARAMETERS, *DATA)) if name in frame]
+    if rivals:
+        refuse_mixed(frame)
+    by = [name for name in (("dataset", *DATA) if rivals else (*PARAMETERS, *DATA)) if name in frame]
+    alike = [name for name in ALIKE if name in frame and not (rivals and name == "budget_mode")]
     for _, group in frame[frame.status == "ok"].groupby(by, dropna=False, sort=False):
-        for name in (name for name in ALIKE if name in group):
+        for name in alike:
             values = group[name].fillna("default") if name == "alloc_conf" else group[name].dropna()
             found = [value for value in values.unique() if value != "none"]
             if len(found) > 1:
@@ -98,7 +102,7 @@ def standing(frame: pd.DataFrame, *, mix: bool = False) -> pd.DataFrame:
     where groups that would be ranked together were not measured alike.
     """
     if not mix:
-        refuse_mixed(frame, ("dataset", *DATA))
+        refuse_mixed(frame, rivals=True)
     rows, points = [], []
     for row, group in _groups(frame, mix):
         ok = _without_simulated(group[group.status == "ok"])
@@ -172,7 +176,7 @@ def paired_differences(
         if name not in frame:
             raise InputError(f"the records have no column {name!r}.")
     if not mix:
-        refuse_mixed(frame, ("dataset", *DATA))
+        refuse_mixed(frame, rivals=True)
     ok = _without_simulated(frame[frame.status == "ok"])
     ok = ok[ok[value].notna()]
     by = list(dict.fromkeys([*SHOWN, *(n for n in (*PARAMETERS, *DATA) if n in ok and ok[n].nunique() > 1)]))
