@@ -12,7 +12,7 @@ import pytest
 import toolkit
 from toolkit.paths import NOTEBOOKS, ROOT
 from toolkit.records import is_finished, load_curves
-from toolkit.sweep import execute_notebook
+from toolkit.sweep import execute_notebook, run_experiments
 
 ALL = sorted(NOTEBOOKS.glob("*.ipynb"))
 
@@ -65,19 +65,15 @@ def test_pretraining_runs_at_toy_size(tmp_path):
 
 
 def test_kill_dash_nine_in_the_middle_of_a_run(tmp_path, digits):
-    """The killed command's kernel goes away; the same command resumes to the losses of an unbroken run."""
+    """The killed command's kernel goes away; the next sweep resumes to the losses of an unbroken run."""
     experiment = toolkit.Experiment(method="lora", epochs=4, lora_dropout=0.1)
     flags = ["--method", "lora", "--epochs", "4", "--lora-dropout", "0.1"]
 
-    def start():
-        folders = ["--runs", str(tmp_path / "runs"), "--figures", str(tmp_path / "figures")]
-        return subprocess.Popen(
-            [sys.executable, "-m", "toolkit", "run", *folders, *flags],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-
     folder = toolkit.run_folder(experiment, tmp_path / "runs")
-    killed = start()
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "toolkit", "run", "--runs", str(tmp_path / "runs"), *flags],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
     deadline = time.monotonic() + 240
     while not list((folder / "snapshots").glob("*.json")):
         assert time.monotonic() < deadline and killed.poll() is None
@@ -85,7 +81,7 @@ def test_kill_dash_nine_in_the_middle_of_a_run(tmp_path, digits):
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert not is_finished(folder)
-    assert start().wait() == 0
+    assert run_experiments([experiment], tmp_path / "runs") == []
 
     toolkit.seed_everything(experiment.seed)
     model = toolkit.build_backbone("demo_vit", 10)

@@ -184,5 +184,6 @@ def test_one_run_from_end_to_end(tmp_path, capsys):
     pictures = [o for c in executed.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
     assert len(pictures) == 3
     written = record_path.stat().st_mtime_ns
-    assert main(command) == 0
+    experiment = toolkit.Experiment(**record["config"])
+    assert sweep.run_experiments([experiment], tmp_path / "runs {x}") == []
     assert record_path.stat().st_mtime_ns == written, "the second call skips what is done"
