@@ -66,8 +66,8 @@ def test_pretraining_runs_at_toy_size(tmp_path):
 
 def test_kill_dash_nine_in_the_middle_of_a_run(tmp_path, digits):
     """The killed command's kernel goes away; the next sweep resumes to the losses of an unbroken run."""
-    experiment = toolkit.Experiment(method="lora", epochs=4, lora_dropout=0.1)
-    flags = ["--method", "lora", "--epochs", "4", "--lora-dropout", "0.1"]
+    experiment = toolkit.Experiment(method="lora", epochs=2, lora_dropout=0.1)
+    flags = ["--method", "lora", "--epochs", "2", "--lora-dropout", "0.1"]
 
     folder = toolkit.run_folder(experiment, tmp_path / "runs")
     killed = subprocess.Popen(

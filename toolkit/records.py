@@ -283,10 +283,10 @@ def _window(result: FitResult, name: str) -> Window:
 def _energy_fields(result: FitResult, evaluation: Evaluation | None) -> dict:
     train, validation = _window(result, "train"), _window(result, "validation")
     fit, test = _window(result, "fit"), evaluation.window if evaluation else total([], "test")
-    sources = {window.source for window in (fit, train, validation, test)}
+    simulated = "fake" in {window.source for window in (fit, train, validation, test)}
     return {
         "energy_joules": total([fit, test]).energy_joules if evaluation else fit.energy_joules,
-        "energy_source": next(s for s in ("fake", "nvml_poll", "nvml_counter", "none") if s in sources),
+        "energy_source": "fake" if simulated else fit.source,
         "train_energy_joules": train.energy_joules,
         "validation_energy_joules": validation.energy_joules,
         "test_energy_joules": test.energy_joules,
