@@ -113,7 +113,6 @@ def evaluate_split(
     batches = loader(
         getattr(splits, split), data_config(model), splits.policy, batch_size=experiment.batch_size
     )
-    meter = meter or Meter(experiment.device)
     return evaluate(model, batches, precision=experiment.precision, meter=meter)
 
 

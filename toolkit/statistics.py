@@ -73,8 +73,10 @@ def compare(frame: pd.DataFrame, *, mix: bool = False) -> pd.DataFrame:
     that did not end `ok` count under `not ok` and in no mean.  Raises `InputError` where runs were not
     measured alike (`refuse_mixed`) unless `mix`.
     """
+    if not mix:
+        refuse_mixed(frame)
     rows = []
-    for row, group in _groups(frame, mix):
+    for row, group in _groups(frame):
         ok = _without_simulated(group[group.status == "ok"])
         row["test top-1 %"] = _text(ok.get("test_top1_pct"), 1, 2)
         row["peak MiB"] = _text(ok.get("train_peak_bytes"), 2**20, 2)
@@ -104,7 +106,7 @@ def standing(frame: pd.DataFrame, *, mix: bool = False) -> pd.DataFrame:
     if not mix:
         refuse_mixed(frame, rivals=True)
     rows, points = [], []
-    for row, group in _groups(frame, mix):
+    for row, group in _groups(frame):
         ok = _without_simulated(group[group.status == "ok"])
         rows.append(row | {kind: _text(ok.get(column), 1, 2) for kind, column in SCORES.items()})
         means = {name: mean_and_interval(ok[name])[0] for name in ("test_top1_pct", *COSTS) if name in ok}
@@ -124,10 +126,8 @@ def standing(frame: pd.DataFrame, *, mix: bool = False) -> pd.DataFrame:
     return table
 
 
-def _groups(frame: pd.DataFrame, mix: bool) -> Iterator[tuple[dict, pd.DataFrame]]:
+def _groups(frame: pd.DataFrame) -> Iterator[tuple[dict, pd.DataFrame]]:
     """Groups of runs that differ only in seed, with what they share; methods and strategies in order."""
-    if not mix:
-        refuse_mixed(frame)
     vary = [name for name in (*PARAMETERS, *DATA) if name in frame and frame[name].nunique() > 1]
     by = [*SHOWN, *(name for name in vary if name not in SHOWN)]
     order = {name: position for position, name in enumerate((*METHODS, *STRATEGIES))}

@@ -418,10 +418,10 @@ class _Run:
         if state["rng_cuda"]:
             torch.cuda.set_rng_state_all(state["rng_cuda"])
         self.epoch_sums = state["epoch_sums"]
-        self.result = FitResult(**state["result"])
+        current, self.result = self.result, FitResult(**state["result"])
         self.earlier_windows = dict(self.result.windows)
         self.result.status, self.result.error = "ok", None
-        self.result.environment, self.result.idle_watts = environment(self.device.type), self.meter.idle_watts
+        self.result.environment, self.result.idle_watts = current.environment, current.idle_watts
         self.result.resumes += 1
         print(f"resumed at step {self.result.steps} of {self.total_steps}")
 

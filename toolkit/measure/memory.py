@@ -87,12 +87,11 @@ class MemoryTrace(TorchDispatchMode):
         return result
 
 
-CATEGORIES = ("parameters", "buffers", "gradients", "optimizer", "activations", "temporaries", "inputs")
-
-
 class CategoryMemory(TensorMemory):
     """`TensorMemory` that also counts by category, to compare with tools that do.
 
+    The categories: parameters, buffers, gradients, optimizer, activations, temporaries (of backward), and
+    what `track_as` is given.
     `category_peaks` are the categories' own maxima, whenever they occur.  Their sum, which some tools
     call the peak, is reached at no moment: it is at least `peak_bytes`.
     """
