@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from toolkit.budget import Checkpointing, TensorMemory, device_memory
-from toolkit.measure.fake_step import on_fake_tensors
+from toolkit.budget.fake_step import on_fake_tensors
 from toolkit.measure.memory import MemoryTrace, memory_of_adam_step
 
 CPU = torch.device("cpu")

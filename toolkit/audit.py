@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from toolkit.measure import FlopCounter
-from toolkit.measure.fake_step import on_fake_tensors
+from toolkit.budget.fake_step import on_fake_tensors
 from toolkit.measure.memory import memory_of_adam_step
 from toolkit.scores import SAM_VERSIONS, sam
 

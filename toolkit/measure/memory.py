@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from toolkit.budget import DeviceMemory, TensorMemory, find_blocks
 from toolkit.errors import InputError
-from toolkit.measure.phases import current_phase
+from toolkit.budget.phases import current_phase
 from toolkit.measure.sensors import GpuSensor, SensorError
 
 

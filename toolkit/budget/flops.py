@@ -27,8 +27,8 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from toolkit.errors import InputError
-from toolkit.measure.fake_step import on_fake_tensors
-from toolkit.measure.phases import PHASES, current_phase
+from toolkit.budget.fake_step import on_fake_tensors
+from toolkit.budget.phases import PHASES, current_phase
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,13 @@ class FlopCounter(TorchDispatchMode):
             return func.decompose(*args, **kwargs)
 
 
+def operator_flops(func, args: tuple, kwargs: dict, out) -> int:
+    """Floating-point operations of the products in one call that a dispatch mode sees; norms are left out."""
+    packet = getattr(func, "_overloadpacket", func)
+    formula = FORMULAS.get(str(packet)) or flop_registry.get(packet)
+    return formula(*args, out_val=out, **kwargs) if formula else 0
+
+
 def _convolution_backward(
     grad, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups, mask, *, out_val
 ) -> int:
@@ -206,6 +213,10 @@ FORMULAS: dict[str, Callable] = {
     "toolkit.selective_scan": _scan,
     "toolkit.selective_scan_backward": _scan_backward,
 }
+for _name in ("mm", "bmm", "addmm", "baddbmm", "addbmm", "addmv"):
+    _packet = getattr(torch.ops.aten, _name)
+    _formula = FORMULAS.get(f"aten.{_name}") or flop_registry[_packet]
+    FORMULAS[f"aten.{_name}_"] = _formula  # in place
 for _kind in ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention"):
     FORMULAS[f"aten._scaled_dot_product_{_kind}"] = _attention
     FORMULAS[f"aten._scaled_dot_product_{_kind}_backward"] = _attention_backward

@@ -1,0 +1,288 @@
+"""One training step on fake tensors: what it allocates when, and what each operator costs.
+
+The step runs under a tape that keeps nothing, with placeholders where backward asks for a saved tensor, so
+its memory over time (`Profile.base`) is that of a step for which every activation appears by magic.  What a
+plan keeps or computes again comes on top and is added by `simulate`: the profile of one step serves all
+plans.  No memory is taken on the device, nothing is computed, and no GPU is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._pytree import tree_iter, tree_map_only
+
+from toolkit.budget.memory import TensorMemory, _StorageRef
+from toolkit.budget.step import autocast, call, entering, loss_of, optimizer_like, split_batch
+from toolkit.budget.tape import DROP, Handle, Op, Tape, View
+from toolkit.budget.fake_step import on_fake_tensors
+from toolkit.budget.flops import operator_flops
+from toolkit.budget.flops import operator_flops
+
+
+@dataclass(slots=True)
+class BufferCost:
+    """A content that the forward pass made; see tape.Buffer."""
+
+    segment: int
+    op: int  # its operator, an index of `Profile.ops`
+    nbytes: int
+    overwritten: bool = False
+
+
+@dataclass(slots=True)
+class OpCost:
+    """An operator of the forward pass; buffers are indices of `Profile.buffers`."""
+
+    segment: int
+    name: str
+    inputs: tuple[int, ...]
+    writes: tuple[int, ...]
+    outputs: tuple[int, ...]
+    flops: int
+    bytes_moved: int  # read and written
+    repeatable: bool
+
+
+@dataclass(slots=True)
+class SavedCost:
+    """A tensor that autograd wanted to save."""
+
+    segment: int  # in which it was saved
+    buffer: int
+
+
+@dataclass
+class Profile:
+    """A step.  Times are indices of `base`: the number of allocations and releases before.
+
+    `events`, in order: (time, kind, index) with the kinds "op" (has run), "died" (the forward pass let go
+    of a buffer), "pack", "unpack", "release" (of `saved`), "end" (of the forward pass).
+    """
+
+    deltas: list[int]  # bytes, one per allocation or release
+    events: list[tuple[int, str, int]]
+    start_bytes: int  # parameters, buffers, optimizer state and batch, as the step begins
+    ops: list[OpCost]
+    buffers: list[BufferCost]
+    saved: list[SavedCost]
+    segments: list[str]  # name of the block; "" between blocks
+    entered: list[int]  # when each segment began
+    forward_end: int
+    optimizer_start: int
+    fixed: dict[str, int]  # bytes by kind
+
+    @cached_property
+    def base(self) -> np.ndarray:
+        """Allocated bytes over the step, saved activations left out."""
+        return self.start_bytes + np.concatenate([[0], np.cumsum(self.deltas)])
+
+
+class _Timeline(TensorMemory):
+    """Logs every allocation and release; `ghosts` are not counted."""
+
+    def __init__(self, device: torch.device):
+        super().__init__(device)
+        self.deltas: list[int] = []
+        self.events: list[tuple[int, str, int]] = []
+        self.contents: dict[int, int] = {}  # storage -> the buffer in it, an index of `Profile.buffers`
+        self.ghosts = False
+
+    @property
+    def time(self) -> int:
+        return len(self.deltas)
+
+    def note(self, kind: str, index: int) -> None:
+        """Add an event that happens now."""
+        self.events.append((self.time, kind, index))
+
+    def size_of(self, key: int) -> int:
+        """Bytes of a live storage; 0 if it is not counted here."""
+        return self._live[key].nbytes if key in self._live else 0
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        if self.ghosts:  # known, so that its views are not counted either, but of no size
+            storage = tensor.untyped_storage()
+            self._live[storage._cdata] = _StorageRef(storage, self._freed, storage._cdata, 0)
+            return
+        before = self.allocated_bytes
+        super()._count(tensor)
+        if self.allocated_bytes != before:
+            self.deltas.append(self.allocated_bytes - before)
+
+    def _freed(self, reference) -> None:
+        before = self.allocated_bytes
+        super()._freed(reference)
+        if self.allocated_bytes != before:
+            self.deltas.append(self.allocated_bytes - before)
+            if reference.key in self.contents:
+                self.note("died", self.contents.pop(reference.key))
+
+
+class _Ghost(Handle):
+    """Placeholder for a saved tensor, which notes when autograd lets go of it."""
+
+    def __init__(self, view: View, index: int, timeline: _Timeline, like: torch.Tensor):
+        super().__init__(view)
+        self.index, self.timeline = index, timeline
+        self.made = (like.dtype, like.device)
+
+    def stand_in(self) -> torch.Tensor:
+        """A tensor of the saved one's shape that is not counted."""
+        dtype, device = self.made
+        self.timeline.ghosts = True
+        try:
+            return torch.empty_strided(self.view.size, self.view.stride, dtype=dtype, device=device)
+        finally:
+            self.timeline.ghosts = False
+
+    def __del__(self):
+        self.timeline.note("release", self.index)
+
+
+class _ProfilingTape(Tape):
+    """Keeps nothing, and notes everything."""
+
+    def __init__(self, timeline: _Timeline):
+        super().__init__(self._decide_and_note)
+        self.timeline = timeline
+        self.ops: list[OpCost] = []
+        self.buffers: list[BufferCost] = []
+        self.saved: list[SavedCost] = []
+        self.segments: list[str] = [""]
+        self.entered: list[int] = [timeline.time]
+        self._numbers: dict[int, int] = {}  # id(tape.Buffer) -> index of `buffers`
+        self._held: list = []  # keeps these ids unique
+        self._call: tuple | None = None
+
+    def enter(self, name: str) -> None:
+        """What follows belongs to block `name`."""
+        self.segments.append(name)
+        self.entered.append(self.timeline.time)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self._call = (func, args, kwargs or {})
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _note_outputs(self, op: Op, written: list[torch.Tensor], out) -> None:
+        self._out = out
+        super()._note_outputs(op, written, out)
+
+    def _decide_and_note(self, op: Op, contents: dict[int, torch.Tensor]) -> list[str]:
+        func, args, kwargs = self._call
+        segment, number = len(self.segments) - 1, len(self.ops)
+        outputs = []
+        for reference, key in zip(op.outputs, contents):
+            buffer = reference()
+            self._held.append(buffer)
+            self._numbers[id(buffer)] = len(self.buffers)
+            outputs.append(len(self.buffers))
+            self.timeline.contents[key] = len(self.buffers)
+            self.buffers.append(BufferCost(segment, number, self.timeline.size_of(key)))
+        writes = tuple(self._numbers[id(buffer)] for buffer in op.writes)
+        for old in writes:
+            self.buffers[old].overwritten = True
+        tensors = [t for t in tree_iter((args, kwargs, self._out)) if isinstance(t, torch.Tensor)]
+        cost = OpCost(
+            segment,
+            str(op.func),
+            tuple(self._numbers[id(buffer)] for buffer in op.inputs),
+            writes,
+            tuple(outputs),
+            operator_flops(func, args, kwargs, self._out),
+            sum(t.numel() * t.element_size() for t in tensors),
+            op.repeatable,
+        )
+        self.ops.append(cost)
+        self.timeline.note("op", number)
+        return [DROP] * len(outputs)
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor | Handle:
+        held = super().pack(tensor)
+        if isinstance(held, Handle):
+            self.timeline.note("pack", len(self.saved))
+            held = _Ghost(held.view, len(self.saved), self.timeline, tensor)
+            self.saved.append(SavedCost(len(self.segments) - 1, self._numbers[id(held.view.buffer)]))
+        return held
+
+    def unpack(self, held: torch.Tensor | Handle) -> torch.Tensor:
+        if not isinstance(held, _Ghost):
+            return held
+        self.timeline.note("unpack", held.index)
+        return held.stand_in()
+
+
+def profile(
+    model: nn.Module,
+    batch,
+    blocks: dict[str, nn.Module],
+    *,
+    loss: Callable | None = None,
+    optimizer="adamw",
+    precision: str = "fp32",
+    accumulates: bool = False,
+) -> Profile:
+    """Profile one training step of `model` in its present mode.
+
+    `batch`: inputs or (inputs, targets), of the shapes and on the device that training will use.
+    `accumulates`: gradients of earlier micro-batches are there when the step begins.  The optimizer's
+    state is there in any case.  Raises `InputError` where the model cannot run on fake tensors.
+    """
+    make_optimizer = optimizer_like(optimizer, model)
+    with on_fake_tensors(model, batch) as fake_batch:
+        inputs, targets = split_batch(fake_batch)
+        device = next(model.parameters()).device
+        timeline = _Timeline(device)
+        timeline.track(t for t in (*model.parameters(), *model.buffers()))
+        weights_bytes = timeline.allocated_bytes
+        timeline.track(t for t in tree_iter(fake_batch) if isinstance(t, torch.Tensor))
+        batch_bytes = timeline.allocated_bytes - weights_bytes
+        trained = [p for p in model.parameters() if p.requires_grad]
+        with timeline:
+            stepper = make_optimizer(model)
+            for parameter in trained:
+                parameter.grad = torch.zeros_like(parameter)
+            grad_bytes = timeline.allocated_bytes - weights_bytes - batch_bytes
+            stepper.step()
+            if not accumulates:
+                stepper.zero_grad(set_to_none=True)
+            state_bytes = timeline.allocated_bytes - weights_bytes - batch_bytes - accumulates * grad_bytes
+            timeline.deltas.clear()
+            timeline.events.clear()
+            start_bytes = timeline.allocated_bytes
+            tape = _ProfilingTape(timeline)
+            with autocast(device, precision):
+                with tape, entering(blocks, tape.enter):
+                    outputs = call(model, inputs)
+                timeline.note("end", 0)
+                forward_end = timeline.time
+                value = loss_of(outputs, targets, loss)
+            value.backward()
+            del value, outputs
+            optimizer_start = timeline.time
+            stepper.step()
+            stepper.zero_grad(set_to_none=True)
+    return Profile(
+        deltas=timeline.deltas,
+        events=timeline.events,
+        start_bytes=start_bytes,
+        ops=tape.ops,
+        buffers=tape.buffers,
+        saved=tape.saved,
+        segments=tape.segments,
+        entered=tape.entered,
+        forward_end=forward_end,
+        optimizer_start=optimizer_start,
+        fixed={
+            "weights": weights_bytes,
+            "batch": batch_bytes,
+            "gradients": grad_bytes,
+            "optimizer": state_bytes,
+        },
+    )

@@ -1,0 +1,112 @@
+"""A training step as the planner sees it: model, batch, loss, optimizer, precision."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._pytree import tree_iter
+
+from toolkit.errors import InputError, check_name
+
+_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_OPTIMIZERS = {
+    "adamw": functools.partial(torch.optim.AdamW, fused=True),
+    "sgd": functools.partial(torch.optim.SGD, lr=1e-3, momentum=0.9, fused=True),
+}
+
+
+def autocast(device: torch.device, precision: str):
+    """Autocast to `precision` (fp32: none) on `device`, for a with statement."""
+    dtype = _AUTOCAST[check_name("precision", precision, _AUTOCAST)]
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def split_batch(batch) -> tuple:
+    """(inputs, targets) of a batch; targets None if it has none."""
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return tuple(batch)
+    return batch, None
+
+
+def call(model: nn.Module, inputs):
+    """`model` on a tensor, a tuple of arguments, or a dict of keyword arguments."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+
+
+def loss_of(outputs, targets, loss: Callable | None) -> torch.Tensor:
+    """`loss(outputs, targets)`; by default the loss that the model returns, or cross-entropy, or with
+    no targets the sum of the first output."""
+    if loss is not None:
+        return loss(outputs, targets)
+    if getattr(outputs, "loss", None) is not None:
+        return outputs.loss
+    outputs = getattr(outputs, "logits", outputs)
+    if targets is not None:
+        return F.cross_entropy(outputs, targets)
+    tensors = [leaf for leaf in tree_iter(outputs) if isinstance(leaf, torch.Tensor)]
+    if not tensors:
+        raise InputError(f"the model returns {type(outputs).__name__}, which holds no tensor; pass loss=.")
+    return tensors[0].float().sum()
+
+
+def optimizer_like(optimizer, model: nn.Module) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    """A function that makes an optimizer for the same model with other (fake) parameters.
+
+    `optimizer`: "adamw", "sgd", a function of the trained parameters, or an optimizer of `model`, whose
+    class and settings are taken.
+    """
+    if isinstance(optimizer, str):
+        optimizer = _OPTIMIZERS[check_name("optimizer", optimizer, _OPTIMIZERS)]
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return lambda other: optimizer([p for p in other.parameters() if p.requires_grad])
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    foreign = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in names]
+    if foreign:
+        raise InputError(
+            f"the optimizer trains {len(foreign)} tensors that are no parameters of the model; make it from "
+            "model.parameters()."
+        )
+    accepted = inspect.signature(type(optimizer)).parameters
+    settings = {name: value for name, value in optimizer.defaults.items() if name in accepted}
+
+    def make(other: nn.Module) -> torch.optim.Optimizer:
+        parameters = dict(other.named_parameters())
+        groups = []
+        for group in optimizer.param_groups:
+            chosen = {name: value for name, value in group.items() if name in accepted}
+            on_cuda = any(p.device.type == "cuda" for p in group["params"])
+            if on_cuda and "foreach" in accepted and group.get("foreach") is None and not group.get("fused"):
+                chosen["foreach"] = True  # torch's default there, which it would not choose for fakes
+            groups.append({**chosen, "params": [parameters[names[id(p)]] for p in group["params"]]})
+        return type(optimizer)(groups, **settings)
+
+    return make
+
+
+@contextmanager
+def entering(blocks: dict[str, nn.Module], enter: Callable[[str], None]) -> Iterator[None]:
+    """Calls `enter(name)` when a block begins and `enter("")` when it ends."""
+
+    def run(name, forward, *args, **kwargs):
+        enter(name)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            enter("")
+
+    for name, block in blocks.items():
+        block.forward = functools.partial(run, name, block.forward)
+    try:
+        yield
+    finally:
+        for block in blocks.values():
+            del block.forward

@@ -1,0 +1,397 @@
+"""Records the operators of a forward pass, so that what they computed need not be kept for backward.
+
+Under a `Tape` every operator below autograd is noted with its real arguments.  Of the tensors that
+autograd then wants to save, a plan says which are kept; the others are computed again, in backward and
+at the moment they are needed, from what is kept: the same operators on the same bytes with the same random
+numbers, so the same gradients, bit for bit.  Nothing is computed that backward does not ask for, and what
+two operators save is there once.
+
+This is `torch.utils.checkpoint` at the granularity of operators.  The model's Python code does not run a
+second time, so its side effects (running statistics) happen once; and a plan cannot change a gradient,
+because it only chooses what to keep.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+aten = torch.ops.aten
+
+KEEP, CACHE, DROP = "keep", "cache", "drop"
+
+# They update running statistics (arguments 3 and 4, training is argument 5), which no schema tells.
+_BATCH_NORMS = {
+    getattr(aten, name).default
+    for name in ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")
+    if hasattr(aten, name)
+}
+# Their first argument gives a shape and no values.
+_EMPTY = {aten.empty_like.default, aten.new_empty.default, aten.new_empty_strided.default}
+
+_thread = threading.local()
+
+
+def recomputing() -> bool:
+    """Whether this thread computes something again right now."""
+    return getattr(_thread, "depth", 0) > 0
+
+
+class Buffer:
+    """What a storage contained at one time.
+
+    `tensor` has the content where it is kept, or was computed again and is still needed; otherwise `op`
+    computes it.  Buffers are held by those who need them, and die with the last.
+    """
+
+    __slots__ = ("__weakref__", "cached", "dtype", "op", "tensor")
+
+    def __init__(self, op: Op | None, dtype: torch.dtype | None = None):
+        self.op = op
+        self.dtype = dtype
+        self.cached = False
+        self.tensor = None
+
+
+@dataclass(slots=True, eq=False)
+class Op:
+    """A recorded call.  In its arguments tensors of the tape are `View`s, all others `External`s.
+
+    `writes`: buffers whose storage it changes in place.  `outputs`: first the new contents of these
+    storages, then the fresh tensors, which are the leaves `fresh` of what it returns.
+    """
+
+    func: Callable
+    args: tuple
+    kwargs: dict
+    inputs: tuple[Buffer, ...]
+    writes: tuple[Buffer, ...]
+    rng_state: tuple[torch.device, torch.Tensor] | None
+    repeatable: bool
+    fresh: tuple[int, ...] = ()
+    outputs: tuple[weakref.ref, ...] = ()
+
+
+@dataclass(slots=True, frozen=True)
+class View:
+    """A tensor as a window on a buffer; sizes in elements."""
+
+    buffer: Buffer
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    def of(self, content: torch.Tensor) -> torch.Tensor:
+        """This window on `content`."""
+        return content.as_strided(self.size, self.stride, self.offset)
+
+
+@dataclass(slots=True, frozen=True)
+class External:
+    """A tensor from outside the tape (a parameter, the batch) as it was when it was read."""
+
+    tensor: torch.Tensor
+    version: int
+
+    def now(self) -> torch.Tensor:
+        """The tensor, if nobody has changed it since."""
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                f"a tensor of shape {tuple(self.tensor.shape)} that is needed to compute activations again "
+                "was changed in place between the forward and the backward pass."
+            )
+        return self.tensor
+
+
+@dataclass(slots=True, eq=False)
+class Handle:
+    """What autograd holds instead of a tensor that is not kept."""
+
+    view: View
+    __weakref__: object = field(init=False, repr=False)
+
+
+def materialize(buffer: Buffer, execute: Callable, copy: Callable):
+    """The content of `buffer`, computed from what is kept, with each tensor let go after its last use.
+
+    `execute(op, contents of its buffers)` gives the contents of the operator's outputs, `copy(content)` a
+    second one: tensors at run time, counted bytes when a plan is simulated.
+    """
+    if buffer.tensor is not None:
+        return buffer.tensor
+    order = _missing(buffer)
+    uses = Counter(read for op in order for read in (*op.inputs, *op.writes))
+    uses[buffer] += 1
+    contents: dict[Buffer, object] = {}
+    for op in order:
+        present = {
+            read: contents[read] if read.tensor is None else read.tensor for read in (*op.inputs, *op.writes)
+        }
+        for written in op.writes:
+            if written.tensor is not None or uses[written] > 1 + op.inputs.count(written):
+                present[written] = copy(present[written])
+        made = execute(op, present)
+        present.clear()
+        for read in (*op.inputs, *op.writes):
+            uses[read] -= 1
+            if not uses[read]:
+                contents.pop(read, None)
+        for reference in op.outputs:
+            content, output = made.pop(0), reference()
+            if output is None or output.tensor is not None:
+                continue
+            if output.cached:
+                output.tensor, output.op = content, None
+            elif uses[output]:
+                contents[output] = content
+        content = None
+    return contents[buffer] if buffer.tensor is None else buffer.tensor
+
+
+def _missing(buffer: Buffer) -> list[Op]:
+    """The operators that `buffer` takes, each after those whose outputs it reads."""
+    order: dict[Op, None] = {}
+    stack = [(buffer, False)]
+    while stack:
+        needed, inputs_done = stack.pop()
+        if needed.tensor is not None or needed.op in order:
+            continue
+        if needed.op is None:
+            raise RuntimeError("an activation that is needed again was changed in place after it was kept.")
+        if inputs_done:
+            order[needed.op] = None
+        else:
+            stack.append((needed, True))
+            stack += [(read, False) for read in reversed((*needed.op.inputs, *needed.op.writes))]
+    return list(order)
+
+
+class _StorageRef(weakref.ref):
+    """Weak reference to a storage that remembers its key."""
+
+    __slots__ = ("key",)
+
+    def __new__(cls, storage, callback, key):
+        self = super().__new__(cls, storage, callback)
+        self.key = key
+        return self
+
+    def __init__(self, storage, callback, key):
+        super().__init__(storage, callback)
+
+
+class Tape(TorchDispatchMode):
+    """Records the operators that run while it is entered, and hands out what autograd may hold.
+
+    `decide(op, contents)`, called after each recorded operator has run with what its outputs' storages
+    hold, gives `KEEP`, `CACHE` (compute again, hold until the last use) or `DROP` (compute again at each
+    use) for each of `op.outputs`; None leaves all to autograd.
+    """
+
+    def __init__(self, decide: Callable[[Op, dict[int, torch.Tensor]], Sequence[str] | None]):
+        super().__init__()
+        self._decide = decide
+        self._buffers: dict[int, Buffer] = {}  # what each storage of the tape contains now
+        self._alive: dict[int, _StorageRef] = {}
+
+    def __enter__(self) -> Tape:
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
+        self._hooks.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *exc) -> None:
+        super().__exit__(*exc)
+        self._hooks.__exit__(*exc)
+        self._buffers.clear()  # from here on a buffer lives as long as a handle needs it
+        self._alive.clear()
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor | Handle:
+        """What autograd holds instead of `tensor`."""
+        view = self._view(tensor)
+        if view is not None and view.buffer.tensor is None:
+            return Handle(view)
+        return tensor if tensor.grad_fn is None else tensor.detach()
+
+    def unpack(self, held: torch.Tensor | Handle) -> torch.Tensor:
+        """The tensor that was packed."""
+        if not isinstance(held, Handle):
+            return held
+        _thread.depth = getattr(_thread, "depth", 0) + 1
+        try:
+            with torch.no_grad():
+                return held.view.of(materialize(held.view.buffer, _execute, torch.clone))
+        finally:
+            _thread.depth -= 1
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if not isinstance(func, torch._ops.OpOverload) or func.is_view:
+            return func(*args, **kwargs)
+        op = self._record(func, args, kwargs)
+        out = func(*args, **kwargs)
+        self._note_outputs(op, _written(func, args, kwargs), out)
+        return out
+
+    def _view(self, tensor: torch.Tensor) -> View | None:
+        """`tensor` as a window on a buffer of this tape; None if it is none."""
+        buffer = self._buffers.get(_storage_key(tensor))
+        if buffer is None or tensor.dtype != buffer.dtype or tensor.is_conj() or tensor.is_neg():
+            return None
+        return View(buffer, tuple(tensor.size()), tensor.stride(), tensor.storage_offset())
+
+    def _record(self, func, args: tuple, kwargs: dict) -> Op:
+        """The call as it can be repeated."""
+        rng_state = _rng_state(args) if torch.Tag.nondeterministic_seeded in func.tags else None
+        written = [self._view(tensor) for tensor in _written(func, args, kwargs)]
+        repeatable = kwargs.get("generator") is None and None not in written
+        if func in _BATCH_NORMS and args[5]:
+            args = (*args[:3], None, None, *args[5:])
+        inputs: list[Buffer] = []
+        noted_args = self._noted(args, inputs)
+        noted_kwargs = {name: self._noted(value, inputs) for name, value in kwargs.items()}
+        writes = tuple(dict.fromkeys(view.buffer for view in written if view is not None))
+        reads = tuple(dict.fromkeys(buffer for buffer in inputs if buffer not in writes))
+        return Op(func, noted_args, noted_kwargs, reads, writes, rng_state, repeatable)
+
+    def _noted(self, value, inputs: list[Buffer]):
+        """An argument as an `Op` holds it; buffers that it reads are added to `inputs`."""
+        if isinstance(value, torch.Tensor):
+            view = self._view(value)
+            if view is None:
+                return External(value, value._version)
+            inputs.append(view.buffer)
+            return view
+        if type(value) in (list, tuple):
+            return type(value)([self._noted(item, inputs) for item in value])
+        return value
+
+    def _note_outputs(self, op: Op, written: list[torch.Tensor], out) -> None:
+        """Give every new content a buffer, and hold it if it is to be kept."""
+        contents = {_storage_key(t): t for t in written if _storage_key(t) in self._buffers}
+        leaves = list(tree_iter(out))
+        fresh = []
+        for index, leaf in enumerate(leaves):
+            key = _storage_key(leaf) if isinstance(leaf, torch.Tensor) else None
+            if key is not None and key not in self._buffers and key not in contents:
+                contents[key] = leaf
+                fresh.append(index)
+                if leaf.untyped_storage().nbytes() != leaf.numel() * leaf.element_size():
+                    op.repeatable = False  # a window on something larger
+        if not contents:
+            return
+        op.fresh = tuple(fresh)
+        if op.func in _EMPTY:
+            (empty,) = contents.values()
+            op.func, op.args = aten.empty_strided.default, (tuple(empty.size()), empty.stride())
+            op.kwargs, op.inputs = {"dtype": empty.dtype, "device": empty.device}, ()
+        buffers = [Buffer(op, content.dtype) for content in contents.values()]
+        op.outputs = tuple(map(weakref.ref, buffers))
+        decisions = self._decide(op, contents)
+        if decisions is not None and not op.repeatable:
+            decisions = [KEEP] * len(buffers)
+        for old in op.writes:
+            old.tensor = None  # overwritten
+        for place, (key, content) in enumerate(contents.items()):
+            if decisions is None:
+                self._buffers.pop(key, None)
+                continue
+            if key not in self._alive:
+                self._alive[key] = _StorageRef(content.untyped_storage(), self._forget, key)
+            buffer = self._buffers[key] = buffers[place]
+            if decisions[place] == KEEP:
+                buffer.tensor, buffer.op = content.detach(), None
+            buffer.cached = decisions[place] == CACHE
+
+    def _forget(self, reference: _StorageRef) -> None:
+        """A storage is gone: its address may serve another one."""
+        if self._alive.get(reference.key) is reference:
+            del self._alive[reference.key]
+            self._buffers.pop(reference.key, None)
+
+
+def _storage_key(tensor: torch.Tensor) -> int | None:
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse and other tensors without a storage
+        return None
+
+
+@functools.cache
+def _written_places(func) -> tuple[int, ...]:
+    """Places of the arguments that `func` changes in place."""
+    if not func._schema.is_mutable:
+        return ()
+    places = enumerate(func._schema.arguments)
+    return tuple(place for place, a in places if a.alias_info is not None and a.alias_info.is_write)
+
+
+def _written(func, args: tuple, kwargs: dict) -> list[torch.Tensor]:
+    """The tensors that a call changes in place."""
+    names = func._schema.arguments
+    values = [
+        args[place] if place < len(args) else kwargs.get(names[place].name) for place in _written_places(func)
+    ]
+    return [leaf for leaf in tree_iter(values) if isinstance(leaf, torch.Tensor)]
+
+
+def _rng_state(args: tuple) -> tuple[torch.device, torch.Tensor] | None:
+    """State of the random numbers on the device of the call's first tensor."""
+    first = next((leaf for leaf in tree_iter(args) if isinstance(leaf, torch.Tensor)), None)
+    device = torch.device("cpu") if first is None else first.device
+    if isinstance(first, FakeTensor):
+        return None
+    return device, torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _execute(op: Op, contents: dict[Buffer, torch.Tensor]) -> list[torch.Tensor]:
+    """Run a recorded call on its buffers' contents; gives those of `op.outputs`."""
+    args = _real(op.args, contents)
+    kwargs = {name: _real(value, contents) for name, value in op.kwargs.items()}
+    with _random_numbers_of(op.rng_state):
+        out = op.func(*args, **kwargs)
+    leaves = list(tree_iter(out)) if op.fresh else []
+    return [contents[buffer] for buffer in op.writes] + [leaves[i] for i in op.fresh]
+
+
+def _real(value, contents: dict[Buffer, torch.Tensor]):
+    """An argument of an `Op` as the operator takes it."""
+    # No closure: one that calls itself would hold the contents until the garbage collector comes.
+    if isinstance(value, View):
+        return value.of(contents[value.buffer])
+    if isinstance(value, External):
+        return value.now()
+    if type(value) in (list, tuple):
+        return type(value)([_real(item, contents) for item in value])
+    return value
+
+
+@contextlib.contextmanager
+def _random_numbers_of(state: tuple[torch.device, torch.Tensor] | None) -> Iterator[None]:
+    """The random numbers of an earlier moment; afterwards those of now go on."""
+    if state is None:
+        yield
+        return
+    device, then = state
+    if device.type == "cuda":
+        now = torch.cuda.get_rng_state(device)
+        torch.cuda.set_rng_state(then, device)
+    else:
+        now = torch.get_rng_state()
+        torch.set_rng_state(then)
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(now, device)
+        else:
+            torch.set_rng_state(now)
