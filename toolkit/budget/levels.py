@@ -41,48 +41,52 @@ class Level:
 
 @dataclass
 class Segment:
-    """A part of the forward pass.  Buffers and operators are numbered from 0 within it."""
+    """A part of the forward pass, and of the backward pass.
+
+    Its buffers are numbered from 0: first its own, then those that it borrows from the segment before it.
+    What a borrowed buffer takes is counted here from the moment at which the forward pass lets go of it.
+    """
 
     name: str
     ops: list[OpCost] = field(default_factory=list)  # of the profile, with its numbers
     first_op: int = 0
     first_buffer: int = 0
+    own: int = 0  # number of own buffers
     sizes: list[int] = field(default_factory=list)  # bytes of its buffers
+    borrowed: dict[int, int] = field(default_factory=dict)  # number in the profile -> here
     events: list[tuple[str, int]] = field(default_factory=list)
     times: list[int] = field(default_factory=list)  # of the events
     saved: dict[int, int] = field(default_factory=dict)  # saved tensor -> buffer
+    wanted: set[int] = field(default_factory=set)  # by other segments, in backward
     must_keep: set[int] = field(default_factory=set)
     cannot_keep: set[int] = field(default_factory=set)
+    before: tuple[int, ...] = ()  # bytes of the profile's base during its forward pass, from its start
+    during: tuple[int, ...] = ()  # and during its backward pass
 
-    def own(self, buffer: int) -> int | None:
-        """Number of a buffer of the profile in this segment; None if it is another's."""
+    def place(self, buffer: int) -> int | None:
+        """Number here of a buffer of the profile; None if it is neither own nor borrowed."""
         place = buffer - self.first_buffer
-        return place if 0 <= place < len(self.sizes) else None
+        return place if 0 <= place < self.own else self.borrowed.get(buffer)
 
     @property
     def kind(self) -> tuple:
         """Equal for segments that have the same levels."""
-        places: dict[int, int] = {}
+        others: dict[int, int] = {}
 
         def place(buffer: int) -> tuple:
-            own = self.own(buffer)
-            return ("own", own) if own is not None else ("other", places.setdefault(buffer, len(places)))
+            here = self.place(buffer)
+            return (here,) if here is not None else (-1, others.setdefault(buffer, len(others)))
 
         ops = tuple(
-            (op.name, *map(place, op.inputs), "w", *map(place, op.writes), op.flops, op.bytes_moved)
+            (op.name, tuple(map(place, op.inputs)), tuple(map(place, op.writes)), op.flops, op.bytes_moved)
             for op in self.ops
         )
-        return (
-            ops,
-            tuple(self.sizes),
-            tuple(self.events),
-            tuple(sorted(self.must_keep)),
-            tuple(sorted(self.cannot_keep)),
-        )
+        fixed = (frozenset(self.wanted), frozenset(self.must_keep), frozenset(self.cannot_keep))
+        return (ops, self.own, tuple(self.sizes), tuple(self.events), fixed, self.before, self.during)
 
 
 def segments_of(profile: Profile) -> list[Segment]:
-    """The profile's forward pass, part by part in the order in which they run."""
+    """The parts of a profile, in the order of the forward pass."""
     segments = [Segment(name) for name in profile.segments]
     for number, op in enumerate(profile.ops):
         segment = segments[op.segment]
@@ -90,77 +94,120 @@ def segments_of(profile: Profile) -> list[Segment]:
             segment.first_op, segment.first_buffer = number, op.outputs[0]
         segment.ops.append(op)
         segment.sizes += [profile.buffers[b].nbytes for b in op.outputs]
-    _bind_neighbours(profile, segments)
-    last_reader = _last_foreign_release(profile, segments)
+        segment.own = len(segment.sizes)
+    extra = _bind_neighbours(profile, segments)
     saved_numbers: dict[int, int] = {}
+    positioned: list[list[tuple]] = [[] for _ in segments]
     for position, (time, kind, index) in enumerate(profile.events):
         if kind == "end":
-            for segment in segments:
-                segment.events.append(("end", 0))
-                segment.times.append(time)
+            for events in positioned:
+                events.append((position, time, "end", 0))
             continue
-        buffer = {"op": None, "died": index}.get(kind, profile.saved[index].buffer if kind in _SAVED else None)
-        owner = profile.ops[index].segment if kind == "op" else profile.buffers[buffer].segment
-        segment = segments[owner]
         if kind == "op":
-            number = index - segment.first_op
-        elif kind == "died":
-            number = index - segment.first_buffer
-        else:
-            if kind == "pack":
-                saved_numbers[index] = len(segment.saved)
-                segment.saved[saved_numbers[index]] = buffer - segment.first_buffer
-            number = saved_numbers[index]
-        segment.events.append((kind, number))
-        segment.times.append(time)
-        for read in last_reader.get(position, ()):
-            segment = segments[profile.buffers[read].segment]
-            segment.events.append(("let_go", read - segment.first_buffer))
-            segment.times.append(time)
+            number = profile.ops[index].segment
+            positioned[number].append((position, time, "op", index - segments[number].first_op))
+            continue
+        buffer = index if kind == "died" else profile.saved[index].buffer
+        owner = profile.buffers[buffer].segment
+        if kind == "died":
+            borrower = owner + 1 if owner + 1 < len(segments) else owner
+            number = borrower if buffer in segments[borrower].borrowed else owner
+            positioned[number].append((position, time, kind, segments[number].place(buffer)))
+            continue
+        packer = profile.saved[index].segment
+        number = packer if buffer in segments[packer].borrowed else owner
+        if kind == "pack":
+            saved_numbers[index] = len(segments[number].saved)
+            segments[number].saved[saved_numbers[index]] = segments[number].place(buffer)
+        positioned[number].append((position, time, kind, saved_numbers[index]))
+    for number, position, kind, buffer in extra:
+        time = profile.events[position][0] if position < len(profile.events) else profile.optimizer_start
+        before = kind in ("hand_back", "take_back")
+        place = segments[number].place(buffer)
+        positioned[number].append((position - before * 0.5, time, kind, place))
+    starts = [*profile.entered, profile.forward_end]
+    backward = list(profile.backward_starts.items())
+    ends = [profile.events[position][0] for _, position in backward[1:]] + [profile.optimizer_start]
+    during = {
+        segment: (profile.events[position][0], end) for (segment, position), end in zip(backward, ends)
+    }
+    for number, (segment, events) in enumerate(zip(segments, positioned)):
+        events.sort(key=lambda event: event[0])
+        segment.events = [(kind, index) for _, _, kind, index in events]
+        segment.times = [time for _, time, _, _ in events]
+        segment.before = _relative(profile, starts[number], starts[number + 1])
+        segment.during = _relative(profile, *during[number]) if number in during else ()
     return segments
 
 
-_SAVED = ("pack", "unpack", "release")
+def _relative(profile: Profile, start: int, end: int) -> tuple[int, ...]:
+    return tuple((profile.base[start : end + 1] - profile.base[start]).tolist())
 
 
-def _bind_neighbours(profile: Profile, segments: list[Segment]) -> None:
-    """A buffer that recomputation in another segment reads is kept, what cannot be repeated too."""
+def _bind_neighbours(profile: Profile, segments: list[Segment]) -> list[tuple[int, int, str, int]]:
+    """Decide who counts a buffer that crosses from one segment to others; what is needed there is kept.
+
+    The next segment borrows what only it needs.  If the maker needs it in backward too, the borrower holds
+    it to the end of its own backward pass ("hand_back") and the maker counts it from there on
+    ("take_back").  What is needed elsewhere is lent: the maker counts it until the last need ("let_go").
+    Returns these events: (segment, position in the profile's events, kind, buffer).
+    """
+    readers: dict[int, set[int]] = defaultdict(set)  # buffer -> other segments whose operators read it
+    ancestors: dict[int, frozenset[int]] = {}  # buffer -> foreign buffers that it is computed from
     for op in profile.ops:
         segment = segments[op.segment]
-        repeatable = op.repeatable and all(segment.own(b) is not None for b in op.writes)
-        for read in op.inputs:
-            if segment.own(read) is None:
-                if profile.buffers[read].overwritten:
-                    repeatable = False
-                else:
-                    owner = segments[profile.buffers[read].segment]
-                    owner.must_keep.add(read - owner.first_buffer)
+        repeatable, read = op.repeatable, set()
+        for buffer in (*op.inputs, *op.writes):
+            if profile.buffers[buffer].segment == op.segment:
+                read |= ancestors[buffer]
+            else:
+                read.add(buffer)
+                readers[buffer].add(op.segment)
+                repeatable &= not profile.buffers[buffer].overwritten
+        for output in op.outputs:
+            ancestors[output] = frozenset(read)
         if not repeatable:
             segment.must_keep.update(b - segment.first_buffer for b in op.outputs)
+    last: dict[int, int] = {}  # buffer -> last release, in the profile's events, that needs it elsewhere
+    needers: dict[int, set[int]] = defaultdict(set)
+    own_saved: set[int] = set()
+    for position, (_, kind, index) in enumerate(profile.events):
+        if kind != "release":
+            continue
+        saved = profile.saved[index]
+        owner = profile.buffers[saved.buffer].segment
+        if owner == saved.segment:
+            own_saved.add(saved.buffer)
+        for buffer in ancestors[saved.buffer] | ({saved.buffer} if owner != saved.segment else set()):
+            last[buffer] = position
+            needers[buffer].add(saved.segment if buffer == saved.buffer else owner)
+    order = list(profile.backward_starts)
+    extra = []
+    for buffer, needing in needers.items():
+        if profile.buffers[buffer].overwritten:
+            continue
+        maker = profile.buffers[buffer].segment
+        segments[maker].wanted.add(buffer - segments[maker].first_buffer)
+        next_one = maker + 1
+        shared = buffer in own_saved
+        follows = (next_one, maker) in zip(order, order[1:]) if shared else next_one in order
+        if needing | readers[buffer] == {next_one} and follows:
+            borrower = segments[next_one]
+            borrower.borrowed[buffer] = len(borrower.sizes)
+            borrower.sizes.append(profile.buffers[buffer].nbytes)
+            if shared:
+                extra.append((next_one, profile.backward_starts[maker], "hand_back", buffer))
+                extra.append((maker, profile.backward_starts[maker], "take_back", buffer))
+        else:
+            extra.append((maker, last[buffer], "let_go", buffer))
     for number, buffer in enumerate(profile.buffers):
         if buffer.overwritten:
             segment = segments[buffer.segment]
             segment.cannot_keep.add(number - segment.first_buffer)
             segment.must_keep.discard(number - segment.first_buffer)
-
-
-def _last_foreign_release(profile: Profile, segments: list[Segment]) -> dict[int, list[int]]:
-    """Event -> buffers of other segments that recomputation may need until then, and not longer."""
-    ancestors: dict[int, frozenset[int]] = {}
-    for op in profile.ops:
-        segment, read = segments[op.segment], set()
-        for buffer in (*op.inputs, *op.writes):
-            read |= ancestors[buffer] if segment.own(buffer) is not None else {buffer}
-        for output in op.outputs:
-            ancestors[output] = frozenset(read)
-    last: dict[int, int] = {}
-    for position, (_, kind, index) in enumerate(profile.events):
-        if kind == "release":
-            last.update(dict.fromkeys(ancestors[profile.saved[index].buffer], position))
-    positions = defaultdict(list)
-    for buffer, position in last.items():
-        positions[position].append(buffer)
-    return positions
+    for segment in segments:
+        segment.must_keep |= segment.wanted
+    return extra
 
 
 class _Bytes:
@@ -210,10 +257,16 @@ def simulate(segment: Segment, decisions: Sequence[str], seconds: Sequence[float
     handles: dict[int, object] = {}
     unpacked: dict[int, object] = {}
     lent: dict[int, Buffer] = {}  # what other segments need
-    lendable = {event for event in segment.events if event[0] == "let_go"}
+    until = {number for kind, number in segment.events if kind in ("let_go", "hand_back", "take_back")}
 
     elsewhere = Buffer(None)
     elsewhere.tensor = _Bytes(0, meter)
+    for number in segment.borrowed.values():
+        contents[number] = _Bytes(segment.sizes[number], meter, counted=False)
+        buffers[number] = Buffer(None)
+        buffers[number].tensor = contents[number]
+        if number in until:
+            lent[number] = buffers[number]
 
     def execute(op: _SimulatedOp, present: dict) -> list[_Bytes]:
         runs.append(op.number)
@@ -223,12 +276,12 @@ def simulate(segment: Segment, decisions: Sequence[str], seconds: Sequence[float
         return _Bytes(content.nbytes, meter)
 
     def buffer_of(number: int) -> Buffer:
-        own = segment.own(number)
-        return elsewhere if own is None else buffers[own]
+        place = segment.place(number)
+        return elsewhere if place is None else buffers[place]
 
     def run(number: int) -> None:
         cost = segment.ops[number]
-        outputs = [segment.own(b) for b in cost.outputs]
+        outputs = [segment.place(b) for b in cost.outputs]
         fresh = outputs[len(cost.writes) :]
         op = _SimulatedOp(
             number,
@@ -237,11 +290,11 @@ def simulate(segment: Segment, decisions: Sequence[str], seconds: Sequence[float
             [segment.sizes[b] for b in fresh],
         )
         for output, written, old in zip(outputs, cost.writes, op.writes):
-            own = segment.own(written)
-            if own is None:
+            place = segment.place(written)
+            if place is None:
                 fresh.append(output)
             else:
-                contents[output], old.tensor = contents.pop(own), None
+                contents[output], old.tensor = contents.pop(place), None
         for output in fresh:
             contents[output] = _Bytes(segment.sizes[output], meter, counted=False)
         made = []
@@ -250,7 +303,7 @@ def simulate(segment: Segment, decisions: Sequence[str], seconds: Sequence[float
             buffer.cached = decisions[output] == CACHE
             if decisions[output] == KEEP:
                 buffer.tensor, buffer.op = contents[output], None
-            if ("let_go", output) in lendable:
+            if output in until:
                 lent[output] = buffer
             made.append(weakref.ref(buffer))
         op.outputs = tuple(made)
@@ -277,8 +330,11 @@ def simulate(segment: Segment, decisions: Sequence[str], seconds: Sequence[float
         elif kind == "release":
             handles.pop(number, None)
             unpacked.pop(number, None)
-        elif kind == "let_go":
-            lent.pop(number, None)
+        elif kind in ("let_go", "hand_back"):
+            lent.pop(number)
+        elif kind == "take_back":
+            contents.pop(number).count()
+            lent.pop(number)
         after.append(meter.now)
         highest.append(meter.highest)
     return Level(
@@ -295,7 +351,7 @@ def menu(segment: Segment, seconds: Sequence[float]) -> list[Level]:
     """The segment's levels, from the one that keeps most to the one that keeps least."""
     cuts = _Cuts(segment, seconds)
     total_seconds, total_bytes = sum(seconds), sum(segment.sizes)
-    if not segment.saved or not total_bytes:
+    if not cuts.needed or not total_bytes:
         return [simulate(segment, cuts.decisions(_Cut(frozenset(), frozenset(), 0, 0.0)), seconds)]
     most = cuts.at(min(s for s in seconds if s > 0) / (2 * total_bytes))
     least = cuts.at(2 * total_seconds / ROUNDING_BYTES)
@@ -327,13 +383,11 @@ class _Cuts:
 
     def __init__(self, segment: Segment, seconds: Sequence[float]):
         self.segment, self.seconds = segment, seconds
-        lent = {number for kind, number in segment.events if kind == "let_go"}
-        self.needed = set(segment.saved.values()) | lent
-        self.maker = {segment.own(b): number for number, op in enumerate(segment.ops) for b in op.outputs}
-        self.inputs = [
-            {own for b in (*op.inputs, *op.writes) if (own := segment.own(b)) is not None}
-            for op in segment.ops
-        ]
+        needed = {*segment.saved.values(), *segment.wanted}
+        self.needed = {buffer for buffer in needed if buffer < segment.own}
+        self.maker = {segment.place(b): number for number, op in enumerate(segment.ops) for b in op.outputs}
+        places = [map(segment.place, (*op.inputs, *op.writes)) for op in segment.ops]
+        self.inputs = [{p for p in inputs if p is not None and p < segment.own} for inputs in places]
 
     def at(self, price: float) -> _Cut:
         """What to keep if a byte costs `price` seconds."""
@@ -343,7 +397,7 @@ class _Cuts:
         # A buffer on the source's side of the cut is needed in backward, an operator there runs again:
         # paid are the edges from needed buffers to operators that do not run, and from those that do.
         source, sink, first_buffer = 0, 1, 2
-        first_op = first_buffer + len(self.segment.sizes)
+        first_op = first_buffer + self.segment.own
         scale = _NEVER / (price * sum(self.segment.sizes) + sum(self.seconds))
         edges: dict[tuple[int, int], int] = {}
         for buffer, maker in self.maker.items():
@@ -386,13 +440,13 @@ class _Cuts:
         readers = Counter(buffer for op in cut.recomputed for buffer in self.inputs[op])
         readers.update(self.segment.saved.values())
         heavy: set[int] = set()
-        decisions = [DROP] * len(self.segment.sizes)
+        decisions = [DROP] * self.segment.own
         for buffer in sorted(self.maker):
             op = self.maker[buffer]
             if buffer in cut.kept:
                 decisions[buffer] = KEEP
             elif op in cut.recomputed and (self.segment.ops[op].flops or heavy & self.inputs[op]):
-                together = map(self.segment.own, self.segment.ops[op].outputs)
+                together = map(self.segment.place, self.segment.ops[op].outputs)
                 if sum(readers[output] for output in together) > 1:
                     decisions[buffer] = CACHE
                 else:

@@ -19,8 +19,8 @@ from torch import nn
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from toolkit.budget.memory import TensorMemory, _StorageRef
-from toolkit.budget.step import autocast, call, entering, loss_of, optimizer_like, split_batch
-from toolkit.budget.tape import DROP, Handle, Op, Tape, View
+from toolkit.budget.step import autocast, call, loss_of, optimizer_like, segmented, split_batch
+from toolkit.budget.tape import DROP, Handle, Op, Tape, View, couples_samples, draws_random_numbers
 from toolkit.budget.fake_step import on_fake_tensors
 from toolkit.budget.flops import operator_flops
 from toolkit.budget.flops import operator_flops
@@ -48,6 +48,7 @@ class OpCost:
     flops: int
     bytes_moved: int  # read and written
     repeatable: bool
+    coupled: bool  # computes across samples, or draws random numbers: other slices, other results
 
 
 @dataclass(slots=True)
@@ -72,11 +73,20 @@ class Profile:
     ops: list[OpCost]
     buffers: list[BufferCost]
     saved: list[SavedCost]
-    segments: list[str]  # name of the block; "" between blocks
+    segments: list[str]  # a block and what runs before it, by the block's name; the last is no block: ""
     entered: list[int]  # when each segment began
     forward_end: int
     optimizer_start: int
     fixed: dict[str, int]  # bytes by kind
+
+    @cached_property
+    def backward_starts(self) -> dict[int, int]:
+        """Segment -> position in `events` at which its part of the backward pass begins, in that order."""
+        starts: dict[int, int] = {}
+        for position, (_, kind, index) in enumerate(self.events):
+            if kind == "unpack":
+                starts.setdefault(self.saved[index].segment, position)
+        return starts
 
     @cached_property
     def base(self) -> np.ndarray:
@@ -93,6 +103,7 @@ class _Timeline(TensorMemory):
         self.events: list[tuple[int, str, int]] = []
         self.contents: dict[int, int] = {}  # storage -> the buffer in it, an index of `Profile.buffers`
         self.ghosts = False
+        self.at_next_allocation: Callable[[], None] | None = None
 
     @property
     def time(self) -> int:
@@ -114,6 +125,9 @@ class _Timeline(TensorMemory):
         before = self.allocated_bytes
         super()._count(tensor)
         if self.allocated_bytes != before:
+            if self.at_next_allocation:
+                self.at_next_allocation()
+                self.at_next_allocation = None
             self.deltas.append(self.allocated_bytes - before)
 
     def _freed(self, reference) -> None:
@@ -161,10 +175,11 @@ class _ProfilingTape(Tape):
         self._held: list = []  # keeps these ids unique
         self._call: tuple | None = None
 
-    def enter(self, name: str) -> None:
-        """What follows belongs to block `name`."""
-        self.segments.append(name)
-        self.entered.append(self.timeline.time)
+    def block_ended(self, name: str) -> None:
+        """Block `name` has run; what its caller now lets go of is still part of its segment."""
+        self.segments[-1] = name
+        self.segments.append("")
+        self.timeline.at_next_allocation = lambda: self.entered.append(self.timeline.time)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self._call = (func, args, kwargs or {})
@@ -198,6 +213,7 @@ class _ProfilingTape(Tape):
             operator_flops(func, args, kwargs, self._out),
             sum(t.numel() * t.element_size() for t in tensors),
             op.repeatable,
+            couples_samples(func, args) or draws_random_numbers(func, args, kwargs),
         )
         self.ops.append(cost)
         self.timeline.note("op", number)
@@ -227,12 +243,13 @@ def profile(
     optimizer="adamw",
     precision: str = "fp32",
     accumulates: bool = False,
+    slices: dict[str, int] | None = None,
 ) -> Profile:
     """Profile one training step of `model` in its present mode.
 
     `batch`: inputs or (inputs, targets), of the shapes and on the device that training will use.
     `accumulates`: gradients of earlier micro-batches are there when the step begins.  The optimizer's
-    state is there in any case.  Raises `InputError` where the model cannot run on fake tensors.
+    state is there in any case.  `slices`: blocks that run their batch in that many slices.  Raises `InputError` where the model cannot run on fake tensors.
     """
     make_optimizer = optimizer_like(optimizer, model)
     with on_fake_tensors(model, batch) as fake_batch:
@@ -258,10 +275,13 @@ def profile(
             start_bytes = timeline.allocated_bytes
             tape = _ProfilingTape(timeline)
             with autocast(device, precision):
-                with tape, entering(blocks, tape.enter):
+                with tape, segmented(blocks, tape.block_ended, lambda name: (slices or {}).get(name, 1)):
                     outputs = call(model, inputs)
                 timeline.note("end", 0)
                 forward_end = timeline.time
+                if timeline.at_next_allocation:  # nothing runs after the last block
+                    timeline.at_next_allocation()
+                    timeline.at_next_allocation = None
                 value = loss_of(outputs, targets, loss)
             value.backward()
             del value, outputs

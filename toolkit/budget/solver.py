@@ -20,122 +20,226 @@ _CELLS = 8192  # of the table; a cell is this share of what a plan that recomput
 
 
 @dataclass(frozen=True)
-class Solution:
-    """A level for each segment.  `bound_seconds`: no choice of levels within the budget takes less."""
+class Option:
+    """A way to run a segment: a level, and on how many slices of the batch.
 
-    levels: tuple[int, ...]
+    Bytes: `kept` between its forward and its backward pass; `forward` and `backward`: its highest moments
+    there, beyond what the step's base holds when it begins; `strays`: what it holds beyond that while a
+    segment so many places further on runs forward or backward.
+    """
+
+    segment: Segment
+    slices: int
+    level: Level
+    seconds: float  # more than running the segment whole and keeping everything
+    kept: int
+    forward: int
+    backward: int
+    strays: dict[tuple[str, int], int]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """An option for each segment.  `bound_seconds`: no choice within the budget takes less."""
+
+    options: tuple[Option, ...]
     peak_bytes: int
-    seconds: float  # of recomputation
+    seconds: float
     bound_seconds: float
 
 
-class Chain:
-    """All plans of one profiled step."""
+@dataclass(frozen=True)
+class _Chunk:
+    """A stretch of a profile's time: one segment forward or backward, or what belongs to none."""
 
-    def __init__(self, profile: Profile, op_seconds: Callable[[OpCost], float]):
+    direction: str  # forward, loss, backward, optimizer
+    segment: int
+    start: int
+    end: int
+
+    def of(self, values: np.ndarray) -> np.ndarray:
+        return values[self.start : self.end + 1]
+
+    def holds(self, segment: int) -> bool:
+        """Whether what `segment` keeps is there."""
+        return self.direction != "optimizer" and segment < self.segment
+
+
+def _chunks(profile: Profile) -> list[_Chunk]:
+    count = len(profile.segments)
+    starts = [*profile.entered, profile.forward_end]
+    order = list(profile.backward_starts)
+    begins = [profile.events[position][0] for position in profile.backward_starts.values()]
+    begins.append(profile.optimizer_start)
+    return [
+        *(_Chunk("forward", i, starts[i], starts[i + 1]) for i in range(count)),
+        _Chunk("loss", count, profile.forward_end, begins[0]),
+        *(_Chunk("backward", i, begins[k], begins[k + 1]) for k, i in enumerate(order)),
+        _Chunk("optimizer", -1, profile.optimizer_start, len(profile.base) - 1),
+    ]
+
+
+class Chain:
+    """All plans of one profiled step.
+
+    `sliced`: the profile of the same step in which some segments, one of each kind, run on slices of the
+    batch, and the number of slices by segment.
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        op_seconds: Callable[[OpCost], float],
+        sliced: tuple[Profile, dict[int, int]] | None = None,
+    ):
         self.profile = profile
         self.segments = segments_of(profile)
-        menus: dict[tuple, list[Level]] = {}
-        self.menus: list[list[Level]] = []
-        for segment in self.segments:
-            kind = segment.kind
-            if kind not in menus:
-                menus[kind] = menu(segment, [op_seconds(op) for op in segment.ops])
-            self.menus.append(menus[kind])
-        self._extras = [
-            [_over_time(segment, level, len(profile.base)) for level in levels]
-            for segment, levels in zip(self.segments, self.menus)
+        self._chunks = _chunks(profile)
+        by_kind: dict[tuple, list[Option]] = {}
+        for number, segment in enumerate(self.segments):
+            if segment.kind not in by_kind:
+                by_kind[segment.kind] = _options(profile, number, segment, 1, op_seconds)
+        if sliced is not None:
+            other, counts = sliced
+            parts = segments_of(other)
+            for number, slices in counts.items():
+                whole = sum(op_seconds(op) for op in self.segments[number].ops)
+                by_kind[self.segments[number].kind] += _options(
+                    other, number, parts[number], slices, op_seconds, whole
+                )
+        self.options = [by_kind[segment.kind] for segment in self.segments]
+        # Per segment and option: the highest moment, what segments before it keep left out.
+        starts: dict[int, dict[str, int]] = {i: {} for i in range(-1, len(self.segments) + 1)}
+        for chunk in self._chunks:
+            starts[chunk.segment][chunk.direction] = int(profile.base[chunk.start])
+        self._own = [
+            [max(start + getattr(option, way) for way, start in starts[i].items()) for option in options]
+            for i, options in enumerate(self.options)
         ]
-        self._summarize()
 
-    def _summarize(self) -> None:
-        """Per segment and level: bytes kept between its forward and backward pass, its highest moment."""
-        base, profile = self.profile.base, self.profile
-        starts = [*profile.entered, profile.forward_end]
-        backward: dict[int, int] = {}  # segment -> when its backward pass begins
-        for time, kind, index in profile.events:
-            if kind == "unpack":
-                backward.setdefault(profile.saved[index].segment, time)
-        self._loss = slice(profile.forward_end, min(backward.values(), default=len(base)) + 1)
-        ends = dict(zip(sorted(backward.values()), [*sorted(backward.values())[1:], len(base)]))
-        self._kept, self._own = [], []
-        for number, extras in enumerate(self._extras):
-            own = [slice(starts[number], starts[number + 1] + 1)]
-            if number in backward:
-                own.append(slice(backward[number], ends[backward[number]] + 1))
-            between = slice(starts[number + 1], backward.get(number, profile.forward_end + 1))
-            self._kept.append([int(after[between].max()) for after, _ in extras])
-            self._own.append([max(int((base[s] + high[s]).max()) for s in own) for _, high in extras])
+    def peak_bytes(self, options: tuple[Option, ...]) -> int:
+        """Highest allocated bytes of the step under a plan."""
+        base, peak = self.profile.base, 0
+        for chunk in self._chunks:
+            if chunk.direction in ("forward", "backward"):
+                highest = int(base[chunk.start]) + getattr(options[chunk.segment], chunk.direction)
+            else:
+                highest = int(chunk.of(base).max())
+            for number, option in enumerate(options):
+                highest += option.kept * chunk.holds(number)
+                highest += option.strays.get((chunk.direction, chunk.segment - number), 0)
+            peak = max(peak, highest)
+        return peak
 
-    def memory(self, levels: tuple[int, ...]) -> np.ndarray:
-        """Highest allocated bytes at each time of the step under a plan."""
-        return self.profile.base + sum(extra[level][1] for extra, level in zip(self._extras, levels))
-
-    def seconds(self, levels: tuple[int, ...]) -> float:
-        """Time of recomputation under a plan."""
-        return sum(menu[level].seconds for menu, level in zip(self.menus, levels))
-
-    def solve(self, budget_bytes: int) -> Solution | None:
+    def solve(self, budget_bytes: int, allowed: Callable[[Option], bool] = lambda option: True) -> Solution | None:
         """The fastest plan whose peak is within the budget; None if there is none."""
         limit = budget_bytes
         for _ in range(8):
-            found = self._best(limit, rounding=np.ceil)
+            found = self._best(limit, np.ceil, allowed)
             if found is None:
                 return None
-            levels, seconds = found
-            peak = int(self.memory(levels).max())
+            peak = self.peak_bytes(found)
             if peak <= budget_bytes:
-                bound = self._best(budget_bytes, rounding=np.floor)[1]
-                return Solution(levels, peak, seconds, min(bound, seconds))
-            limit -= peak - budget_bytes  # branches that are no chain keep longer than assumed
+                seconds = sum(option.seconds for option in found)
+                bound = self._best(budget_bytes, np.floor, allowed)
+                bound_seconds = min(seconds, sum(option.seconds for option in bound))
+                return Solution(found, peak, seconds, bound_seconds)
+            limit -= peak - budget_bytes  # branches, unlike chains, hold more than was assumed
         return None
 
-    def smallest_budget(self, within_bytes: int = 1 << 16) -> int:
-        """The smallest budget, up to `within_bytes`, that a plan exists for."""
-        low, high = 0, int(self.memory(tuple(len(menu) - 1 for menu in self.menus)).max())
-        while self.solve(high) is None:
+    def smallest_budget(self, allowed: Callable[[Option], bool] = lambda option: True) -> int:
+        """Peak of the plan that takes the least memory, up to one part in a thousand."""
+        low, high = 0, int(self.profile.base.max())
+        while (solution := self.solve(high, allowed)) is None:
             low, high = high, 2 * high
-        while high - low > within_bytes:
+        high = solution.peak_bytes
+        while high - low > high / 1000:
             middle = (low + high) // 2
-            solution = self.solve(middle)
+            solution = self.solve(middle, allowed)
             if solution is None:
                 low = middle
             else:
                 high = solution.peak_bytes
         return high
 
-    def _best(self, budget_bytes: int, rounding) -> tuple[tuple[int, ...], float] | None:
-        cell = max(1, sum(max(kept) for kept in self._kept) // _CELLS)
-        if int(self.profile.base[self.profile.optimizer_start :].max()) > budget_bytes:
-            return None
-        seconds = np.full(_CELLS + 2 * len(self.segments), np.inf)
+    def _best(self, budget_bytes: int, rounding, allowed) -> tuple[Option, ...] | None:
+        """Dynamic programme over the bytes that the segments so far keep, in cells."""
+        most = sum(max(option.kept for option in options) for options in self.options)
+        cell = max(1, most // _CELLS)
+        for chunk in self._chunks:
+            if chunk.direction == "optimizer" and chunk.of(self.profile.base).max() > budget_bytes:
+                return None
+        seconds = np.full(_CELLS + 2 * len(self.segments) + 1, np.inf)
         seconds[0] = 0.0
-        came_from = []
-        for menu, kept, own in zip(self.menus, self._kept, self._own):
+        choices = []
+        for options, own in zip(self.options, self._own):
             best, choice = np.full_like(seconds, np.inf), np.zeros(len(seconds), np.int16)
-            for number, level in enumerate(menu):
-                allowed = (budget_bytes - own[number]) // cell + 1  # cells that earlier segments may fill
-                shift = int(rounding(kept[number] / cell))
-                count = min(allowed, len(seconds) - shift)
-                if count <= 0:
+            for number, option in enumerate(options):
+                if not allowed(option):
                     continue
-                reached = seconds[:count] + level.seconds
-                better = reached < best[shift : shift + count]
-                best[shift : shift + count][better] = reached[better]
-                choice[shift : shift + count][better] = number
+                shift = int(rounding(option.kept / cell))
+                count = min((budget_bytes - own[number]) // cell + 1, len(seconds) - shift)
+                if count > 0:
+                    reached = seconds[:count] + option.seconds
+                    better = reached < best[shift : shift + count]
+                    best[shift : shift + count][better] = reached[better]
+                    choice[shift : shift + count][better] = number
             seconds = best
-            came_from.append(choice)
-        allowed = (budget_bytes - int(self.profile.base[self._loss].max())) // cell + 1
-        if allowed <= 0 or not np.isfinite(seconds[:allowed]).any():
+            choices.append(choice)
+        loss = next(chunk for chunk in self._chunks if chunk.direction == "loss")
+        count = (budget_bytes - int(loss.of(self.profile.base).max())) // cell + 1
+        if count <= 0 or not np.isfinite(seconds[:count]).any():
             return None
-        place = int(np.argmin(seconds[:allowed]))
-        total = float(seconds[place])
-        levels = []
-        for choice, kept in zip(reversed(came_from), reversed(self._kept)):
-            number = int(choice[place])
-            levels.append(number)
-            place -= int(rounding(kept[number] / cell))
-        return tuple(reversed(levels)), total
+        place = int(np.argmin(seconds[:count]))
+        found: list[Option] = []
+        for choice, options in zip(reversed(choices), reversed(self.options)):
+            found.insert(0, options[int(choice[place])])
+            place -= int(rounding(found[0].kept / cell))
+        return tuple(found)
+
+
+def _options(
+    profile: Profile,
+    number: int,
+    segment: Segment,
+    slices: int,
+    op_seconds: Callable[[OpCost], float],
+    whole_seconds: float | None = None,
+) -> list[Option]:
+    """The levels of one segment of a profile with what they hold when."""
+    seconds = [op_seconds(op) for op in segment.ops]
+    # A slice's operators do less, and may do it less efficiently: forward, and twice that in backward.
+    slower = 0.0 if whole_seconds is None else 3 * max(0.0, sum(seconds) - whole_seconds)
+    chunks = _chunks(profile)
+    forward = next(c for c in chunks if (c.direction, c.segment) == ("forward", number))
+    backward = next((c for c in chunks if (c.direction, c.segment) == ("backward", number)), None)
+    loss = next(c for c in chunks if c.direction == "loss")
+    options = []
+    for level in menu(segment, seconds):
+        after, highest = _over_time(segment, level, len(profile.base))
+        between = after[forward.end : (backward or loss).start]
+        kept = int(between.max(initial=int(after[forward.end])))
+        strays = {}
+        for chunk in chunks:
+            if chunk not in (forward, backward):
+                # Events at the moment of the change belong to the chunk before, or to the one behind.
+                inside = highest[chunk.start + 1 : chunk.end].max(initial=int(after[chunk.start]))
+                stray = int(inside) - kept * chunk.holds(number)
+                if stray > 0:
+                    strays[chunk.direction, chunk.segment - number] = stray
+        options.append(
+            Option(
+                segment,
+                slices,
+                level,
+                level.seconds + slower,
+                kept,
+                int((np.array(segment.before) + forward.of(highest)).max()),
+                0 if backward is None else int((np.array(segment.during) + backward.of(highest)).max()),
+                strays,
+            )
+        )
+    return options
 
 
 def _over_time(segment: Segment, level: Level, times: int) -> tuple[np.ndarray, np.ndarray]:

@@ -93,20 +93,25 @@ def optimizer_like(optimizer, model: nn.Module) -> Callable[[nn.Module], torch.o
 
 
 @contextmanager
-def entering(blocks: dict[str, nn.Module], enter: Callable[[str], None]) -> Iterator[None]:
-    """Calls `enter(name)` when a block begins and `enter("")` when it ends."""
-
-    def run(name, forward, *args, **kwargs):
-        enter(name)
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            enter("")
-
+def segmented(
+    blocks: dict[str, nn.Module], ended: Callable[[str], None], slices: Callable[[str], int] = lambda name: 1
+) -> Iterator[None]:
+    """Calls `ended(name)` when a block has run, and runs it on `slices(name)` slices of its batch."""
     for name, block in blocks.items():
-        block.forward = functools.partial(run, name, block.forward)
+        block.forward = functools.partial(_run_block, block.forward, name, ended, slices)
     try:
         yield
     finally:
         for block in blocks.values():
             del block.forward
+
+
+def _run_block(forward, name, ended, slices, *args, **kwargs):
+    try:
+        count = slices(name)
+        if count == 1:
+            return forward(*args, **kwargs)
+        (x,) = args
+        return torch.cat([forward(part, **kwargs) for part in x.chunk(count)])
+    finally:
+        ended(name)

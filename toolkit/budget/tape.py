@@ -251,10 +251,10 @@ class Tape(TorchDispatchMode):
 
     def _record(self, func, args: tuple, kwargs: dict) -> Op:
         """The call as it can be repeated."""
-        rng_state = _rng_state(args) if torch.Tag.nondeterministic_seeded in func.tags else None
+        rng_state = _rng_state(args) if draws_random_numbers(func, args, kwargs) else None
         written = [self._view(tensor) for tensor in _written(func, args, kwargs)]
         repeatable = kwargs.get("generator") is None and None not in written
-        if func in _BATCH_NORMS and args[5]:
+        if couples_samples(func, args):
             args = (*args[:3], None, None, *args[5:])
         inputs: list[Buffer] = []
         noted_args = self._noted(args, inputs)
@@ -342,6 +342,22 @@ def _written(func, args: tuple, kwargs: dict) -> list[torch.Tensor]:
         args[place] if place < len(args) else kwargs.get(names[place].name) for place in _written_places(func)
     ]
     return [leaf for leaf in tree_iter(values) if isinstance(leaf, torch.Tensor)]
+
+
+def draws_random_numbers(func, args: tuple, kwargs: dict) -> bool:
+    """Whether a call changes the state of a random number generator."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    names = [argument.name for argument in func._schema.arguments]
+    if "dropout_p" not in names:
+        return True
+    place = names.index("dropout_p")  # of attention
+    return (args[place] if place < len(args) else kwargs.get("dropout_p", 0.0)) > 0
+
+
+def couples_samples(func, args: tuple) -> bool:
+    """Whether a call is a batch norm that normalises by the statistics of the batch."""
+    return func in _BATCH_NORMS and bool(args[5])
 
 
 def _rng_state(args: tuple) -> tuple[torch.device, torch.Tensor] | None:
