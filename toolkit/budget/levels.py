@@ -33,7 +33,7 @@ class Level:
 
     decisions: tuple[str, ...]  # KEEP, CACHE or DROP, for each buffer of the segment
     after: np.ndarray  # bytes beyond `Profile.base` after each event of the segment
-    highest: np.ndarray  # and at most, during it
+    highest: np.ndarray  # and at most, while it happens
     seconds: float  # that computing again takes
     flops: int  # of products that are computed again
     recomputed: tuple[str, ...]  # names of the operators that run again, one per run
@@ -103,6 +103,8 @@ def segments_of(profile: Profile) -> list[Segment]:
             for events in positioned:
                 events.append((position, time, "end", 0))
             continue
+        if kind == "backward":
+            continue
         if kind == "op":
             number = profile.ops[index].segment
             positioned[number].append((position, time, "op", index - segments[number].first_op))
@@ -133,11 +135,18 @@ def segments_of(profile: Profile) -> list[Segment]:
     }
     for number, (segment, events) in enumerate(zip(segments, positioned)):
         events.sort(key=lambda event: event[0])
-        segment.events = [(kind, index) for _, _, kind, index in events]
         segment.times = [time for _, time, _, _ in events]
+        segment.events = _in_fixed_order([(kind, index) for _, _, kind, index in events])
         segment.before = _relative(profile, starts[number], starts[number + 1])
         segment.during = _relative(profile, *during[number]) if number in during else ()
     return segments
+
+
+def _in_fixed_order(events: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """What dies between the forward and the backward pass dies at the end of autocast, in any order."""
+    end = events.index(("end", 0)) + 1
+    after = next((i for i in range(end, len(events)) if events[i][0] != "died"), len(events))
+    return events[:end] + sorted(events[end:after]) + events[after:]
 
 
 def _relative(profile: Profile, start: int, end: int) -> tuple[int, ...]:
@@ -310,7 +319,7 @@ def simulate(segment: Segment, decisions: Sequence[str], seconds: Sequence[float
 
     after, highest = [], []
     for kind, number in segment.events:
-        meter.highest = meter.now
+        meter.highest = 0
         if kind == "op":
             run(number)
         elif kind == "died":
@@ -336,7 +345,7 @@ def simulate(segment: Segment, decisions: Sequence[str], seconds: Sequence[float
             contents.pop(number).count()
             lent.pop(number)
         after.append(meter.now)
-        highest.append(meter.highest)
+        highest.append(max(meter.now, meter.highest))
     return Level(
         tuple(decisions),
         np.array(after, dtype=np.int64),

@@ -64,7 +64,8 @@ class Profile:
     """A step.  Times are indices of `base`: the number of allocations and releases before.
 
     `events`, in order: (time, kind, index) with the kinds "op" (has run), "died" (the forward pass let go
-    of a buffer), "pack", "unpack", "release" (of `saved`), "end" (of the forward pass).
+    of a buffer), "pack", "unpack", "release" (of `saved`), "end" (of the forward pass), "backward" (of a
+    segment begins).
     """
 
     deltas: list[int]  # bytes, one per allocation or release
@@ -84,8 +85,8 @@ class Profile:
         """Segment -> position in `events` at which its part of the backward pass begins, in that order."""
         starts: dict[int, int] = {}
         for position, (_, kind, index) in enumerate(self.events):
-            if kind == "unpack":
-                starts.setdefault(self.saved[index].segment, position)
+            if kind == "backward":
+                starts.setdefault(index, position)
         return starts
 
     @cached_property
@@ -103,6 +104,7 @@ class _Timeline(TensorMemory):
         self.events: list[tuple[int, str, int]] = []
         self.contents: dict[int, int] = {}  # storage -> the buffer in it, an index of `Profile.buffers`
         self.ghosts = False
+        self.ended = False
         self.at_next_allocation: Callable[[], None] | None = None
 
     @property
@@ -111,6 +113,8 @@ class _Timeline(TensorMemory):
 
     def note(self, kind: str, index: int) -> None:
         """Add an event that happens now."""
+        if self.ended:
+            return
         self.events.append((self.time, kind, index))
 
     def size_of(self, key: int) -> int:
@@ -131,6 +135,8 @@ class _Timeline(TensorMemory):
             self.deltas.append(self.allocated_bytes - before)
 
     def _freed(self, reference) -> None:
+        if self.ended:
+            return
         before = self.allocated_bytes
         super()._freed(reference)
         if self.allocated_bytes != before:
@@ -175,9 +181,13 @@ class _ProfilingTape(Tape):
         self._held: list = []  # keeps these ids unique
         self._call: tuple | None = None
 
-    def block_ended(self, name: str) -> None:
+    def block_ended(self, name: str, output) -> None:
         """Block `name` has run; what its caller now lets go of is still part of its segment."""
+        number = len(self.segments) - 1
         self.segments[-1] = name
+        for leaf in tree_iter(output):
+            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+                leaf.register_hook(lambda grad: self.timeline.note("backward", number))
         self.segments.append("")
         self.timeline.at_next_allocation = lambda: self.entered.append(self.timeline.time)
 
@@ -275,7 +285,7 @@ def profile(
             start_bytes = timeline.allocated_bytes
             tape = _ProfilingTape(timeline)
             with autocast(device, precision):
-                with tape, segmented(blocks, tape.block_ended, lambda name: (slices or {}).get(name, 1)):
+                with tape, segmented(blocks, tape.block_ended, slices):
                     outputs = call(model, inputs)
                 timeline.note("end", 0)
                 forward_end = timeline.time
@@ -283,11 +293,13 @@ def profile(
                     timeline.at_next_allocation()
                     timeline.at_next_allocation = None
                 value = loss_of(outputs, targets, loss)
+            timeline.note("backward", len(tape.segments) - 1)
             value.backward()
             del value, outputs
             optimizer_start = timeline.time
             stepper.step()
             stepper.zero_grad(set_to_none=True)
+            timeline.ended = True
     return Profile(
         deltas=timeline.deltas,
         events=timeline.events,

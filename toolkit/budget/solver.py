@@ -19,13 +19,12 @@ from toolkit.budget.profile import OpCost, Profile
 _CELLS = 8192  # of the table; a cell is this share of what a plan that recomputes nothing keeps
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Option:
     """A way to run a segment: a level, and on how many slices of the batch.
 
     Bytes: `kept` between its forward and its backward pass; `forward` and `backward`: its highest moments
-    there, beyond what the step's base holds when it begins; `strays`: what it holds beyond that while a
-    segment so many places further on runs forward or backward.
+    there, beyond what the step's base holds when it begins.
     """
 
     segment: Segment
@@ -35,7 +34,8 @@ class Option:
     kept: int
     forward: int
     backward: int
-    strays: dict[tuple[str, int], int]
+    kept_forward: int  # as long as the forward pass runs, which may hold some of it anyway
+    kept_loss: np.ndarray  # at each time between the passes
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ class Chain:
         self.profile = profile
         self.segments = segments_of(profile)
         self._chunks = _chunks(profile)
+        self._curves: dict[tuple[int, Option], tuple[np.ndarray, np.ndarray]] = {}
         by_kind: dict[tuple, list[Option]] = {}
         for number, segment in enumerate(self.segments):
             if segment.kind not in by_kind:
@@ -117,22 +118,59 @@ class Chain:
             for i, options in enumerate(self.options)
         ]
 
+    def memory(self, options: tuple[Option, ...]) -> np.ndarray:
+        """Highest allocated bytes at each time of the profile under a plan.
+
+        While a segment runs on slices, whose times the profile does not have, its highest moment.
+        """
+        base = self.profile.base
+        held, spikes = np.zeros_like(base), np.zeros_like(base)
+        for number, option in enumerate(options):
+            after, highest = self._over_time(number, option)
+            held += after
+            np.maximum(spikes, highest - after, out=spikes)
+        memory = base + held + spikes
+        np.maximum(memory[1:], base[1:] + held[:-1], out=memory[1:])  # before what happens at that time
+        for chunk in self._chunks:
+            if chunk.direction in ("forward", "backward") and options[chunk.segment].slices > 1:
+                others = sum(o.kept for i, o in enumerate(options) if chunk.holds(i))
+                highest = int(base[chunk.start]) + getattr(options[chunk.segment], chunk.direction) + others
+                memory[chunk.start + 1 : chunk.end] = highest
+                if chunk.end <= chunk.start + 1:
+                    memory[chunk.end] = max(memory[chunk.end], highest)
+        return memory
+
     def peak_bytes(self, options: tuple[Option, ...]) -> int:
         """Highest allocated bytes of the step under a plan."""
-        base, peak = self.profile.base, 0
-        for chunk in self._chunks:
-            if chunk.direction in ("forward", "backward"):
-                highest = int(base[chunk.start]) + getattr(options[chunk.segment], chunk.direction)
+        return int(self.memory(options).max())
+
+    def _over_time(self, number: int, option: Option) -> tuple[np.ndarray, np.ndarray]:
+        if (number, option) not in self._curves:
+            times = len(self.profile.base)
+            if option.slices == 1:
+                curves = _over_time(self.segments[number], option.level, times)
             else:
-                highest = int(chunk.of(base).max())
-            for number, option in enumerate(options):
-                highest += option.kept * chunk.holds(number)
-                highest += option.strays.get((chunk.direction, chunk.segment - number), 0)
-            peak = max(peak, highest)
-        return peak
+                after = np.zeros(times, np.int64)
+                for chunk in self._chunks:
+                    if not chunk.holds(number):
+                        continue
+                    inside = slice(chunk.start, chunk.end)
+                    if chunk.direction == "forward":
+                        after[inside] = option.kept_forward
+                    elif chunk.direction == "loss" and len(option.kept_loss) == chunk.end - chunk.start:
+                        after[inside] = option.kept_loss
+                    else:
+                        after[inside] = option.kept
+                curves = after, after
+            self._curves[number, option] = curves
+        return self._curves[number, option]
 
     def solve(self, budget_bytes: int, allowed: Callable[[Option], bool] = lambda option: True) -> Solution | None:
         """The fastest plan whose peak is within the budget; None if there is none."""
+        fastest = tuple(min(filter(allowed, options), key=lambda option: option.seconds) for options in self.options)
+        peak, seconds = self.peak_bytes(fastest), sum(option.seconds for option in fastest)
+        if peak <= budget_bytes:
+            return Solution(fastest, peak, seconds, seconds)
         limit = budget_bytes
         for _ in range(8):
             found = self._best(limit, np.ceil, allowed)
@@ -219,14 +257,6 @@ def _options(
         after, highest = _over_time(segment, level, len(profile.base))
         between = after[forward.end : (backward or loss).start]
         kept = int(between.max(initial=int(after[forward.end])))
-        strays = {}
-        for chunk in chunks:
-            if chunk not in (forward, backward):
-                # Events at the moment of the change belong to the chunk before, or to the one behind.
-                inside = highest[chunk.start + 1 : chunk.end].max(initial=int(after[chunk.start]))
-                stray = int(inside) - kept * chunk.holds(number)
-                if stray > 0:
-                    strays[chunk.direction, chunk.segment - number] = stray
         options.append(
             Option(
                 segment,
@@ -236,7 +266,8 @@ def _options(
                 kept,
                 int((np.array(segment.before) + forward.of(highest)).max()),
                 0 if backward is None else int((np.array(segment.during) + backward.of(highest)).max()),
-                strays,
+                int(after[forward.end : loss.start + 1].max()),
+                after[loss.start : loss.end].copy(),
             )
         )
     return options

@@ -94,11 +94,11 @@ def optimizer_like(optimizer, model: nn.Module) -> Callable[[nn.Module], torch.o
 
 @contextmanager
 def segmented(
-    blocks: dict[str, nn.Module], ended: Callable[[str], None], slices: Callable[[str], int] = lambda name: 1
+    blocks: dict[str, nn.Module], ended: Callable[[str, object], None], slices: dict[str, int] | None = None
 ) -> Iterator[None]:
-    """Calls `ended(name)` when a block has run, and runs it on `slices(name)` slices of its batch."""
+    """Calls `ended(name, output)` when a block has run; `slices`: on how many parts of its batch it runs."""
     for name, block in blocks.items():
-        block.forward = functools.partial(_run_block, block.forward, name, ended, slices)
+        block.forward = functools.partial(_run_block, block.forward, name, ended, (slices or {}).get(name, 1))
     try:
         yield
     finally:
@@ -107,11 +107,10 @@ def segmented(
 
 
 def _run_block(forward, name, ended, slices, *args, **kwargs):
-    try:
-        count = slices(name)
-        if count == 1:
-            return forward(*args, **kwargs)
+    if slices == 1:
+        output = forward(*args, **kwargs)
+    else:
         (x,) = args
-        return torch.cat([forward(part, **kwargs) for part in x.chunk(count)])
-    finally:
-        ended(name)
+        output = torch.cat([forward(part, **kwargs) for part in x.chunk(slices)])
+    ended(name, output)
+    return output
