@@ -42,5 +42,33 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return blocks
 
 
+def find_segments(model: nn.Module, names: list[str] | None = None) -> dict[str, nn.Module]:
+    """Modules at whose ends a plan may cut a model: those named, or its blocks, or where nothing repeats
+    modules of at most an eighth of the parameters.
+
+    Raises `InputError` for a name that is no module of the model.
+    """
+    if names is not None:
+        modules = dict(model.named_modules())
+        unknown = [name for name in names if name not in modules]
+        if unknown:
+            raise InputError(
+                f"{type(model).__name__} has no module {unknown[0]!r}; see model.named_modules()."
+            )
+        return {name: modules[name] for name in names}
+    try:
+        return find_blocks(model)
+    except InputError:
+        largest = sum(p.numel() for p in model.parameters()) / 8
+        segments: dict[str, nn.Module] = {}
+        for name, module in model.named_modules():
+            if not name or any(name.startswith(f"{other}.") for other in segments) or _is_container(module):
+                continue
+            size = sum(p.numel() for p in module.parameters())
+            if 0 < size <= largest or next(module.children(), None) is None:
+                segments[name] = module
+        return segments
+
+
 def _is_container(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)

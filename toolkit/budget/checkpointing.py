@@ -26,7 +26,7 @@ from toolkit.budget.blocks import find_blocks
 from toolkit.budget.memory import DeviceMemory
 from toolkit.errors import check_name
 
-STRATEGIES = ("none", "static", "threshold")
+STRATEGIES = ("none", "static", "threshold", "planned")
 
 
 class Checkpointing:

@@ -130,9 +130,7 @@ def segments_of(profile: Profile) -> list[Segment]:
     starts = [*profile.entered, profile.forward_end]
     backward = list(profile.backward_starts.items())
     ends = [profile.events[position][0] for _, position in backward[1:]] + [profile.optimizer_start]
-    during = {
-        segment: (profile.events[position][0], end) for (segment, position), end in zip(backward, ends)
-    }
+    during = {segment: (profile.events[position][0], end) for (segment, position), end in zip(backward, ends)}
     for number, (segment, events) in enumerate(zip(segments, positioned)):
         events.sort(key=lambda event: event[0])
         segment.times = [time for _, time, _, _ in events]

@@ -1,0 +1,396 @@
+"""`plan()`: what training takes before it trains, and how it fits a budget at the least recomputation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._pytree import tree_iter
+
+from toolkit.budget.blocks import find_segments
+from toolkit.budget.checkpointing import STRATEGIES, Checkpointing
+from toolkit.budget.device import DeviceSpeed, speed_of
+from toolkit.budget.fake_step import on_fake_tensors
+from toolkit.budget.flops import NORMS, FlopCounter
+from toolkit.budget.lean import LeanForms
+from toolkit.budget.memory import TensorMemory
+from toolkit.budget.profile import Profile, profile
+from toolkit.budget.sizes import format_bytes, parse_bytes
+from toolkit.budget.solver import Chain, Option
+from toolkit.budget.step import autocast, call, loss_of, optimizer_like, split_batch
+from toolkit.errors import InputError, check_name
+
+SLICES = 8  # of a block's batch, where that can help
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one training step runs, and what it takes.
+
+    `peak_bytes` counts all tensors: weights, gradients, optimizer state, batch, activations, temporaries.
+    `recompute_flops` are multiply-adds of products times two, per step; norms are left out.
+    `memory` is the highest allocated bytes at each moment of the step.
+    """
+
+    strategy: str
+    budget_bytes: int
+    reserve_bytes: int  # of the budget, for what is no tensor
+    peak_bytes: int
+    unplanned_peak_bytes: int  # without any checkpointing
+    forward_flops: int
+    recompute_flops: int
+    extra_seconds: float | None  # estimated time of recomputation and slicing; None: not estimated
+    plain_seconds: float | None  # estimated time of the step without it
+    batch_size: int
+    micro_batch_size: int
+    levels: dict[str, str]  # block -> what it does
+    fixed: dict[str, int] = field(default_factory=dict)  # bytes by kind
+    memory: np.ndarray | None = field(default=None, repr=False, compare=False)
+    device: str = ""  # that the seconds are estimated for
+    notes: tuple[str, ...] = ()
+    options: tuple[Option, ...] = field(default=(), repr=False, compare=False)
+    segments: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within the budget."""
+        return self.peak_bytes + self.reserve_bytes <= self.budget_bytes
+
+    @property
+    def recompute_pct(self) -> float:
+        """Recomputed FLOPs in per cent of the forward pass's."""
+        return 100 * self.recompute_flops / self.forward_flops if self.forward_flops else 0.0
+
+    def explain(self) -> str:
+        """A table for people."""
+        lines = [
+            f"strategy    {self.strategy}" + (f", in micro-batches of {self.micro_batch_size}" * self.sliced),
+            f"budget      {format_bytes(self.budget_bytes)}"
+            + (f", of which {format_bytes(self.reserve_bytes)} are reserved" if self.reserve_bytes else ""),
+            f"peak        {format_bytes(self.peak_bytes)}, {'fits' if self.fits else 'DOES NOT FIT'}; "
+            f"{format_bytes(self.unplanned_peak_bytes)} without checkpointing",
+            f"recomputed  {self.recompute_pct:.1f} % of the forward pass",
+        ]
+        if self.extra_seconds is not None:
+            share = 100 * self.extra_seconds / self.plain_seconds
+            lines.append(f"time        {share:+.1f} % of the step, estimated ({self.device})")
+        lines.append("fixed       " + ", ".join(f"{k} {format_bytes(v)}" for k, v in self.fixed.items()))
+        lines += [f"note        {note}" for note in self.notes]
+        width = max((len(name) for name in self.levels), default=0)
+        lines += [f"{name:<{width}}  {level}" for name, level in self.levels.items()]
+        return "\n".join(lines)
+
+    @property
+    def sliced(self) -> bool:
+        """Whether the batch runs in micro-batches."""
+        return self.micro_batch_size < self.batch_size
+
+
+def plan(
+    model: nn.Module,
+    budget: int | str,
+    batch,
+    *,
+    strategy: str = "planned",
+    loss: Callable | None = None,
+    optimizer="adamw",
+    precision: str = "fp32",
+    blocks: list[str] | None = None,
+    reserve: int | str = 0,
+    micro_batches: bool = False,
+    lean: bool = True,
+    speed: DeviceSpeed | None = None,
+) -> Plan:
+    """Plan one training step of `model` on `batch` within `budget`; nothing is computed.
+
+    `batch`: inputs, or (inputs, targets), as training will use them, on the device of the model; inputs
+    are a tensor, a tuple of arguments or a dict of keyword arguments.  `loss(outputs, targets)`:
+    cross-entropy if None.  `optimizer`: "adamw", "sgd", an optimizer of the model, or a function of the
+    trained parameters.  `precision`: of autocast.  `blocks`: names of modules to plan by, found if None.
+    `reserve`: part of the budget for what is no tensor (a CUDA context, fragmentation).  `micro_batches`:
+    the batch may also run in slices whose gradients accumulate.  `lean`: LoRA layers run as in
+    `budget.lean`.  Strategies other than "planned" are predicted as they are, whether or not they fit.
+
+    Raises `InputError` if no plan fits, naming the smallest budget that does.
+    """
+    check_name("checkpointing strategy", strategy, STRATEGIES)
+    budget_bytes = parse_bytes(budget)
+    reserve_bytes = parse_bytes(reserve) if reserve else 0
+    if strategy != "planned":
+        return _observed(model, budget_bytes, reserve_bytes, batch, strategy, loss, optimizer, precision)
+    planner = Planner(model, batch, loss=loss, optimizer=optimizer, precision=precision, blocks=blocks,
+                      lean=lean, speed=speed)  # fmt: skip
+    return planner.plan(budget_bytes, reserve_bytes, micro_batches=micro_batches)
+
+
+class Planner:
+    """Profiles of one training step, by micro-batch size, made when first needed; solves any budget."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch,
+        *,
+        loss: Callable | None = None,
+        optimizer="adamw",
+        precision: str = "fp32",
+        blocks: list[str] | None = None,
+        lean: bool = True,
+        speed: DeviceSpeed | None = None,
+    ):
+        self.model, self.batch, self.loss, self.optimizer = model, batch, loss, optimizer
+        self.precision, self.lean = precision, lean
+        self.blocks = find_segments(model, blocks)
+        self.speed = speed or speed_of(next(model.parameters()).device, precision)
+        self.batch_size = batch_size_of(batch)
+        self._chains: dict[tuple[int, bool], Chain] = {}
+
+    def chain(self, micro_batch_size: int, sliced: bool) -> Chain:
+        """All plans for micro-batches of a size; `sliced`: those that cut blocks' batches included."""
+        key = micro_batch_size, sliced
+        if key in self._chains:
+            return self._chains[key]
+        lean = LeanForms(self.model) if self.lean else None
+        try:
+            if not sliced:
+                self._chains[key] = Chain(self._profile(micro_batch_size), self.speed.op_seconds)
+            else:
+                whole = self.chain(micro_batch_size, False)
+                counts = self._sliceable(whole, micro_batch_size)
+                if not counts:
+                    self._chains[key] = whole
+                else:
+                    names = {whole.profile.segments[i]: count for i, count in counts.items()}
+                    other = self._profile(micro_batch_size, names)
+                    self._chains[key] = Chain(whole.profile, self.speed.op_seconds, (other, counts))
+        finally:
+            if lean is not None:
+                lean.remove()
+        return self._chains[key]
+
+    def _profile(self, micro_batch_size: int, slices: dict[str, int] | None = None) -> Profile:
+        return profile(
+            self.model,
+            self.batch,
+            self.blocks,
+            loss=self.loss,
+            optimizer=self.optimizer,
+            precision=self.precision,
+            micro_batch_size=micro_batch_size,
+            slices=slices,
+        )
+
+    def _sliceable(self, chain: Chain, micro_batch_size: int) -> dict[int, int]:
+        """Segments, the last of each kind, whose block computes each sample for itself."""
+        chosen: dict[tuple, int] = {}
+        for number, segment in enumerate(chain.segments):
+            coupled = any(op.coupled for op in segment.ops)
+            # The first block runs backward when nothing else is kept any more: slices gain nothing.
+            if number and segment.name in chain.profile.inputs and not coupled:
+                chosen[segment.kind] = number
+        shapes = chain.profile.inputs
+        chosen = {
+            kind: number
+            for kind, number in chosen.items()
+            if computes_samples_alone(self.blocks[(name := chain.segments[number].name)], shapes[name])
+        }
+        slices = min(SLICES, micro_batch_size)
+        return {number: slices for number in sorted(chosen.values())} if slices > 1 else {}
+
+    def plan(self, budget_bytes: int, reserve_bytes: int = 0, *, micro_batches: bool = False) -> Plan:
+        """The fastest plan within the budget.  Raises `InputError` if there is none."""
+        limit = budget_bytes - reserve_bytes
+        notes: list[str] = []
+        best = self._best(self.batch_size, limit)
+        whole = self.chain(self.batch_size, False)
+        coupled = whole.profile.batch_statistics
+        if micro_batches and coupled:
+            notes.append("no micro-batches: batch norms compute statistics of the whole batch.")
+        if micro_batches and not coupled and (best is None or best[0] > self._step_seconds(self.batch_size)):
+            size = self.batch_size
+            while size > 1:
+                size = -(-size // 2)
+                if best is not None and best[0] <= self._step_seconds(size):
+                    break  # smaller ones are slower still
+                found = self._best(size, limit)
+                if found is not None and (best is None or found[0] < best[0]):
+                    best = found
+        if best is None:
+            raise InputError(self._why_not(budget_bytes, reserve_bytes, micro_batches and not coupled))
+        seconds, size, chain, solution = best
+        plain = 3 * whole.plain_seconds
+        count = -(-self.batch_size // size)
+        return Plan(
+            strategy="planned",
+            budget_bytes=budget_bytes,
+            reserve_bytes=reserve_bytes,
+            peak_bytes=solution.peak_bytes,
+            unplanned_peak_bytes=self._unplanned_peak(),
+            forward_flops=sum(op.flops for op in whole.profile.ops),
+            recompute_flops=count * sum(option.level.flops for option in solution.options),
+            extra_seconds=seconds - plain,
+            plain_seconds=plain,
+            batch_size=self.batch_size,
+            micro_batch_size=size,
+            levels={
+                name: describe(option)
+                for name, option in zip(chain.profile.segments, solution.options)
+                if name
+            },
+            fixed=whole.profile.fixed,
+            memory=chain.memory(solution.options),
+            device=self.speed.name,
+            notes=tuple(notes),
+            options=solution.options,
+            segments=tuple(chain.profile.segments),
+        )
+
+    def smallest_bytes(self, micro_batch_size: int | None = None) -> int:
+        """Peak of the plan that takes the least memory."""
+        return self.chain(micro_batch_size or self.batch_size, True).smallest_peak()
+
+    def _best(self, size: int, limit: int):
+        """(seconds of the step, micro-batch size, chain, solution); None if nothing fits."""
+        count = -(-self.batch_size // size)
+        found = None
+        # Micro-batches are slices themselves: blocks are sliced in whole batches only.
+        for sliced in (False, True) if size == self.batch_size else (False,):
+            chain = self.chain(size, sliced)
+            solution = chain.solve(limit)
+            if solution is not None:
+                seconds = count * (3 * chain.plain_seconds + solution.seconds)
+                if found is None or seconds < found[0]:
+                    found = seconds, size, chain, solution
+                if solution.seconds == 0:
+                    break  # nothing to gain from slices
+        return found
+
+    def _step_seconds(self, size: int) -> float:
+        """Estimated time of a step in micro-batches of `size` that recomputes nothing."""
+        return -(-self.batch_size // size) * 3 * self.chain(size, False).plain_seconds
+
+    def _unplanned_peak(self) -> int:
+        return self.chain(self.batch_size, False).solve(1 << 62).peak_bytes
+
+    def _why_not(self, budget_bytes: int, reserve_bytes: int, micro_batches: bool) -> str:
+        smallest = self.smallest_bytes() + reserve_bytes
+        fixed = ", ".join(
+            f"{kind} {format_bytes(count)}"
+            for kind, count in self.chain(self.batch_size, False).profile.fixed.items()
+        )
+        ways = []
+        statistics = self.chain(self.batch_size, False).profile.batch_statistics
+        for size in (self.batch_size // 4, self.batch_size // 16, 1):
+            if 0 < size < self.batch_size:
+                fits = self.smallest_bytes(size) + reserve_bytes
+                if fits <= budget_bytes and not micro_batches:
+                    how = "a batch" if statistics else "a batch, or micro-batches,"
+                    ways.append(f"{how} of {size} (from {format_bytes(fits)})")
+                    break
+        ways.append("a method that trains fewer parameters, a lower precision or a smaller backbone")
+        return (
+            f"budget {format_bytes(budget_bytes)} cannot be held: the smallest peak for batch "
+            f"{self.batch_size} is {format_bytes(smallest)}"
+            + (f", {format_bytes(reserve_bytes)} of it reserved" if reserve_bytes else "")
+            + f" (fixed: {fixed}). Raise the budget, or try {'; or '.join(ways)}."
+        )
+
+
+def batch_size_of(batch) -> int:
+    """Samples of a batch: the first dimension of its first tensor."""
+    first = next((leaf for leaf in tree_iter(batch) if isinstance(leaf, torch.Tensor)), None)
+    if first is None or not first.dim() or not len(first):
+        raise InputError(
+            "the batch holds no tensor with a first dimension; pass inputs or (inputs, targets)."
+        )
+    return len(first)
+
+
+def computes_samples_alone(block: nn.Module, shape: torch.Size) -> bool:
+    """Whether a sample's output does not change with the other samples of the batch, on random numbers."""
+    parameter = next(block.parameters(), None)
+    if parameter is None or parameter.is_meta:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    first, second, third = (
+        torch.randn(1, *shape[1:], generator=generator).to(parameter.device) for _ in range(3)
+    )
+    with torch.no_grad(), torch.autocast(parameter.device.type, enabled=False):
+        try:
+            one, other = block(torch.cat([first, second])), block(torch.cat([first, third]))
+        except (RuntimeError, ValueError, TypeError):
+            return False  # not for two samples, or not in this type
+    return torch.allclose(one[0], other[0], rtol=1e-4, atol=1e-5)
+
+
+def describe(option: Option) -> str:
+    """What a block does, in words."""
+    level = option.level
+    if not level.recomputed:
+        words = "keep"
+    else:
+        kinds = [
+            word
+            for word, parts in (
+                ("products", ("mm", "linear", "conv", "scan")),
+                ("attention", ("attention",)),
+                ("norms", ("norm",)),
+            )
+            if any(part in name for name in level.recomputed for part in parts)
+        ]
+        words = "recompute " + (", ".join(kinds) if kinds else "cheap operators")
+        if option.segment.ops and level.flops:
+            share = 100 * level.flops / sum(op.flops for op in option.segment.ops)
+            words += f" ({share:.0f} % of its FLOPs)"
+    return words + (f", in {option.slices} slices" if option.slices > 1 else "")
+
+
+def _observed(
+    model, budget_bytes: int, reserve_bytes: int, batch, strategy: str, loss, optimizer, precision: str
+) -> Plan:
+    """What a step takes under a strategy that does not plan: two steps on fake tensors, the second counts."""
+    make_optimizer = optimizer_like(optimizer, model)
+    peaks, flops = {}, {}
+    for name in dict.fromkeys(("none", strategy)):
+        with on_fake_tensors(model, batch) as fake:
+            inputs, targets = split_batch(fake)
+            device = next(model.parameters()).device
+            memory = TensorMemory(device)
+            memory.track([*model.parameters(), *model.buffers()])
+            memory.track(leaf for leaf in tree_iter(fake) if isinstance(leaf, torch.Tensor))
+            stepper = make_optimizer(model)
+            checkpointing = Checkpointing(model, name, memory=memory, budget_bytes=budget_bytes)
+            with memory, checkpointing:
+                for _ in range(2):
+                    memory.reset_peak()
+                    with FlopCounter() as counter:
+                        with autocast(device, precision):
+                            outputs = call(model, inputs)
+                            value = loss_of(outputs, targets, loss)
+                        value.backward()
+                        del value, outputs
+                        stepper.step()
+                        stepper.zero_grad(set_to_none=True)
+        peaks[name] = memory.peak_bytes
+        flops[name] = {
+            phase: sum(n for op, n in counter.counts[phase].items() if op not in NORMS)
+            for phase in ("forward", "recompute")
+        }
+    size = batch_size_of(batch)
+    return Plan(
+        strategy=strategy,
+        budget_bytes=budget_bytes,
+        reserve_bytes=reserve_bytes,
+        peak_bytes=peaks[strategy],
+        unplanned_peak_bytes=peaks["none"],
+        forward_flops=flops[strategy]["forward"],
+        recompute_flops=flops[strategy]["recompute"],
+        extra_seconds=None,
+        plain_seconds=None,
+        batch_size=size,
+        micro_batch_size=size,
+        levels={name: "checkpointed" for name in checkpointing.checkpointed},
+    )

@@ -79,6 +79,12 @@ class Profile:
     forward_end: int
     optimizer_start: int
     fixed: dict[str, int]  # bytes by kind
+    inputs: dict[str, torch.Size]  # of blocks that turn one tensor (batch, ...) into another such
+
+    @property
+    def batch_statistics(self) -> bool:
+        """Whether a batch norm normalises by the statistics of the batch."""
+        return any(op.coupled and "batch_norm" in op.name for op in self.ops)
 
     @cached_property
     def backward_starts(self) -> dict[int, int]:
@@ -177,12 +183,18 @@ class _ProfilingTape(Tape):
         self.saved: list[SavedCost] = []
         self.segments: list[str] = [""]
         self.entered: list[int] = [timeline.time]
+        self.inputs: dict[str, torch.Size] = {}
         self._numbers: dict[int, int] = {}  # id(tape.Buffer) -> index of `buffers`
         self._held: list = []  # keeps these ids unique
         self._call: tuple | None = None
 
-    def block_ended(self, name: str, output) -> None:
+    def block_ended(self, name: str, args: tuple, kwargs: dict, output) -> None:
         """Block `name` has run; what its caller now lets go of is still part of its segment."""
+        tensors = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if len(args) == len(tensors) == 1 and isinstance(output, torch.Tensor):
+            (x,) = args
+            if x.dim() > 1 and len(x) == len(output):
+                self.inputs[name] = x.shape
         number = len(self.segments) - 1
         self.segments[-1] = name
         for leaf in tree_iter(output):
@@ -252,18 +264,18 @@ def profile(
     loss: Callable | None = None,
     optimizer="adamw",
     precision: str = "fp32",
-    accumulates: bool = False,
+    micro_batch_size: int | None = None,
     slices: dict[str, int] | None = None,
 ) -> Profile:
     """Profile one training step of `model` in its present mode.
 
     `batch`: inputs or (inputs, targets), of the shapes and on the device that training will use.
-    `accumulates`: gradients of earlier micro-batches are there when the step begins.  The optimizer's
-    state is there in any case.  `slices`: blocks that run their batch in that many slices.  Raises `InputError` where the model cannot run on fake tensors.
+    `micro_batch_size`: the first so many samples alone, with the gradients of earlier micro-batches there
+    already if the batch has more.  The optimizer's state is there in any case.  `slices`: blocks that run their batch in that many slices.  Raises `InputError` where the model cannot run on fake tensors.
     """
     make_optimizer = optimizer_like(optimizer, model)
     with on_fake_tensors(model, batch) as fake_batch:
-        inputs, targets = split_batch(fake_batch)
+        inputs, targets, accumulates = _first_samples(fake_batch, micro_batch_size)
         device = next(model.parameters()).device
         timeline = _Timeline(device)
         timeline.track(t for t in (*model.parameters(), *model.buffers()))
@@ -317,4 +329,16 @@ def profile(
             "gradients": grad_bytes,
             "optimizer": state_bytes,
         },
+        inputs=tape.inputs,
     )
+
+
+def _first_samples(batch, count: int | None) -> tuple:
+    """Inputs and targets of the first `count` samples, and whether the batch has more."""
+    total = next(len(leaf) for leaf in tree_iter(batch) if isinstance(leaf, torch.Tensor))
+    if count is None or count >= total:
+        return *split_batch(batch), False
+    first = tree_map_only(
+        torch.Tensor, lambda t: t[:count] if t.dim() and len(t) == total else t, split_batch(batch)
+    )
+    return *first, True

@@ -94,6 +94,7 @@ class Chain:
     ):
         self.profile = profile
         self.segments = segments_of(profile)
+        self.plain_seconds = sum(op_seconds(op) for op in profile.ops)  # of the forward pass
         self._chunks = _chunks(profile)
         self._curves: dict[tuple[int, Option], tuple[np.ndarray, np.ndarray]] = {}
         by_kind: dict[tuple, list[Option]] = {}
@@ -165,42 +166,42 @@ class Chain:
             self._curves[number, option] = curves
         return self._curves[number, option]
 
-    def solve(self, budget_bytes: int, allowed: Callable[[Option], bool] = lambda option: True) -> Solution | None:
+    def solve(self, budget_bytes: int) -> Solution | None:
         """The fastest plan whose peak is within the budget; None if there is none."""
-        fastest = tuple(min(filter(allowed, options), key=lambda option: option.seconds) for options in self.options)
+        fastest = tuple(min(options, key=lambda option: option.seconds) for options in self.options)
         peak, seconds = self.peak_bytes(fastest), sum(option.seconds for option in fastest)
         if peak <= budget_bytes:
             return Solution(fastest, peak, seconds, seconds)
         limit = budget_bytes
         for _ in range(8):
-            found = self._best(limit, np.ceil, allowed)
+            found = self._best(limit, np.ceil)
             if found is None:
                 return None
             peak = self.peak_bytes(found)
             if peak <= budget_bytes:
                 seconds = sum(option.seconds for option in found)
-                bound = self._best(budget_bytes, np.floor, allowed)
+                bound = self._best(budget_bytes, np.floor)
                 bound_seconds = min(seconds, sum(option.seconds for option in bound))
                 return Solution(found, peak, seconds, bound_seconds)
             limit -= peak - budget_bytes  # branches, unlike chains, hold more than was assumed
         return None
 
-    def smallest_budget(self, allowed: Callable[[Option], bool] = lambda option: True) -> int:
+    def smallest_peak(self) -> int:
         """Peak of the plan that takes the least memory, up to one part in a thousand."""
         low, high = 0, int(self.profile.base.max())
-        while (solution := self.solve(high, allowed)) is None:
+        while (solution := self.solve(high)) is None:
             low, high = high, 2 * high
         high = solution.peak_bytes
         while high - low > high / 1000:
             middle = (low + high) // 2
-            solution = self.solve(middle, allowed)
+            solution = self.solve(middle)
             if solution is None:
                 low = middle
             else:
                 high = solution.peak_bytes
         return high
 
-    def _best(self, budget_bytes: int, rounding, allowed) -> tuple[Option, ...] | None:
+    def _best(self, budget_bytes: int, rounding) -> tuple[Option, ...] | None:
         """Dynamic programme over the bytes that the segments so far keep, in cells."""
         most = sum(max(option.kept for option in options) for options in self.options)
         cell = max(1, most // _CELLS)
@@ -213,8 +214,6 @@ class Chain:
         for options, own in zip(self.options, self._own):
             best, choice = np.full_like(seconds, np.inf), np.zeros(len(seconds), np.int16)
             for number, option in enumerate(options):
-                if not allowed(option):
-                    continue
                 shift = int(rounding(option.kept / cell))
                 count = min((budget_bytes - own[number]) // cell + 1, len(seconds) - shift)
                 if count > 0:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_iter
 
 from toolkit.errors import InputError, check_name
 
-_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _OPTIMIZERS = {
     "adamw": functools.partial(torch.optim.AdamW, fused=True),
     "sgd": functools.partial(torch.optim.SGD, lr=1e-3, momentum=0.9, fused=True),
@@ -24,7 +24,7 @@ _OPTIMIZERS = {
 
 def autocast(device: torch.device, precision: str):
     """Autocast to `precision` (fp32: none) on `device`, for a with statement."""
-    dtype = _AUTOCAST[check_name("precision", precision, _AUTOCAST)]
+    dtype = AUTOCAST[check_name("precision", precision, AUTOCAST)]
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
@@ -94,9 +94,9 @@ def optimizer_like(optimizer, model: nn.Module) -> Callable[[nn.Module], torch.o
 
 @contextmanager
 def segmented(
-    blocks: dict[str, nn.Module], ended: Callable[[str, object], None], slices: dict[str, int] | None = None
+    blocks: dict[str, nn.Module], ended: Callable, slices: dict[str, int] | None = None
 ) -> Iterator[None]:
-    """Calls `ended(name, output)` when a block has run; `slices`: on how many parts of its batch it runs."""
+    """Calls `ended(name, args, kwargs, output)` when a block has run; `slices`: on how many parts of its batch it runs."""
     for name, block in blocks.items():
         block.forward = functools.partial(_run_block, block.forward, name, ended, (slices or {}).get(name, 1))
     try:
@@ -112,5 +112,5 @@ def _run_block(forward, name, ended, slices, *args, **kwargs):
     else:
         (x,) = args
         output = torch.cat([forward(part, **kwargs) for part in x.chunk(slices)])
-    ended(name, output)
+    ended(name, args, kwargs, output)
     return output
