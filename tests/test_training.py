@@ -20,7 +20,7 @@ from toolkit.snapshots import load_newest_snapshot, save_snapshot
 
 
 def experiment(**parameters):
-    defaults = {"epochs": 2, "batch_size": 32, "budget": "1GB", "device": "cpu"}
+    defaults = {"epochs": 2, "batch_size": 32, "budget": "1GB", "device": "cpu", "checkpointing": "none"}
     return toolkit.Experiment(**defaults | parameters)
 
 

@@ -13,8 +13,8 @@ import timm
 import torch
 from torch import nn
 
-from toolkit.measure import FlopCounter
 from toolkit.budget.fake_step import on_fake_tensors
+from toolkit.measure import FlopCounter
 from toolkit.measure.memory import memory_of_adam_step
 from toolkit.scores import SAM_VERSIONS, sam
 

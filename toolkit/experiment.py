@@ -31,7 +31,7 @@ class Experiment:
     backbone: str = "demo_vit"  # demo_vit | vit_small | tiny_vit | any timm classifier
     pretrained: bool = True
     method: str = "lora"
-    checkpointing: str = "none"
+    checkpointing: str = "planned"  # none | static | threshold | planned
     budget: str = "2GB"  # device memory that training may take; stored as whole bytes
     threshold: float = 0.55  # tau of `checkpointing="threshold"`, a fraction of the budget
     lora_rank: int = 8
@@ -39,7 +39,7 @@ class Experiment:
     lora_dropout: float = 0.0
     epochs: int = 5
     batch_size: int = 64
-    micro_batch_size: int = 0  # images per forward pass; 0 = the whole batch at once
+    micro_batch_size: int = 0  # images per forward pass; 0 = the plan's choice, without one the whole batch
     lr: float = 0.0  # peak learning rate; 0 = the method's default, see methods.METHODS
     weight_decay: float = 0.05
     warmup_fraction: float = 0.1  # of all steps, linear; cosine to zero afterwards

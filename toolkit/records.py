@@ -30,7 +30,7 @@ from toolkit.scores import netscore, why_no_score
 from toolkit.snapshots import clear_snapshots
 from toolkit.training import FitResult
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 FILE_NAME = "record.json"
 FINISHED = ("ok", "oom", "nan")  # a run with such a record is not repeated; interrupted and failed ones are
 # What a simulated GPU makes worthless; tables leave it out.
@@ -130,6 +130,9 @@ class RunRecord:
                 if result.status == "ok"
                 else None,
                 "checkpointed_blocks": result.checkpointed_blocks,
+                "predicted_peak_bytes": result.predicted_peak_bytes,
+                "micro_batch_images": result.micro_batch_size or None,
+                "out_of_memory_retries": result.out_of_memory_retries,
             },
             flops={
                 **{
@@ -201,6 +204,8 @@ class RunRecord:
             "within_budget": ended,
             "val_top1_pct": "no epoch was completed",
             "train_peak_bytes": "no training step was begun",
+            "predicted_peak_bytes": "only the strategy planned predicts",
+            "micro_batch_images": "no training step was begun",
             "train_reserved_peak_bytes": "only CUDA's allocator reserves memory ahead",
             "context_bytes": result.context_reason or "training was not begun",
             "device_used_bytes": result.context_reason or "training was not begun",

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from toolkit.backbones import data_config
-from toolkit.budget import Checkpointing, device_memory, format_bytes, is_out_of_memory
+from toolkit.budget import AutoCheckpoint, Checkpointing, device_memory, format_bytes, is_out_of_memory
 from toolkit.datasets import Splits, loader
 from toolkit.environment import environment
 from toolkit.errors import InputError
@@ -43,7 +43,8 @@ from toolkit.weights import trained_state, weights_sha256
 
 # A killed sweep leaves kernels that need a few seconds to notice that their parent is gone.
 CLAIM_SECONDS = 20
-SNAPSHOT_FORMAT = 2  # of `_Run.state`
+SNAPSHOT_FORMAT = 3  # of `_Run.state`
+OUT_OF_MEMORY_RETRIES = 5  # of one step, under `planned`; each with a twentieth of the budget less
 
 
 @dataclass
@@ -62,6 +63,9 @@ class FitResult:
     peak_bytes: int = 0  # device memory, highest moment of the training steps
     memory_source: str = ""
     checkpointed_blocks: int = 0  # in the last step
+    predicted_peak_bytes: int | None = None  # by the plan, if the strategy is `planned`
+    micro_batch_size: int = 0  # images per forward pass
+    out_of_memory_retries: int = 0  # steps that ran out of memory and were repeated with less
     reserved_peak_bytes: int | None = None  # CUDA only: what the allocator held, fragmentation included
     context_bytes: int | None = None  # CUDA only: beside the allocator's
     device_used_bytes: int | None = None  # CUDA only: of the whole device, by anyone, at the end
@@ -112,9 +116,11 @@ def fit(
     are those of `meter` (default: a new one); what a killed process measured after its last snapshot is
     lost with the steps themselves.
 
-    Out of memory, a loss that is not finite, and an interrupt (Ctrl-C, Jupyter's stop button; at the
-    end of the step) end the run with that status.  Raises `InputError` if the weights exceed the budget
-    or another process trains in `folder`.
+    Under `planned` nothing starts that cannot fit, and a step that runs out of memory all the same is
+    repeated, with the same random numbers, on a tighter plan; the batch never changes.  Otherwise out of
+    memory, a loss that is not finite, and an interrupt (Ctrl-C, Jupyter's stop button; at the
+    end of the step) end the run with that status.  Raises `InputError` if the weights exceed the budget,
+    no plan fits it, or another process trains in `folder`.
     """
     check_fits_weights(model, experiment.budget_bytes)
     with _claim(folder), _Interrupt() as interrupt:
@@ -172,15 +178,31 @@ class _Run:
         self.memory.track(value for s in self.optimizer.state.values() for value in s.values())
         self.memory.reset_peak()
 
-    def checkpointing(self) -> Checkpointing:
+    def checkpointing(self) -> Checkpointing | AutoCheckpoint:
         """The experiment's strategy on this model, for a with statement."""
-        self.blocks = Checkpointing(
-            self.model,
-            self.experiment.checkpointing,
-            memory=self.memory,
-            budget_bytes=self.experiment.budget_bytes,
-            threshold=self.experiment.threshold,
-        )
+        experiment = self.experiment
+        if experiment.checkpointing == "planned":
+            size = min(experiment.batch_size, len(self.splits.train))
+            images = torch.zeros(size, *self.data_config["input_size"], device=self.device)
+            labels = torch.zeros(size, dtype=torch.long, device=self.device)
+            self.blocks = AutoCheckpoint(
+                self.model,
+                experiment.budget_bytes,
+                (images, labels),
+                loss=self._loss,
+                optimizer=self.optimizer,
+                precision=experiment.precision,
+                micro_batches=experiment.micro_batch_size or True,
+            )
+            self.result.predicted_peak_bytes = self.blocks.plan.peak_bytes
+        else:
+            self.blocks = Checkpointing(
+                self.model,
+                experiment.checkpointing,
+                memory=self.memory,
+                budget_bytes=experiment.budget_bytes,
+                threshold=experiment.threshold,
+            )
         return self.blocks
 
     @contextlib.contextmanager
@@ -246,29 +268,13 @@ class _Run:
             self.result.context_reason = str(error)
 
     def _train_step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
-        """One optimizer step on one batch, slice by slice if micro-batches are asked for."""
+        """One optimizer step on one batch."""
         self._set_lr()
-        micro = self.experiment.micro_batch_size or len(labels)
         tracing = not self.result.memory_trace and self.result.steps == min(1, self.total_steps - 1)
         trace = MemoryTrace(self.memory, self.model) if tracing else contextlib.nullcontext()
         counter = FlopCounter() if tracing else contextlib.nullcontext()
-        batch_loss, correct = 0.0, 0
-        slices = list(zip(images.split(micro), labels.split(micro)))
         with self._counted(len(labels)), trace, counter:
-            for image_slice, label_slice in slices:
-                x = image_slice.to(self.device, non_blocking=True)  # (micro, 3, H, W)
-                y = label_slice.to(self.device, non_blocking=True)
-                self.memory.track([x, y])
-                with autocast(self.device, self.experiment.precision):
-                    logits = self.model(x)
-                    # Weighted so that the slices' gradients add up to the whole batch's mean.
-                    loss = F.cross_entropy(logits, y) * (len(y) / len(labels))
-                hits = (logits.detach().argmax(1) == y).sum()
-                del x, y, logits
-                self.scaler.scale(loss).backward()
-                batch_loss += loss.item()
-                correct += hits.item()
-                del loss, hits
+            batch_loss, correct = self._forward_and_backward(images, labels)
             if not math.isfinite(batch_loss):
                 raise _NotFinite(f"loss {batch_loss} at step {self.result.steps + 1}")
             if tracing:
@@ -288,6 +294,74 @@ class _Run:
         self.result.steps += 1
         self.result.checkpointed_blocks = len(self.blocks.checkpointed)
         self.read_peaks()
+        if isinstance(self.blocks, AutoCheckpoint):
+            self.blocks.check(self.memory.peak_bytes)
+
+    def _forward_and_backward(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[float, int]:
+        """Gradients of one batch; returns its loss and the number of right answers.
+
+        Under `planned` a pass that runs out of memory is undone and repeated on a tighter plan.
+        """
+        if not isinstance(self.blocks, AutoCheckpoint):
+            return self._passes(images, labels)
+        before = self._before_passes()
+        for _ in range(OUT_OF_MEMORY_RETRIES):
+            try:
+                return self._passes(images, labels)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error).split("\n")[0]
+            self.result.out_of_memory_retries += 1
+            self._undo_passes(before)
+            try:
+                self.blocks.tighten(self.experiment.budget_bytes // 20)
+            except InputError as error:
+                raise MemoryError(f"{reason}; and no tighter plan is left: {error}") from error
+        return self._passes(images, labels)
+
+    def _passes(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[float, int]:
+        """Forward and backward pass, slice by slice if there are micro-batches."""
+        micro = self.experiment.micro_batch_size or len(labels)
+        if isinstance(self.blocks, AutoCheckpoint):
+            micro = self.blocks.plan.micro_batch_size
+        self.result.micro_batch_size = micro
+        batch_loss, correct = 0.0, 0
+        for image_slice, label_slice in zip(images.split(micro), labels.split(micro)):
+            x = image_slice.to(self.device, non_blocking=True)  # (micro, 3, H, W)
+            y = label_slice.to(self.device, non_blocking=True)
+            self.memory.track([x, y])
+            with autocast(self.device, self.experiment.precision):
+                logits = self.model(x)
+                # Weighted so that the slices' gradients add up to the whole batch's mean.
+                loss = self._loss(logits, y) * (len(y) / len(labels))
+            self.scaler.scale(loss).backward()
+            batch_loss += loss.item()
+            correct += (logits.detach().argmax(1) == y).sum().item()
+            del x, y, logits, loss
+        return batch_loss, correct
+
+    @staticmethod
+    def _loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits, labels)
+
+    def _before_passes(self) -> dict:
+        """What forward and backward passes change beside gradients: random numbers, running statistics."""
+        return {
+            "rng_cpu": torch.get_rng_state(),
+            "rng_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            "buffers": [buffer.clone() for buffer in self.model.buffers()],
+        }
+
+    def _undo_passes(self, before: dict) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.set_rng_state(before["rng_cpu"])
+        if before["rng_cuda"]:
+            torch.cuda.set_rng_state_all(before["rng_cuda"])
+            torch.cuda.empty_cache()
+        with torch.no_grad():
+            for buffer, value in zip(self.model.buffers(), before["buffers"]):
+                buffer.copy_(value)
 
     def read_peaks(self) -> None:
         """Book the highest memory of the steps so far, this process's and those before."""

@@ -2,8 +2,8 @@
 
 Every peer answers the same question: one steady-state step of this model on this batch, at most so many
 bytes.  All are judged by one ruler, `measured_step`: highest live tensor bytes (`TensorMemory`) and
-recomputed forward FLOPs (`FlopCounter`) of a step on fake CPU tensors, so nothing here needs a GPU or
-the memory that it speaks of.
+recomputed forward FLOPs of products (`FlopCounter`, norms left out) of a step on fake CPU tensors, so
+nothing here needs a GPU or the memory that it speaks of.
 
 Fixed policies (`none`, `static`, `threshold`, `selective`) give one point; `held` says whether it fits.
 Searches (`whole_blocks`, `rotor`, `micro_batches`) give the point with the fewest recomputed FLOPs that
@@ -38,10 +38,11 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from toolkit import adapt, build_backbone
 from toolkit.budget import Checkpointing, TensorMemory, find_blocks, format_bytes
+from toolkit.budget.fake_step import on_fake_tensors
+from toolkit.budget.flops import NORMS, FlopCounter
+from toolkit.budget.phases import PHASES
 from toolkit.errors import check_name
 from toolkit.evaluation import autocast
-from toolkit.measure import FlopCounter
-from toolkit.budget.fake_step import on_fake_tensors
 from toolkit.training import set_train_mode
 
 CPU = torch.device("cpu")
@@ -103,6 +104,11 @@ def build(
 # The step that everything is measured on
 
 
+def product_flops(counter: FlopCounter, *phases: str) -> int:
+    """FLOPs counted so far in these phases, norms left out, as a plan counts them."""
+    return sum(n for phase in phases for op, n in counter.counts[phase].items() if op not in NORMS)
+
+
 def measured_step(
     model: nn.Module,
     images: torch.Tensor,
@@ -142,7 +148,7 @@ class _Trace:
 
     def mark(self, name: str) -> None:
         """End a stretch of the step here and begin the next."""
-        flops = (sum(self.counter.counts[phase].values()) for phase in ("forward", "recompute"))
+        flops = (product_flops(self.counter, phase) for phase in ("forward", "recompute"))
         self.marks.append(_Mark(name, self.memory.allocated_bytes, self.memory.peak_bytes, *flops))
         self.memory.reset_peak()
 
@@ -862,12 +868,13 @@ def compiled(model, images, labels, precision, ratios: Sequence[float]) -> list[
     """
     with _cell(model, images, labels, precision) as cell:
         chain = cell.chain(halves=False)
-        plain = cell.run(chain, chain.kept).counter.flops
+        plain = product_flops(cell.run(chain, chain.kept).counter, *PHASES)
+        forward = cell.run(chain, chain.kept).cost.forward_flops
         points = []
         for ratio in ratios:
             trace = cell.compiled_step(ratio)
             # A compiled backward pass does not say what in it is recomputation.
-            again = 100 * (trace.counter.flops.total - plain.total) / plain.forward
+            again = 100 * (product_flops(trace.counter, *PHASES) - plain) / forward
             points.append(CompiledPoint(ratio, trace.cost.peak_bytes, again))
     return points
 

@@ -7,6 +7,8 @@
   Kept faithful, with its weakness: it looks at memory before the block and never at what backward
   will need, so **nothing guarantees the budget**.
 
+The fourth strategy, `planned`, is ours: see `plan` and `auto`.
+
 Recomputation is torch's non-reentrant `checkpoint`: equal losses and gradients, frozen parameters
 and autocast included.  Batch norms update their running statistics in the first pass only; torch alone
 would do it again in the second.
@@ -26,7 +28,8 @@ from toolkit.budget.blocks import find_blocks
 from toolkit.budget.memory import DeviceMemory
 from toolkit.errors import check_name
 
-STRATEGIES = ("none", "static", "threshold", "planned")
+RULES = ("none", "static", "threshold")
+STRATEGIES = (*RULES, "planned")
 
 
 class Checkpointing:
@@ -45,7 +48,7 @@ class Checkpointing:
         budget_bytes: int,
         threshold: float = 0.55,
     ):
-        self.strategy = check_name("checkpointing strategy", strategy, STRATEGIES)
+        self.strategy = check_name("checkpointing strategy", strategy, RULES)
         self.memory = memory
         self.threshold_bytes = threshold * budget_bytes
         self.checkpointed: set[str] = set()

@@ -26,9 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
-from toolkit.errors import InputError
 from toolkit.budget.fake_step import on_fake_tensors
 from toolkit.budget.phases import PHASES, current_phase
+from toolkit.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def plan(
     precision: str = "fp32",
     blocks: list[str] | None = None,
     reserve: int | str = 0,
-    micro_batches: bool = False,
+    micro_batches: bool | int = False,
     lean: bool = True,
     speed: DeviceSpeed | None = None,
 ) -> Plan:
@@ -111,7 +111,7 @@ def plan(
     cross-entropy if None.  `optimizer`: "adamw", "sgd", an optimizer of the model, or a function of the
     trained parameters.  `precision`: of autocast.  `blocks`: names of modules to plan by, found if None.
     `reserve`: part of the budget for what is no tensor (a CUDA context, fragmentation).  `micro_batches`:
-    the batch may also run in slices whose gradients accumulate.  `lean`: LoRA layers run as in
+    True: the batch may also run in slices whose gradients accumulate; a number: in slices of that size.  `lean`: LoRA layers run as in
     `budget.lean`.  Strategies other than "planned" are predicted as they are, whether or not they fit.
 
     Raises `InputError` if no plan fits, naming the smallest budget that does.
@@ -200,26 +200,22 @@ class Planner:
         slices = min(SLICES, micro_batch_size)
         return {number: slices for number in sorted(chosen.values())} if slices > 1 else {}
 
-    def plan(self, budget_bytes: int, reserve_bytes: int = 0, *, micro_batches: bool = False) -> Plan:
+    def plan(self, budget_bytes: int, reserve_bytes: int = 0, *, micro_batches: bool | int = False) -> Plan:
         """The fastest plan within the budget.  Raises `InputError` if there is none."""
         limit = budget_bytes - reserve_bytes
         notes: list[str] = []
-        best = self._best(self.batch_size, limit)
         whole = self.chain(self.batch_size, False)
         coupled = whole.profile.batch_statistics
-        if micro_batches and coupled:
-            notes.append("no micro-batches: batch norms compute statistics of the whole batch.")
-        if micro_batches and not coupled and (best is None or best[0] > self._step_seconds(self.batch_size)):
-            size = self.batch_size
-            while size > 1:
-                size = -(-size // 2)
-                if best is not None and best[0] <= self._step_seconds(size):
-                    break  # smaller ones are slower still
-                found = self._best(size, limit)
-                if found is not None and (best is None or found[0] < best[0]):
-                    best = found
+        if micro_batches is True or not micro_batches:
+            best = self._best(self.batch_size, limit)
+            if micro_batches and coupled:
+                notes.append("no micro-batches: batch norms compute statistics of the whole batch.")
+            elif micro_batches:
+                best = self._best_of_smaller(best, limit)
+        else:
+            best = self._best(min(micro_batches, self.batch_size), limit)
         if best is None:
-            raise InputError(self._why_not(budget_bytes, reserve_bytes, micro_batches and not coupled))
+            raise InputError(self._why_not(budget_bytes, reserve_bytes, bool(micro_batches) and not coupled))
         seconds, size, chain, solution = best
         plain = 3 * whole.plain_seconds
         count = -(-self.batch_size // size)
@@ -247,6 +243,16 @@ class Planner:
             options=solution.options,
             segments=tuple(chain.profile.segments),
         )
+
+    def _best_of_smaller(self, best, limit: int):
+        """`best`, or what is faster on micro-batches; those of half the size are never faster than whole."""
+        size = self.batch_size
+        while size > 1 and (best is None or best[0] > self._step_seconds(size)):
+            size = -(-size // 2)
+            found = self._best(size, limit)
+            if found is not None and (best is None or found[0] < best[0]):
+                best = found
+        return best
 
     def smallest_bytes(self, micro_batch_size: int | None = None) -> int:
         """Peak of the plan that takes the least memory."""

@@ -8,9 +8,8 @@ plans.  No memory is taken on the device, nothing is computed, and no GPU is nee
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -18,12 +17,11 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_iter, tree_map_only
 
+from toolkit.budget.fake_step import on_fake_tensors
+from toolkit.budget.flops import operator_flops
 from toolkit.budget.memory import TensorMemory, _StorageRef
 from toolkit.budget.step import autocast, call, loss_of, optimizer_like, segmented, split_batch
 from toolkit.budget.tape import DROP, Handle, Op, Tape, View, couples_samples, draws_random_numbers
-from toolkit.budget.fake_step import on_fake_tensors
-from toolkit.budget.flops import operator_flops
-from toolkit.budget.flops import operator_flops
 
 
 @dataclass(slots=True)

@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from toolkit.budget import DeviceMemory, TensorMemory, find_blocks
-from toolkit.errors import InputError
 from toolkit.budget.phases import current_phase
+from toolkit.errors import InputError
 from toolkit.measure.sensors import GpuSensor, SensorError
 
 

@@ -1,0 +1,290 @@
+"""`auto_checkpoint()`: any training loop within a memory budget.
+
+The model's forward pass runs under a tape that follows a plan; nothing else of the loop changes.  A guard
+watches: another batch shape, mode or precision is planned anew, a peak above the prediction or memory that
+others took makes the plan tighter.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_iter, tree_map_only
+
+from toolkit.budget.lean import LeanForms
+from toolkit.budget.plan import Plan, Planner, batch_size_of
+from toolkit.budget.sizes import format_bytes, parse_bytes
+from toolkit.budget.solver import Option
+from toolkit.budget.step import AUTOCAST, segmented, split_batch
+from toolkit.budget.tape import Op, Tape
+from toolkit.errors import InputError
+
+_LOOK_AT_DEVICE_EVERY = 50  # forward passes
+
+
+def auto_checkpoint(
+    model: nn.Module,
+    budget: int | str,
+    batch,
+    *,
+    loss: Callable | None = None,
+    optimizer=None,
+    precision: str | None = None,
+    blocks: list[str] | None = None,
+    reserve: int | str | None = None,
+    lean: bool = True,
+) -> AutoCheckpoint:
+    """Keep the training of `model` within `budget` bytes of device memory, until `.remove()`.
+
+    `batch`: inputs or (inputs, targets), one batch as the loop uses it.  `loss(outputs, targets)`:
+    cross-entropy if None.  `optimizer`: the loop's, or "adamw" (if None) or "sgd"; its state is part of the
+    budget.  `precision` of the loop's autocast: that of the surrounding autocast if None.  `reserve`: bytes
+    of the budget for what is no tensor; on CUDA what the device holds already beside this process's
+    tensors if None.  For the rest see `plan`.
+
+    Also a context manager.  Losses and gradients are those of the model alone, bit for bit where its
+    kernels are deterministic (lean LoRA layers: up to the order of rounding).  Raises `InputError` if
+    nothing fits.
+    """
+    return AutoCheckpoint(
+        model,
+        parse_bytes(budget),
+        batch,
+        loss=loss,
+        optimizer=optimizer or "adamw",
+        precision=precision,
+        blocks=blocks,
+        reserve_bytes=None if reserve is None else parse_bytes(reserve) if reserve else 0,
+        lean=lean,
+    )
+
+
+class AutoCheckpoint:
+    """A plan at work on a model; `plan` is the one that the latest forward pass followed."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        budget_bytes: int,
+        batch,
+        *,
+        loss: Callable | None,
+        optimizer,
+        precision: str | None,
+        blocks: list[str] | None = None,
+        reserve_bytes: int | None = None,
+        lean: bool = True,
+        micro_batches: bool | int = False,
+    ):
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        self.model, self.batch = model, batch
+        self.budget_bytes, self.micro_batches = budget_bytes, micro_batches
+        self.device = next(model.parameters()).device
+        self.reserve_bytes = taken_beside_tensors(self.device) if reserve_bytes is None else reserve_bytes
+        self._settings = {"loss": loss, "optimizer": optimizer, "blocks": blocks, "lean": lean}
+        self._planners: dict[tuple, Planner] = {}
+        self._passes = 0
+        self.replans = 0
+        self.departures = 0  # segments that did not run as they were profiled; nothing was dropped there
+        precision = precision or _autocast_precision(self.device)
+        self._planner = self._planner_for(batch, self._state(precision), precision)
+        self.plan = self._solve()
+        if self.device.type == "cuda":
+            total = torch.cuda.mem_get_info(self.device)[1]
+            fraction = min(1.0, max(0.0, (budget_bytes - self.reserve_bytes) / total))
+            torch.cuda.set_per_process_memory_fraction(fraction, self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self._forward = None
+        self._install()
+
+    def _install(self) -> None:
+        self._lean = LeanForms(self.model) if self._settings["lean"] else None
+        self._forward = self.model.forward
+        self.model.forward = self._run
+
+    def _uninstall(self) -> None:
+        self.model.__dict__.pop("forward", None)
+        if self._lean is not None:
+            self._lean.remove()
+        self._forward = None
+
+    def remove(self) -> None:
+        """Give the model its own forward back."""
+        if self._forward is None:
+            return
+        self._uninstall()
+        if self.device.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+
+    def __enter__(self) -> AutoCheckpoint:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.remove()
+
+    @property
+    def checkpointed(self) -> set[str]:
+        """Names of the blocks that compute something again."""
+        options = zip(self.plan.segments, self.plan.options)
+        return {name for name, option in options if name and option.level.recomputed}
+
+    def tighten(self, nbytes: int) -> None:
+        """Plan with so many bytes less.  Raises `InputError` if nothing fits any more."""
+        self.reserve_bytes += nbytes
+        self._plan_anew()
+
+    def check(self, peak_bytes: int) -> None:
+        """Compare a step's measured peak with the budget; if it was above, plan with what is missing less."""
+        excess = peak_bytes + self.reserve_bytes - self.budget_bytes
+        if excess > 0 and peak_bytes > self.plan.peak_bytes:
+            warnings.warn(
+                f"a step took {format_bytes(peak_bytes)}, {format_bytes(peak_bytes - self.plan.peak_bytes)} "
+                "more than predicted; planning anew.",
+                stacklevel=2,
+            )
+            self.tighten(peak_bytes - self.plan.peak_bytes)
+
+    @torch.compiler.disable
+    def _run(self, *args, **kwargs):
+        if not torch.is_grad_enabled():
+            return self._forward(*args, **kwargs)
+        self._look_at_device()
+        inputs = self._inputs(args, kwargs)
+        precision = _autocast_precision(self.device)
+        if not self._covers(inputs, precision):
+            self._change_to(inputs, precision)
+        follower = _Follower(self.plan)
+        if follower.keeps_everything:
+            return self._forward(*args, **kwargs)
+        with Tape(follower.decide), segmented(self._planner.blocks, follower.block_ended, follower.slices):
+            outputs = self._forward(*args, **kwargs)
+        self.departures += follower.departures
+        return outputs
+
+    def _inputs(self, args: tuple, kwargs: dict):
+        """The arguments as the inputs of a batch."""
+        if not kwargs:
+            return args[0] if len(args) == 1 else args
+        return dict(inspect.signature(self._forward).bind(*args, **kwargs).arguments) if args else kwargs
+
+    def _state(self, precision: str) -> tuple:
+        """What beside the inputs a profile depends on."""
+        flags = tuple(parameter.requires_grad for parameter in self.model.parameters())
+        return precision, self.model.training, flags
+
+    def _covers(self, inputs, precision: str) -> bool:
+        """Whether the present plan holds for these inputs: of the planned shapes, or of fewer samples."""
+        if self._state(precision) != self._planned_state:
+            return False
+        planned, now = _tensors(split_batch(self._planner.batch)[0]), _tensors(inputs)
+        return len(planned) == len(now) and all(
+            p.dtype == t.dtype and p.shape[1:] == t.shape[1:] and p.shape[:1] >= t.shape[:1]
+            for p, t in zip(planned, now)
+        )
+
+    def _change_to(self, inputs, precision: str) -> None:
+        """Plan for other inputs; the targets are taken to have the known shape, for as many samples."""
+        _, targets = split_batch(self.batch)
+        before, now = batch_size_of(self.batch), batch_size_of(inputs)
+        if targets is not None:
+            targets = tree_map_only(
+                torch.Tensor,
+                lambda t: t.new_zeros((now, *t.shape[1:])) if t.dim() and len(t) == before else t,
+                targets,
+            )
+        batch = (inputs, targets) if targets is not None else inputs
+        self._planner = self._planner_for(batch, self._state(precision), precision)
+        self._plan_anew()
+
+    def _plan_anew(self) -> None:
+        self._uninstall()  # it is the model itself that is profiled
+        try:
+            self.plan = self._solve()
+        finally:
+            self._install()
+        self.replans += 1
+
+    def _planner_for(self, batch, state: tuple, precision: str) -> Planner:
+        self._planned_state = state
+        key = (state, tuple((tuple(t.shape), t.dtype) for t in _tensors(batch)))
+        if key not in self._planners:
+            self._planners[key] = Planner(self.model, batch, precision=precision, **self._settings)
+        return self._planners[key]
+
+    def _solve(self) -> Plan:
+        return self._planner.plan(self.budget_bytes, self.reserve_bytes, micro_batches=self.micro_batches)
+
+    def _look_at_device(self) -> None:
+        """On CUDA: react to peaks above the prediction, and to memory that others have taken."""
+        self._passes += 1
+        if self.device.type != "cuda" or self._passes % _LOOK_AT_DEVICE_EVERY != 2:
+            return
+        self.check(torch.cuda.max_memory_allocated(self.device))
+        torch.cuda.reset_peak_memory_stats(self.device)
+        free, _ = torch.cuda.mem_get_info(self.device)
+        available = free + torch.cuda.memory_reserved(self.device)
+        if available < self.plan.peak_bytes:
+            self.tighten(self.plan.peak_bytes - available)
+
+
+class _Follower:
+    """Answers a tape as a plan says, as long as the operators are those of its profile."""
+
+    def __init__(self, plan: Plan):
+        self.options = plan.options
+        self.slices = {
+            name: option.slices for name, option in zip(plan.segments, plan.options) if option.slices > 1
+        }
+        self.keeps_everything = not self.slices and all(not o.level.recomputed for o in plan.options)
+        self.departures = 0
+        self._segment = self._op = 0
+        self._departed = False
+
+    def block_ended(self, name: str, args: tuple, kwargs: dict, output) -> None:
+        self._segment += 1
+        self._op, self._departed = 0, False
+
+    def decide(self, op: Op, contents: dict) -> list[str] | None:
+        if self._departed or self._segment >= len(self.options):
+            return None
+        option: Option = self.options[self._segment]
+        ops = option.segment.ops
+        if self._op >= len(ops) or ops[self._op].name != str(op.func) or (
+            len(ops[self._op].outputs) != len(op.outputs)
+        ):  # fmt: skip
+            self._departed = True
+            self.departures += 1
+            return None
+        outputs = ops[self._op].outputs
+        self._op += 1
+        first = option.segment.first_buffer
+        return [option.level.decisions[buffer - first] for buffer in outputs]
+
+
+def taken_beside_tensors(device: torch.device) -> int:
+    """Bytes of a CUDA device that are in use and not in this process's allocator: its context, and what
+    other processes hold.  0 on the CPU."""
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    return max(0, total - free - torch.cuda.memory_reserved(device))
+
+
+def _autocast_precision(device: torch.device) -> str:
+    """Name of the precision of the surrounding autocast."""
+    if not torch.is_autocast_enabled(device.type):
+        return "fp32"
+    dtype = torch.get_autocast_dtype(device.type)
+    names = [name for name, known in AUTOCAST.items() if known is dtype]
+    if not names:
+        raise InputError(f"autocast to {dtype}: plans are made for {', '.join(AUTOCAST)}.")
+    return names[0]
+
+
+def _tensors(tree) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_iter(tree) if isinstance(leaf, torch.Tensor)]
