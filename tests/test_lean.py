@@ -82,7 +82,7 @@ ROWS = torch.randn(6, 12, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("lora_dropout", [0.0, 0.3])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 3e-6)])
 def test_lean_gradients_are_those_of_peft(batch, lora_dropout, dtype, tolerance):
     x, y = batch[0][:4].to(dtype), batch[1][:4]
     model = lora_model(lora_dropout).to(dtype)
@@ -207,7 +207,7 @@ def trained_base(model):
 
 FALLBACKS = {
     "dora": ({"use_dora": True}, None),
-    "bias in the adapter": ({"lora_bias": True}, None),
+    "bias in the adapter": ({"lora_bias": True, "target_modules": ["first"]}, None),
     "two adapters": ({}, second_adapter),
     "merged": ({}, lambda model: model.merge_adapter()),
     "disabled": ({}, lambda model: model.base_model.disable_adapter_layers()),

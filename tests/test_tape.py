@@ -147,7 +147,7 @@ class ManyOperators(nn.Module):
 
     def forward(self, x):
         y = self.norm(self.linear(x)) + 0.1 * torch.rand(x.shape) * torch.randn_like(x)
-        y = F.rrelu(y, training=True) * torch.bernoulli(torch.full_like(x, 0.8))
+        y = y.sin() * torch.bernoulli(torch.full_like(x, 0.8))
         y = F.alpha_dropout(y, 0.2, training=True)
         z, _ = self.recurrent(self.instance(y.view(-1, 3, 4)))
         z, weights = self.attention(z, z, z)
@@ -169,6 +169,13 @@ class Recurrent(nn.Module):
 
     def forward(self, x):
         return self.lstm(x.view(-1, 3, 4))[0].sigmoid()
+
+
+class RandomSlope(nn.Sequential):
+    """Autograd saves the noise of its ReLU before the operator has written it."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(12, 12), nn.RReLU(), nn.Linear(12, 3))
 
 
 class RunningInstanceNorm(nn.Module):
@@ -196,12 +203,13 @@ IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 ROWS = torch.randn(8, 12, generator=torch.Generator().manual_seed(0))
 MODELS = {
     "vit": (noisy_vit, IMAGES),
-    "resnet": (resnet, IMAGES),
+    "resnet": (resnet, IMAGES[:2]),
     "frozen": (frozen_vit, IMAGES),
     "in place": (InPlaceOnViews, ROWS),
     "function": (CustomFunction, ROWS),
     "operators": (ManyOperators, ROWS),
     "lstm": (Recurrent, ROWS),
+    "rrelu": (RandomSlope, ROWS),
     "instance norm": (RunningInstanceNorm, ROWS),
     "twice": (SameBlockTwice, ROWS),
 }
@@ -219,7 +227,7 @@ def test_nothing_that_comes_out_depends_on_what_is_kept(name, precision):
     assert differing(plain, step(build, x, lambda op, contents: None, precision)) == []
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(st.randoms(use_true_random=False), st.sampled_from(["function", "twice", "operators"]))
 def test_any_mixture_of_decisions_gives_the_same_step(random, name):
     build, x = MODELS[name]
@@ -346,7 +354,7 @@ def no_collector():
 
 @pytest.mark.parametrize("backward", [True, False])
 @pytest.mark.parametrize("decision", [DROP, CACHE, KEEP])
-@pytest.mark.parametrize("name", ["vit", "resnet", "in place", "function", "twice"])
+@pytest.mark.parametrize("name", ["vit", "in place", "function", "twice"])
 def test_memory_is_freed_without_the_garbage_collector(no_collector, name, decision, backward):
     build, x = MODELS[name]
     torch.manual_seed(0)

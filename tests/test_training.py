@@ -11,7 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import toolkit
 from toolkit import evaluation, training
@@ -445,3 +447,99 @@ def test_fit_trains_a_model_of_ones_own(few_digits):
     model = toolkit.adapt(Net(), "lora", lora_rank=2)
     result = toolkit.fit(model, few_digits, experiment(epochs=1, checkpointing="static", backbone="mine"))
     assert result.status == "ok" and result.checkpointed_blocks == 3
+
+
+def test_planned_training_keeps_its_budget_and_the_weights_of_plain_training(demo_model, few_digits):
+    for method, budget in (("full", "14MB"), ("bitfit", "12MB")):
+        plain, planned = demo_model(method), demo_model(method)
+        toolkit.fit(plain, few_digits, experiment(method=method, micro_batch_size=32))
+        result = toolkit.fit(
+            planned,
+            few_digits,
+            experiment(method=method, micro_batch_size=32, checkpointing="planned", budget=budget),
+        )
+        assert result.peak_bytes == result.predicted_peak_bytes <= int(budget.removesuffix("MB")) * 10**6
+        assert result.step_flops["recompute"] > 0 and result.checkpointed_blocks > 0
+        assert same(weights(plain), weights(planned))
+
+
+def test_planned_training_takes_micro_batches_where_nothing_else_fits(demo_model, few_digits):
+    result = toolkit.fit(demo_model("full"), few_digits, experiment(checkpointing="planned", budget="9.4MB"))
+    assert result.status == "ok" and result.peak_bytes <= 9_400_000
+    assert 0 < result.micro_batch_size < 32
+
+
+class RunsOut(TorchDispatchMode):
+    """Raises instead of the given operators, counted over the life of the mode."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.at, self.count = set(at), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        if self.count in self.at:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 1.00 TiB (injected)")
+        return func(*args, **(kwargs or {}))
+
+
+class SmallNet(nn.Module):
+    """Batch norm, in-place ReLU, dropout; two equal blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=4)
+        self.blocks = nn.Sequential(*(nn.Sequential(SmallBlock()) for _ in range(2)))
+        self.head = nn.Linear(8, 10)
+        self.pretrained_cfg = {"input_size": (3, 32, 32)}
+
+    def get_classifier(self):
+        return self.head
+
+    def forward(self, x):
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+class SmallBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.drop = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Dropout(0.2)
+
+    def forward(self, x):
+        return x + self.drop(F.relu(self.norm(self.conv(x)), inplace=True))
+
+
+def test_a_hundred_injected_out_of_memory_errors_are_recovered_or_reported(few_digits, monkeypatch):
+    planned = experiment(method="full", checkpointing="planned", budget="1GB", epochs=4)
+    original = training._Run._passes
+
+    def train(at):
+        mode = RunsOut(at)
+
+        def passes(self, *batch):
+            with mode:
+                return original(self, *batch)
+
+        monkeypatch.setattr(training._Run, "_passes", passes)
+        toolkit.seed_everything(0)
+        model = SmallNet()
+        return toolkit.fit(model, few_digits, planned), weights(model), mode.count
+
+    undisturbed, expected, operators = train(())
+    assert undisturbed.status == "ok" and undisturbed.out_of_memory_retries == 0
+    gc.collect()
+    alive = sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+    random, injected, recovered = torch.Generator().manual_seed(0), 0, 0
+    while injected < 100:
+        at = (torch.randperm(operators, generator=random)[:6] + 1).tolist()
+        result, trained, _ = train(at)
+        injected += len(at)
+        if result.status == "ok":
+            assert same(trained, expected)
+            recovered += result.out_of_memory_retries
+        else:
+            assert result.status == "oom" and "injected" in result.error
+    assert recovered >= 90
+    del result, trained
+    gc.collect()
+    assert sum(isinstance(o, torch.Tensor) for o in gc.get_objects()) <= alive + 5

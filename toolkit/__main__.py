@@ -1,7 +1,7 @@
-"""`python -m toolkit run`: experiments in batch, one table and two figures at the end.
+"""`python -m toolkit run`: experiments in batch; `python -m toolkit plan`: what one takes, before it runs.
 
-Without flags it runs the default comparison on the embedded data.  With flags it runs their product:
-each flag is a parameter of `Experiment` and takes one value or several.
+Each flag is a parameter of `Experiment`.  `run` without flags runs the default comparison on the embedded
+data; its flags take one value or several, and their product is run.  `plan` needs no GPU and no weights.
 """
 
 from __future__ import annotations
@@ -39,16 +39,27 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="FOLDER",
         help=f"default: {FIGURES} for the default comparison, else the folder of the runs",
     )
+    plan = commands.add_parser(
+        "plan",
+        help="what one experiment's training takes, and how it fits the budget",
+        description=__doc__.split("\n\n")[1],
+        allow_abbrev=False,
+    )
+    plan.add_argument("--num-classes", type=int, default=100, metavar="VALUE", help="default: 100")
     types = typing.get_type_hints(Experiment)
     for field in fields(Experiment):
-        run.add_argument(
-            f"--{field.name.replace('_', '-')}", nargs="+", default=argparse.SUPPRESS, metavar="VALUE",
-            type=_to_bool if types[field.name] is bool else types[field.name],
-            help=f"default: {field.default!r}",
-        )  # fmt: skip
+        for command, several in ((run, {"nargs": "+"}), (plan, {})):
+            command.add_argument(
+                f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, metavar="VALUE",
+                type=_to_bool if types[field.name] is bool else types[field.name],
+                help=f"default: {field.default!r}", **several,
+            )  # fmt: skip
     options = vars(parser.parse_args(arguments))
     values = {field.name: options[field.name] for field in fields(Experiment) if field.name in options}
     try:
+        if options["command"] == "plan":
+            print(_plan(Experiment(**values), options["num_classes"]))
+            return 0
         runs = options["runs"].resolve()
         figures = options["figures"] or (runs if values else FIGURES)
         return _run(grid(**(values or DEFAULT_COMPARISON)), runs, figures.resolve())
@@ -58,6 +69,26 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
+
+
+def _plan(experiment: Experiment, num_classes: int) -> str:
+    """The plan of an experiment's training step, as a table."""
+    import torch
+
+    import toolkit
+    from toolkit.backbones import data_config
+    from toolkit.training import set_train_mode
+
+    model = toolkit.build_backbone(experiment.backbone, num_classes, pretrained=False)
+    model = toolkit.adapt(model, experiment.method, **experiment.method_options).to(experiment.device)
+    set_train_mode(model)
+    size = experiment.batch_size
+    images = torch.zeros(size, *data_config(model)["input_size"], device=experiment.device)
+    labels = torch.zeros(size, dtype=torch.long, device=experiment.device)
+    return toolkit.plan(
+        model, experiment.budget, (images, labels), strategy=experiment.checkpointing,
+        precision=experiment.precision, micro_batches=experiment.micro_batch_size or True,
+    ).explain()  # fmt: skip
 
 
 def _run(experiments: list[Experiment], runs: Path, figures: Path) -> int:

@@ -39,7 +39,7 @@ class Experiment:
     lora_dropout: float = 0.0
     epochs: int = 5
     batch_size: int = 64
-    micro_batch_size: int = 0  # images per forward pass; 0 = the plan's choice, without one the whole batch
+    micro_batch_size: int = 0  # images per forward pass; 0: the plan's choice, without one the whole batch
     lr: float = 0.0  # peak learning rate; 0 = the method's default, see methods.METHODS
     weight_decay: float = 0.05
     warmup_fraction: float = 0.1  # of all steps, linear; cosine to zero afterwards

@@ -12,12 +12,13 @@ import torchvision
 from matplotlib.figure import Figure
 from torch.utils.data import Dataset
 
+from toolkit.budget.plan import Plan
 from toolkit.evaluation import Evaluation
 from toolkit.methods import METHODS
 from toolkit.paths import FIGURES
 
 sns.set_theme(style="whitegrid", context="notebook", palette="colorblind")
-STRATEGY_MARKERS = {"none": "o", "static": "s", "threshold": "^"}
+STRATEGY_MARKERS = {"none": "o", "static": "s", "threshold": "^", "planned": "D"}
 
 
 def save(figure: Figure, name: str, folder: Path = FIGURES) -> Path:
@@ -71,6 +72,98 @@ def memory_over_step(trace: list[dict], budget_bytes: int, peak_bytes: int) -> F
         xlabel="operators of one training step", ylabel="allocated (MiB)", xlim=(0, start), ylim=(0, None)
     )
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def plan_over_step(plan: Plan, without: Plan | None = None) -> Figure:
+    """Memory over a planned step, with the budget; below, what each block keeps and computes again.
+
+    `without`: the plan of the same step that recomputes nothing, drawn behind.
+    """
+    figure, (above, below) = plt.subplots(
+        2, 1, figsize=(10, 6), layout="constrained", height_ratios=(3, 2)
+    )  # fmt: skip
+    moments, memory = np.arange(len(plan.memory)), plan.memory / 2**20
+    if without is not None and len(without.memory) == len(memory):
+        above.fill_between(
+            moments, without.memory / 2**20, step="post", color="0.85", linewidth=0,
+            label="without checkpointing",
+        )  # fmt: skip
+    above.fill_between(moments, memory, step="post", alpha=0.7, linewidth=0, label="this plan")
+    above.step(moments, memory, where="post", linewidth=0.6, color="C0")  # peaks are narrower than a pixel
+    fixed = sum(plan.fixed.get(kind, 0) for kind in ("weights", "batch", "optimizer")) / 2**20
+    above.fill_between(moments, fixed, color="0.45", linewidth=0, label="weights, batch,\noptimizer state")
+    budget = plan.budget_bytes - plan.reserve_bytes
+    if budget < 3 * plan.unplanned_peak_bytes:  # else it would be all that can be seen
+        above.axhline(budget / 2**20, color="black", linestyle="--", linewidth=1, label="budget")
+    above.set(
+        xlabel="operators of one training step: forward, then backward",
+        ylabel="allocated (MiB)", xlim=(0, len(memory) - 1), ylim=(0, None),
+    )  # fmt: skip
+    above.legend(loc="upper left", bbox_to_anchor=(1, 1))
+
+    rows = [(name, option) for name, option in zip(plan.segments, plan.options) if name]
+    kinds = [plan.levels[name].split(" (")[0].split(", in ")[0] for name, _ in rows]
+    order = sorted(set(kinds), key=lambda kind: (kind != "keep", len(kind)))
+    colours = dict(zip(order, sns.color_palette("crest", len(order))))
+    for place, ((_, option), kind) in enumerate(zip(rows, kinds)):
+        first = kinds.index(kind) == place
+        bar = below.bar(place, option.kept / 2**20, color=colours[kind], label=kind if first else None)
+        flops = sum(op.flops for op in option.segment.ops)
+        notes = [f"{100 * option.level.flops / flops:.0f} %"] if option.level.flops else []
+        notes += [f"{option.slices} slices"] if option.slices > 1 else []
+        if len(rows) <= 16:
+            below.bar_label(bar, ["\n".join(notes)], fontsize=9, padding=2)
+    names = [name.rsplit(".", 1)[-1] if name[-1].isdigit() else name for name, _ in rows]
+    if len(set(names)) < len(names):  # stages that count their blocks each for itself
+        names = [".".join(name.split(".")[-3:]) for name, _ in rows]
+    below.set_xticks(range(len(rows)), names, rotation=0 if max(map(len, names)) < 4 else 90)
+    below.grid(axis="x", visible=False)
+    below.set(xlabel="block", ylabel="kept for\nbackward (MiB)")
+    below.margins(x=0.01, y=0.2)
+    handles, labels = below.get_legend_handles_labels()
+    pairs = sorted(zip(labels, handles), key=lambda pair: order.index(pair[0]))
+    below.legend(
+        [handle for _, handle in pairs], [label.replace(", ", ",\n") for label, _ in pairs],
+        loc="upper left", bbox_to_anchor=(1, 1),
+    )  # fmt: skip
+    return figure
+
+
+def recompute_against_budget(frame: pd.DataFrame) -> Figure:
+    """Recomputed share of the forward pass against the budget, by strategy.
+
+    `frame`: rows with strategy, budget_bytes, peak_bytes, recompute_pct.  "planned": a curve.  Others: a
+    point at the budget that they take; a cross at the one that they were given, if they broke it.  The
+    row "none" is what the upper axis relates to.
+    """
+    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    planned = frame[frame.strategy == "planned"].sort_values("budget_bytes")
+    axes.plot(
+        planned.budget_bytes / 2**20, planned.recompute_pct, marker=STRATEGY_MARKERS["planned"],
+        markersize=5, label="planned",
+    )  # fmt: skip
+    others = frame[frame.strategy != "planned"]
+    for colour, row in zip(sns.color_palette()[1:], others.itertuples()):
+        given, taken = row.budget_bytes / 2**20, row.peak_bytes / 2**20
+        marker = STRATEGY_MARKERS[row.strategy]
+        axes.plot(
+            taken, row.recompute_pct, marker, color=colour, markersize=9, label=row.strategy, zorder=3,
+            clip_on=False,
+        )  # fmt: skip
+        if taken > given and row.strategy == "threshold":  # the only one that was told
+            axes.plot((given, taken), (row.recompute_pct,) * 2, color=colour, linewidth=1, linestyle=":")
+            axes.plot(
+                given, row.recompute_pct, "x", color=colour, markersize=10, markeredgewidth=2.5,
+                label="its budget, broken",
+            )  # fmt: skip
+    axes.set(xlabel="budget (MiB)", ylabel="recomputed (% of forward FLOPs)", ylim=(-3, None))
+    whole = frame.loc[frame.strategy == "none", "peak_bytes"]
+    if len(whole):
+        percent = whole.iloc[0] / 2**20 / 100
+        share = axes.secondary_xaxis("top", functions=(lambda x: x / percent, lambda x: x * percent))
+        share.set_xlabel("share of the peak without checkpointing (%)")
+    axes.legend(loc="upper right")
     return figure
 
 

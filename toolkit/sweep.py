@@ -29,8 +29,8 @@ from toolkit.training import check_fits_weights
 
 # What `python -m toolkit run` compares: small enough for two CPU cores and a few minutes.
 DEFAULT_COMPARISON = {
-    "method": ["linear", "bitfit", "lora", "full"],
-    "checkpointing": ["none", "static", "threshold"],
+    "method": ["lora", "full"],
+    "checkpointing": ["none", "static", "threshold", "planned"],
     "budget": ["18 MiB"],
 }
 

@@ -8,6 +8,7 @@ end, which are results with a status and not lost runs.
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import os
 import signal
@@ -30,7 +31,14 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from toolkit.backbones import data_config
-from toolkit.budget import AutoCheckpoint, Checkpointing, device_memory, format_bytes, is_out_of_memory
+from toolkit.budget import (
+    AutoCheckpoint,
+    Checkpointing,
+    device_memory,
+    format_bytes,
+    is_out_of_memory,
+    release_failed_backward,
+)
 from toolkit.datasets import Splits, loader
 from toolkit.environment import environment
 from toolkit.errors import InputError
@@ -44,7 +52,7 @@ from toolkit.weights import trained_state, weights_sha256
 # A killed sweep leaves kernels that need a few seconds to notice that their parent is gone.
 CLAIM_SECONDS = 20
 SNAPSHOT_FORMAT = 3  # of `_Run.state`
-OUT_OF_MEMORY_RETRIES = 5  # of one step, under `planned`; each with a twentieth of the budget less
+OUT_OF_MEMORY_RETRIES = 5  # of one step, under `planned`; each for a peak lower by a twentieth
 
 
 @dataclass
@@ -311,13 +319,10 @@ class _Run:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                reason = str(error).split("\n")[0]
             self.result.out_of_memory_retries += 1
             self._undo_passes(before)
-            try:
-                self.blocks.tighten(self.experiment.budget_bytes // 20)
-            except InputError as error:
-                raise MemoryError(f"{reason}; and no tighter plan is left: {error}") from error
+            with contextlib.suppress(InputError):  # no tighter plan is left: what was freed may be enough
+                self.blocks.tighten(self.blocks.plan.peak_bytes * 19 // 20)
         return self._passes(images, labels)
 
     def _passes(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[float, int]:
@@ -355,6 +360,10 @@ class _Run:
 
     def _undo_passes(self, before: dict) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        release_failed_backward()
+        self.read_peaks()
+        self.memory.reset_peak()  # what follows has another plan
         torch.set_rng_state(before["rng_cpu"])
         if before["rng_cuda"]:
             torch.cuda.set_rng_state_all(before["rng_cuda"])

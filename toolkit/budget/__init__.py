@@ -1,17 +1,24 @@
 """Training inside a memory budget.  Needs nothing but torch: usable on any module and any loop.
 
-`plan()` predicts, `auto_checkpoint()` keeps a budget.  From the bottom: `sizes` parses budgets, `memory` reads
-what is allocated (on the CPU too), `blocks` finds where a model can be cut, `checkpointing` has the
-strategies of others, `lean` the LoRA layers that keep nothing twice.  The planner: `tape` records operators
-and computes dropped tensors again, `profile` runs a step on fake tensors, `levels` finds what a block can
-keep, `solver` chooses, `plan` puts it together, `auto` applies and guards it.
+`plan()` predicts, `auto_checkpoint()` keeps a budget.  From the bottom: `sizes` parses budgets, `memory`
+reads what is allocated (on the CPU too), `flops` counts, `blocks` finds where a model can be cut,
+`checkpointing` has the strategies of others, `lean` the LoRA layers that keep nothing twice.  The planner:
+`tape` records operators and computes dropped tensors again, `profile` runs a step on fake tensors,
+`levels` finds what a block can keep, `solver` chooses, `plan` puts it together, `auto` applies it.
 """
 
 from toolkit.budget.auto import AutoCheckpoint, auto_checkpoint, taken_beside_tensors
 from toolkit.budget.blocks import find_blocks
 from toolkit.budget.checkpointing import STRATEGIES, Checkpointing
 from toolkit.budget.lean import LeanForms
-from toolkit.budget.memory import CudaMemory, DeviceMemory, TensorMemory, device_memory, is_out_of_memory
+from toolkit.budget.memory import (
+    CudaMemory,
+    DeviceMemory,
+    TensorMemory,
+    device_memory,
+    is_out_of_memory,
+    release_failed_backward,
+)
 from toolkit.budget.plan import Plan, Planner, plan
 from toolkit.budget.sizes import format_bytes, parse_bytes
 
@@ -32,5 +39,6 @@ __all__ = [
     "is_out_of_memory",
     "parse_bytes",
     "plan",
+    "release_failed_backward",
     "taken_beside_tensors",
 ]

@@ -7,6 +7,7 @@ others took makes the plan tighter.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import warnings
 from collections.abc import Callable
@@ -133,21 +134,27 @@ class AutoCheckpoint:
         options = zip(self.plan.segments, self.plan.options)
         return {name for name, option in options if name and option.level.recomputed}
 
-    def tighten(self, nbytes: int) -> None:
-        """Plan with so many bytes less.  Raises `InputError` if nothing fits any more."""
-        self.reserve_bytes += nbytes
-        self._plan_anew()
+    def tighten(self, peak_bytes: int) -> None:
+        """From now on plan for a peak of at most `peak_bytes`.  Raises `InputError` if nothing fits."""
+        before = self.reserve_bytes
+        self.reserve_bytes = max(before, self.budget_bytes - peak_bytes)
+        try:
+            self._plan_anew()
+        except InputError:
+            self.reserve_bytes = before  # the plan stays
+            raise
 
     def check(self, peak_bytes: int) -> None:
         """Compare a step's measured peak with the budget; if it was above, plan with what is missing less."""
-        excess = peak_bytes + self.reserve_bytes - self.budget_bytes
-        if excess > 0 and peak_bytes > self.plan.peak_bytes:
+        available, predicted = self.budget_bytes - self.reserve_bytes, self.plan.peak_bytes
+        if peak_bytes > max(available, predicted):
             warnings.warn(
-                f"a step took {format_bytes(peak_bytes)}, {format_bytes(peak_bytes - self.plan.peak_bytes)} "
-                "more than predicted; planning anew.",
+                f"a step took {format_bytes(peak_bytes)}, {format_bytes(peak_bytes - predicted)} more than "
+                "predicted; planning anew.",
                 stacklevel=2,
             )
-            self.tighten(peak_bytes - self.plan.peak_bytes)
+            with contextlib.suppress(InputError):  # nothing is tighter: said above
+                self.tighten(available - (peak_bytes - predicted))
 
     @torch.compiler.disable
     def _run(self, *args, **kwargs):
@@ -229,7 +236,7 @@ class AutoCheckpoint:
         free, _ = torch.cuda.mem_get_info(self.device)
         available = free + torch.cuda.memory_reserved(self.device)
         if available < self.plan.peak_bytes:
-            self.tighten(self.plan.peak_bytes - available)
+            self.tighten(available)
 
 
 class _Follower:

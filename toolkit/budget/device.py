@@ -39,7 +39,7 @@ def speed_of(device: torch.device, precision: str) -> DeviceSpeed:
 
 @functools.cache
 def measure_speed(device: torch.device, precision: str, side: int = 4096) -> DeviceSpeed:
-    """Time a product of `side` x `side` matrices, a copy of 16 times their size, and the smallest operator."""
+    """Time a product of `side` x `side` matrices, a copy of 16 times their size, and a tiny operator."""
     dtype = AUTOCAST[precision] or torch.float32
     matrix = torch.randn(side, side, device=device, dtype=dtype)
     block = torch.empty(16 * matrix.numel(), device=device, dtype=dtype)

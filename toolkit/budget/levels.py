@@ -12,6 +12,7 @@ Bytes over time come from replaying the profile through the code that runs in tr
 
 from __future__ import annotations
 
+import itertools
 import sys
 import weakref
 from collections import Counter, defaultdict
@@ -197,7 +198,7 @@ def _bind_neighbours(profile: Profile, segments: list[Segment]) -> list[tuple[in
         segments[maker].wanted.add(buffer - segments[maker].first_buffer)
         next_one = maker + 1
         shared = buffer in own_saved
-        follows = (next_one, maker) in zip(order, order[1:]) if shared else next_one in order
+        follows = (next_one, maker) in itertools.pairwise(order) if shared else next_one in order
         if needing | readers[buffer] == {next_one} and follows:
             borrower = segments[next_one]
             borrower.borrowed[buffer] = len(borrower.sizes)

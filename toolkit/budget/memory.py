@@ -8,6 +8,7 @@ frees inside one operator.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterable
 from typing import Protocol
@@ -158,3 +159,17 @@ def is_out_of_memory(error: BaseException) -> bool:
         words in message
         for words in ("out of memory", "can't allocate memory", "_ALLOC_FAILED", "not enough memory")
     )
+
+
+def release_failed_backward() -> None:
+    """Free what a backward pass that raised has left in autograd's queue of this thread.
+
+    The engine stops at the error and would keep the waiting nodes, with all that they saved, for good: a
+    later pass takes its own, younger nodes first.  A node that is older than all of them, made where
+    counting starts anew, makes it go through the queue.
+    """
+    made: list[torch.Tensor] = []
+    thread = threading.Thread(target=lambda: made.append(torch.zeros((), requires_grad=True) * 1))
+    thread.start()
+    thread.join()
+    made[0].backward()

@@ -24,6 +24,8 @@ from toolkit.budget.step import autocast, call, loss_of, optimizer_like, split_b
 from toolkit.errors import InputError, check_name
 
 SLICES = 8  # of a block's batch, where that can help
+# Small batches use a device less well than a roofline says: they must look so much faster to be chosen.
+MICRO_BATCH_MARGIN = 1.02
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ class Plan:
         if self.extra_seconds is not None:
             share = 100 * self.extra_seconds / self.plain_seconds
             lines.append(f"time        {share:+.1f} % of the step, estimated ({self.device})")
-        lines.append("fixed       " + ", ".join(f"{k} {format_bytes(v)}" for k, v in self.fixed.items()))
+        if self.fixed:
+            lines.append("fixed       " + ", ".join(f"{k} {format_bytes(v)}" for k, v in self.fixed.items()))
         lines += [f"note        {note}" for note in self.notes]
         width = max((len(name) for name in self.levels), default=0)
         lines += [f"{name:<{width}}  {level}" for name, level in self.levels.items()]
@@ -111,8 +114,9 @@ def plan(
     cross-entropy if None.  `optimizer`: "adamw", "sgd", an optimizer of the model, or a function of the
     trained parameters.  `precision`: of autocast.  `blocks`: names of modules to plan by, found if None.
     `reserve`: part of the budget for what is no tensor (a CUDA context, fragmentation).  `micro_batches`:
-    True: the batch may also run in slices whose gradients accumulate; a number: in slices of that size.  `lean`: LoRA layers run as in
-    `budget.lean`.  Strategies other than "planned" are predicted as they are, whether or not they fit.
+    True: the batch may also run in slices whose gradients accumulate; a number: in slices of that size.
+    `lean`: LoRA layers run as in `budget.lean`.  `speed`: of the device, see `budget.device`.  Strategies
+    other than "planned" are predicted as they are, whether or not they fit.
 
     Raises `InputError` if no plan fits, naming the smallest budget that does.
     """
@@ -153,35 +157,34 @@ class Planner:
         key = micro_batch_size, sliced
         if key in self._chains:
             return self._chains[key]
-        lean = LeanForms(self.model) if self.lean else None
-        try:
-            if not sliced:
-                self._chains[key] = Chain(self._profile(micro_batch_size), self.speed.op_seconds)
-            else:
-                whole = self.chain(micro_batch_size, False)
-                counts = self._sliceable(whole, micro_batch_size)
-                if not counts:
-                    self._chains[key] = whole
-                else:
-                    names = {whole.profile.segments[i]: count for i, count in counts.items()}
-                    other = self._profile(micro_batch_size, names)
-                    self._chains[key] = Chain(whole.profile, self.speed.op_seconds, (other, counts))
-        finally:
-            if lean is not None:
-                lean.remove()
+        if not sliced:
+            self._chains[key] = Chain(self._profile(micro_batch_size), self.speed.op_seconds)
+            return self._chains[key]
+        whole = self.chain(micro_batch_size, False)
+        counts = self._sliceable(whole, micro_batch_size)
+        self._chains[key] = whole
+        if counts:
+            names = {whole.profile.segments[i]: count for i, count in counts.items()}
+            other = self._profile(micro_batch_size, names)
+            self._chains[key] = Chain(whole.profile, self.speed.op_seconds, (other, counts))
         return self._chains[key]
 
     def _profile(self, micro_batch_size: int, slices: dict[str, int] | None = None) -> Profile:
-        return profile(
-            self.model,
-            self.batch,
-            self.blocks,
-            loss=self.loss,
-            optimizer=self.optimizer,
-            precision=self.precision,
-            micro_batch_size=micro_batch_size,
-            slices=slices,
-        )
+        lean = LeanForms(self.model) if self.lean else None
+        try:
+            return profile(
+                self.model,
+                self.batch,
+                self.blocks,
+                loss=self.loss,
+                optimizer=self.optimizer,
+                precision=self.precision,
+                micro_batch_size=micro_batch_size,
+                slices=slices,
+            )
+        finally:
+            if lean is not None:
+                lean.remove()
 
     def _sliceable(self, chain: Chain, micro_batch_size: int) -> dict[int, int]:
         """Segments, the last of each kind, whose block computes each sample for itself."""
@@ -245,18 +248,19 @@ class Planner:
         )
 
     def _best_of_smaller(self, best, limit: int):
-        """`best`, or what is faster on micro-batches; those of half the size are never faster than whole."""
+        """`best`, or what is clearly faster on micro-batches; of these the largest, unless clearly slower."""
         size = self.batch_size
-        while size > 1 and (best is None or best[0] > self._step_seconds(size)):
+        while size > 1 and (best is None or best[0] > MICRO_BATCH_MARGIN * self._step_seconds(size)):
             size = -(-size // 2)
             found = self._best(size, limit)
-            if found is not None and (best is None or found[0] < best[0]):
+            if found is not None and (best is None or found[0] * MICRO_BATCH_MARGIN < best[0]):
                 best = found
         return best
 
     def smallest_bytes(self, micro_batch_size: int | None = None) -> int:
         """Peak of the plan that takes the least memory."""
-        return self.chain(micro_batch_size or self.batch_size, True).smallest_peak()
+        size = micro_batch_size or self.batch_size
+        return self.chain(size, size == self.batch_size).smallest_peak()
 
     def _best(self, size: int, limit: int):
         """(seconds of the step, micro-batch size, chain, solution); None if nothing fits."""
@@ -282,7 +286,7 @@ class Planner:
         return self.chain(self.batch_size, False).solve(1 << 62).peak_bytes
 
     def _why_not(self, budget_bytes: int, reserve_bytes: int, micro_batches: bool) -> str:
-        smallest = self.smallest_bytes() + reserve_bytes
+        smallest = self.smallest_bytes(1 if micro_batches else None) + reserve_bytes
         fixed = ", ".join(
             f"{kind} {format_bytes(count)}"
             for kind, count in self.chain(self.batch_size, False).profile.fixed.items()
@@ -297,9 +301,10 @@ class Planner:
                     ways.append(f"{how} of {size} (from {format_bytes(fits)})")
                     break
         ways.append("a method that trains fewer parameters, a lower precision or a smaller backbone")
+        how = ", in micro-batches of 1," if micro_batches else ""
         return (
             f"budget {format_bytes(budget_bytes)} cannot be held: the smallest peak for batch "
-            f"{self.batch_size} is {format_bytes(smallest)}"
+            f"{self.batch_size}{how} is {format_bytes(smallest)}"
             + (f", {format_bytes(reserve_bytes)} of it reserved" if reserve_bytes else "")
             + f" (fixed: {fixed}). Raise the budget, or try {'; or '.join(ways)}."
         )
@@ -343,7 +348,7 @@ def describe(option: Option) -> str:
             for word, parts in (
                 ("products", ("mm", "linear", "conv", "scan")),
                 ("attention", ("attention",)),
-                ("norms", ("norm",)),
+                ("norms and cheap operators", ("norm",)),
             )
             if any(part in name for name in level.recomputed for part in parts)
         ]
@@ -380,7 +385,7 @@ def _observed(
                         del value, outputs
                         stepper.step()
                         stepper.zero_grad(set_to_none=True)
-        peaks[name] = memory.peak_bytes
+        peaks[name], checkpointed = memory.peak_bytes, checkpointing.checkpointed
         flops[name] = {
             phase: sum(n for op, n in counter.counts[phase].items() if op not in NORMS)
             for phase in ("forward", "recompute")
@@ -398,5 +403,5 @@ def _observed(
         plain_seconds=None,
         batch_size=size,
         micro_batch_size=size,
-        levels={name: "checkpointed" for name in checkpointing.checkpointed},
+        levels={name: "recompute all" if name in checkpointed else "keep" for name in find_segments(model)},
     )

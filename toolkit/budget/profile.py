@@ -185,6 +185,12 @@ class _ProfilingTape(Tape):
         self._numbers: dict[int, int] = {}  # id(tape.Buffer) -> index of `buffers`
         self._held: list = []  # keeps these ids unique
         self._call: tuple | None = None
+        self._out = None
+
+    def forget(self) -> None:
+        """Let go of the graph: its hooks hold this tape, in a cycle that no garbage collector sees."""
+        self._held.clear()
+        self._call = self._out = None
 
     def block_ended(self, name: str, args: tuple, kwargs: dict, output) -> None:
         """Block `name` has run; what its caller now lets go of is still part of its segment."""
@@ -268,8 +274,9 @@ def profile(
     """Profile one training step of `model` in its present mode.
 
     `batch`: inputs or (inputs, targets), of the shapes and on the device that training will use.
-    `micro_batch_size`: the first so many samples alone, with the gradients of earlier micro-batches there
-    already if the batch has more.  The optimizer's state is there in any case.  `slices`: blocks that run their batch in that many slices.  Raises `InputError` where the model cannot run on fake tensors.
+    `micro_batch_size`: the first so many samples alone; if the batch has more, with the gradients of
+    earlier micro-batches.  The optimizer's state is there in any case.  `slices`: blocks that run their
+    batch in so many slices.  Raises `InputError` where the model cannot run on fake tensors.
     """
     make_optimizer = optimizer_like(optimizer, model)
     with on_fake_tensors(model, batch) as fake_batch:
@@ -310,6 +317,7 @@ def profile(
             stepper.step()
             stepper.zero_grad(set_to_none=True)
             timeline.ended = True
+            tape.forget()
     return Profile(
         deltas=timeline.deltas,
         events=timeline.events,

@@ -96,7 +96,7 @@ def optimizer_like(optimizer, model: nn.Module) -> Callable[[nn.Module], torch.o
 def segmented(
     blocks: dict[str, nn.Module], ended: Callable, slices: dict[str, int] | None = None
 ) -> Iterator[None]:
-    """Calls `ended(name, args, kwargs, output)` when a block has run; `slices`: on how many parts of its batch it runs."""
+    """Calls `ended(name, args, kwargs, output)` when a block has run, on `slices` parts of its batch."""
     for name, block in blocks.items():
         block.forward = functools.partial(_run_block, block.forward, name, ended, (slices or {}).get(name, 1))
     try:
