@@ -53,6 +53,14 @@ def test_audit_passes_nbval(tmp_path):
     nbval(tmp_path, "audit_published_numbers", timeout=180)
 
 
+def test_checkpointing_runs_on_the_demo_backbone(tmp_path):
+    execute_notebook(
+        "checkpointing",
+        tmp_path / "checkpointing.ipynb",
+        {"backbone": "demo_vit", "num_classes": 10, "image_size": 32, "precision": "fp32", "budget": "16MiB"},
+    )
+
+
 def test_pretraining_runs_at_toy_size(tmp_path):
     execute_notebook(
         "pretrain_demo_backbone", tmp_path / "out.ipynb",

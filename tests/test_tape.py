@@ -178,17 +178,6 @@ class RandomSlope(nn.Sequential):
         super().__init__(nn.Linear(12, 12), nn.RReLU(), nn.Linear(12, 3))
 
 
-class RunningInstanceNorm(nn.Module):
-    """Reads its running statistics, and then updates them."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear, self.norm = nn.Linear(12, 12), nn.InstanceNorm1d(3, track_running_stats=True)
-
-    def forward(self, x):
-        return self.norm(self.linear(x).view(-1, 3, 4)).sigmoid()
-
-
 class SameBlockTwice(nn.Module):
     def __init__(self):
         super().__init__()
@@ -210,7 +199,6 @@ MODELS = {
     "operators": (ManyOperators, ROWS),
     "lstm": (Recurrent, ROWS),
     "rrelu": (RandomSlope, ROWS),
-    "instance norm": (RunningInstanceNorm, ROWS),
     "twice": (SameBlockTwice, ROWS),
 }
 

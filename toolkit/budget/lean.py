@@ -85,7 +85,7 @@ class _LeanLora(torch.autograd.Function):
             y = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
             z = x if z is None else z
             ctx.shared = z is x
-            low = z.flatten(0, -2) @ a.to(dtype).t()  # (rows, r)
+            low = z.reshape(-1, z.shape[-1]) @ a.to(dtype).t()  # (rows, r)
             y.view(-1, y.shape[-1]).addmm_(low, b.to(dtype).t(), alpha=scaling)
         ctx.scaling = scaling
         ctx.save_for_backward(z, low, weight, bias, a, b)
@@ -95,7 +95,7 @@ class _LeanLora(torch.autograd.Function):
     def backward(ctx, grad):
         z, low, weight, bias, a, b = ctx.saved_tensors
         dtype = grad.dtype
-        rows = grad.flatten(0, -2)
+        rows = grad.reshape(-1, grad.shape[-1])
         grad_low = (rows @ b.to(dtype)).mul_(ctx.scaling)  # (rows, r)
         grad_x = grad_z = None
         if ctx.needs_input_grad[0]:
@@ -105,7 +105,7 @@ class _LeanLora(torch.autograd.Function):
             grad_x = grad_x.view(z.shape)
         if ctx.needs_input_grad[1]:
             grad_z = (grad_low @ a.to(dtype)).view(z.shape)
-        grad_a = (grad_low.t() @ z.flatten(0, -2)).to(a.dtype) if ctx.needs_input_grad[4] else None
+        grad_a = (grad_low.t() @ z.reshape(-1, z.shape[-1])).to(a.dtype) if ctx.needs_input_grad[4] else None
         grad_b = (rows.t() @ low).mul_(ctx.scaling).to(b.dtype) if ctx.needs_input_grad[5] else None
         grad_bias = rows.sum(0).to(bias.dtype) if ctx.needs_input_grad[3] else None
         return grad_x, grad_z, None, grad_bias, grad_a, grad_b, None

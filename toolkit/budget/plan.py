@@ -26,6 +26,7 @@ from toolkit.errors import InputError, check_name
 SLICES = 8  # of a block's batch, where that can help
 # Small batches use a device less well than a roofline says: they must look so much faster to be chosen.
 MICRO_BATCH_MARGIN = 1.02
+_SHOWN_BYTES = 2**20 // 10 + 1  # a tenth of a MiB, the last digit of `format_bytes`
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,9 @@ def plan(
     Raises `InputError` if no plan fits, naming the smallest budget that does.
     """
     check_name("checkpointing strategy", strategy, STRATEGIES)
+    batch_size_of(batch)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InputError(f"nothing of {type(model).__name__} trains: no parameter requires a gradient.")
     budget_bytes = parse_bytes(budget)
     reserve_bytes = parse_bytes(reserve) if reserve else 0
     if strategy != "planned":
@@ -287,6 +291,7 @@ class Planner:
 
     def _why_not(self, budget_bytes: int, reserve_bytes: int, micro_batches: bool) -> str:
         smallest = self.smallest_bytes(1 if micro_batches else None) + reserve_bytes
+        smallest += -smallest % _SHOWN_BYTES  # so that the size as it is printed fits
         fixed = ", ".join(
             f"{kind} {format_bytes(count)}"
             for kind, count in self.chain(self.batch_size, False).profile.fixed.items()
@@ -295,7 +300,10 @@ class Planner:
         statistics = self.chain(self.batch_size, False).profile.batch_statistics
         for size in (self.batch_size // 4, self.batch_size // 16, 1):
             if 0 < size < self.batch_size:
-                fits = self.smallest_bytes(size) + reserve_bytes
+                try:
+                    fits = self.smallest_bytes(size) + reserve_bytes
+                except (RuntimeError, ValueError):
+                    continue  # the model does not run on so few samples
                 if fits <= budget_bytes and not micro_batches:
                     how = "a batch" if statistics else "a batch, or micro-batches,"
                     ways.append(f"{how} of {size} (from {format_bytes(fits)})")

@@ -21,7 +21,7 @@ from toolkit.budget.fake_step import on_fake_tensors
 from toolkit.budget.flops import operator_flops
 from toolkit.budget.memory import TensorMemory, _StorageRef
 from toolkit.budget.step import autocast, call, loss_of, optimizer_like, segmented, split_batch
-from toolkit.budget.tape import DROP, Handle, Op, Tape, View, couples_samples, draws_random_numbers
+from toolkit.budget.tape import DROP, External, Handle, Op, Tape, View, couples_samples, draws_random_numbers
 
 
 @dataclass(slots=True)
@@ -183,13 +183,22 @@ class _ProfilingTape(Tape):
         self.entered: list[int] = [timeline.time]
         self.inputs: dict[str, torch.Size] = {}
         self._numbers: dict[int, int] = {}  # id(tape.Buffer) -> index of `buffers`
+        self._read: list[tuple[OpCost, External]] = []
         self._held: list = []  # keeps these ids unique
         self._call: tuple | None = None
         self._out = None
 
+    def forward_ended(self) -> None:
+        """What read a tensor from outside that the forward pass has changed since cannot be repeated."""
+        for cost, external in self._read:
+            if external.tensor._version != external.version:
+                cost.repeatable = False
+        self.timeline.note("end", 0)
+
     def forget(self) -> None:
         """Let go of the graph: its hooks hold this tape, in a cycle that no garbage collector sees."""
         self._held.clear()
+        self._read.clear()
         self._call = self._out = None
 
     def block_ended(self, name: str, args: tuple, kwargs: dict, output) -> None:
@@ -227,8 +236,11 @@ class _ProfilingTape(Tape):
             self.timeline.contents[key] = len(self.buffers)
             self.buffers.append(BufferCost(segment, number, self.timeline.size_of(key)))
         writes = tuple(self._numbers[id(buffer)] for buffer in op.writes)
-        for old in writes:
-            self.buffers[old].overwritten = True
+        for old, buffer in zip(writes, op.writes):
+            if buffer.blank and not op.repeatable:
+                self.ops[self.buffers[old].op].repeatable = False
+            else:
+                self.buffers[old].overwritten = True
         tensors = [t for t in tree_iter((args, kwargs, self._out)) if isinstance(t, torch.Tensor)]
         cost = OpCost(
             segment,
@@ -242,10 +254,13 @@ class _ProfilingTape(Tape):
             couples_samples(func, args) or draws_random_numbers(func, args, kwargs),
         )
         self.ops.append(cost)
+        for value in tree_iter((op.args, op.kwargs)):
+            if isinstance(value, External):
+                self._read.append((cost, value))
         self.timeline.note("op", number)
         return [DROP] * len(outputs)
 
-    def pack(self, tensor: torch.Tensor) -> torch.Tensor | Handle:
+    def pack(self, tensor: torch.Tensor) -> External | Handle:
         held = super().pack(tensor)
         if isinstance(held, Handle):
             self.timeline.note("pack", len(self.saved))
@@ -253,9 +268,9 @@ class _ProfilingTape(Tape):
             self.saved.append(SavedCost(len(self.segments) - 1, self._numbers[id(held.view.buffer)]))
         return held
 
-    def unpack(self, held: torch.Tensor | Handle) -> torch.Tensor:
+    def unpack(self, held: External | Handle) -> torch.Tensor:
         if not isinstance(held, _Ghost):
-            return held
+            return super().unpack(held)
         self.timeline.note("unpack", held.index)
         return held.stand_in()
 
@@ -304,7 +319,7 @@ def profile(
             with autocast(device, precision):
                 with tape, segmented(blocks, tape.block_ended, slices):
                     outputs = call(model, inputs)
-                timeline.note("end", 0)
+                tape.forward_ended()
                 forward_end = timeline.time
                 if timeline.at_next_allocation:  # nothing runs after the last block
                     timeline.at_next_allocation()

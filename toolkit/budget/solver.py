@@ -187,18 +187,16 @@ class Chain:
         return None
 
     def smallest_peak(self) -> int:
-        """Peak of the plan that takes the least memory, up to one part in a thousand."""
+        """The smallest budget, up to one part in a thousand, that a plan is found for."""
         low, high = 0, int(self.profile.base.max())
-        while (solution := self.solve(high)) is None:
+        while self.solve(high) is None:
             low, high = high, 2 * high
-        high = solution.peak_bytes
         while high - low > high / 1000:
             middle = (low + high) // 2
-            solution = self.solve(middle)
-            if solution is None:
+            if self.solve(middle) is None:
                 low = middle
             else:
-                high = solution.peak_bytes
+                high = middle
         return high
 
     def _best(self, budget_bytes: int, rounding) -> tuple[Option, ...] | None:

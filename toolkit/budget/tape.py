@@ -36,6 +36,8 @@ _BATCH_NORMS = {
     for name in ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")
     if hasattr(aten, name)
 }
+# What these return depends on whether gradients are recorded.
+_GRADIENT_DEPENDENT = ("rnn", "lstm", "gru")
 # Their first argument gives a shape and no values.
 _EMPTY = {aten.empty_like.default, aten.new_empty.default, aten.new_empty_strided.default}
 
@@ -54,12 +56,13 @@ class Buffer:
     computes it.  Buffers are held by those who need them, and die with the last.
     """
 
-    __slots__ = ("__weakref__", "cached", "dtype", "op", "tensor")
+    __slots__ = ("__weakref__", "blank", "cached", "dtype", "op", "tensor")
 
     def __init__(self, op: Op | None, dtype: torch.dtype | None = None):
         self.op = op
         self.dtype = dtype
         self.cached = False
+        self.blank = False  # made without a value
         self.tensor = None
 
 
@@ -98,7 +101,7 @@ class View:
 
 @dataclass(slots=True, frozen=True)
 class External:
-    """A tensor from outside the tape (a parameter, the batch) as it was when it was read."""
+    """A tensor that the tape does not compute (a parameter, the batch, what is kept), as it was when read."""
 
     tensor: torch.Tensor
     version: int
@@ -107,8 +110,8 @@ class External:
         """The tensor, if nobody has changed it since."""
         if self.tensor._version != self.version:
             raise RuntimeError(
-                f"a tensor of shape {tuple(self.tensor.shape)} that is needed to compute activations again "
-                "was changed in place between the forward and the backward pass."
+                f"a tensor of shape {tuple(self.tensor.shape)} that is needed for gradients, or to compute "
+                "activations again, was changed in place between the forward and the backward pass."
             )
         return self.tensor
 
@@ -215,17 +218,17 @@ class Tape(TorchDispatchMode):
         self._buffers.clear()  # from here on a buffer lives as long as a handle needs it
         self._alive.clear()
 
-    def pack(self, tensor: torch.Tensor) -> torch.Tensor | Handle:
+    def pack(self, tensor: torch.Tensor) -> External | Handle:
         """What autograd holds instead of `tensor`."""
         view = self._view(tensor)
         if view is not None and view.buffer.tensor is None:
             return Handle(view)
-        return tensor if tensor.grad_fn is None else tensor.detach()
+        return External(tensor if tensor.grad_fn is None else tensor.detach(), tensor._version)
 
-    def unpack(self, held: torch.Tensor | Handle) -> torch.Tensor:
+    def unpack(self, held: External | Handle) -> torch.Tensor:
         """The tensor that was packed."""
-        if not isinstance(held, Handle):
-            return held
+        if isinstance(held, External):
+            return held.now()
         _thread.depth = getattr(_thread, "depth", 0) + 1
         try:
             with torch.no_grad():
@@ -251,9 +254,11 @@ class Tape(TorchDispatchMode):
 
     def _record(self, func, args: tuple, kwargs: dict) -> Op:
         """The call as it can be repeated."""
-        rng_state = _rng_state(args) if draws_random_numbers(func, args, kwargs) else None
+        rng_state = _rng_state(args, kwargs) if draws_random_numbers(func, args, kwargs) else None
         written = [self._view(tensor) for tensor in _written(func, args, kwargs)]
-        repeatable = kwargs.get("generator") is None and None not in written
+        alone = not written or func._schema.name.endswith("_")  # writes what it returns, and nothing else
+        unfit = any(part in func._schema.name for part in _GRADIENT_DEPENDENT)
+        repeatable = kwargs.get("generator") is None and None not in written and alone and not unfit
         if couples_samples(func, args):
             args = (*args[:3], None, None, *args[5:])
         inputs: list[Buffer] = []
@@ -299,8 +304,14 @@ class Tape(TorchDispatchMode):
         decisions = self._decide(op, contents)
         if decisions is not None and not op.repeatable:
             decisions = [KEEP] * len(buffers)
-        for old in op.writes:
+        for key in map(_storage_key, written):
+            if key not in self._buffers:
+                continue
+            old = self._buffers[key]
             old.tensor = None  # overwritten
+            if old.blank and not op.repeatable:
+                # Made for this call to fill; autograd may have saved it before.
+                old.tensor, old.op = contents[key].detach(), None
         for place, (key, content) in enumerate(contents.items()):
             if decisions is None:
                 self._buffers.pop(key, None)
@@ -308,6 +319,7 @@ class Tape(TorchDispatchMode):
             if key not in self._alive:
                 self._alive[key] = _StorageRef(content.untyped_storage(), self._forget, key)
             buffer = self._buffers[key] = buffers[place]
+            buffer.blank = op.func is aten.empty_strided.default
             if decisions[place] == KEEP:
                 buffer.tensor, buffer.op = content.detach(), None
             buffer.cached = decisions[place] == CACHE
@@ -360,10 +372,12 @@ def couples_samples(func, args: tuple) -> bool:
     return func in _BATCH_NORMS and bool(args[5])
 
 
-def _rng_state(args: tuple) -> tuple[torch.device, torch.Tensor] | None:
-    """State of the random numbers on the device of the call's first tensor."""
+def _rng_state(args: tuple, kwargs: dict) -> tuple[torch.device, torch.Tensor] | None:
+    """State of the random numbers on the device that a call names, or on that of its first tensor."""
     first = next((leaf for leaf in tree_iter(args) if isinstance(leaf, torch.Tensor)), None)
     device = torch.device("cpu") if first is None else first.device
+    if kwargs.get("device") is not None:
+        device = torch.device(kwargs["device"])
     if isinstance(first, FakeTensor):
         return None
     return device, torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
