@@ -13,20 +13,13 @@ from torch.utils.data import DataLoader
 
 from toolkit.backbones import data_config
 from toolkit.budget import device_memory, format_bytes, is_out_of_memory
+from toolkit.budget.step import autocast
 from toolkit.datasets import Splits, loader
 from toolkit.experiment import Experiment
 from toolkit.measure import FlopCounter, Meter, Window
 
 if TYPE_CHECKING:
     from toolkit.training import FitResult
-
-_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context in which a forward pass has `precision`: fp32 (nothing changes), bf16 or fp16."""
-    dtype = _AUTOCAST[precision]
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 @dataclass

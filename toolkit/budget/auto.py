@@ -48,8 +48,8 @@ def auto_checkpoint(
     tensors if None.  For the rest see `plan`.
 
     Also a context manager.  Losses and gradients are those of the model alone, bit for bit where its
-    kernels are deterministic (lean LoRA layers: up to the order of rounding).  Raises `InputError` if
-    nothing fits.
+    kernels are deterministic (up to the order of rounding in lean LoRA layers and sliced blocks).  Raises
+    `InputError` if nothing fits.
     """
     return AutoCheckpoint(
         model,

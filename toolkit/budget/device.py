@@ -27,8 +27,8 @@ class DeviceSpeed:
         return work + self.launch_seconds
 
 
-# Used where nothing is measured.  Products are dear on it (4.5 FLOP per byte; a laptop CPU has 5 to 10, a
-# small GPU 40 in fp32), so its plans are close to those that recompute the fewest FLOPs.
+# Used where nothing is measured.  Products are dear on it (4.5 FLOP per byte), so its plans are close to
+# those that recompute the fewest FLOPs.
 REFERENCE = DeviceSpeed(1e12, 224e9, 5e-6, name="reference: 1 TFLOP/s, 224 GB/s, 5 us a launch")
 
 

@@ -81,7 +81,7 @@ class CudaMemory:
         pass
 
 
-class _StorageRef(weakref.ref):
+class StorageRef(weakref.ref):
     """Weak reference to a storage that remembers its key and size after it died."""
 
     __slots__ = ("key", "nbytes")
@@ -111,7 +111,7 @@ class TensorMemory(TorchDispatchMode):
         self.device_type = device.type
         self.allocated_bytes = 0
         self.peak_bytes = 0
-        self._live: dict[int, _StorageRef] = {}
+        self._live: dict[int, StorageRef] = {}
 
     def reset_peak(self) -> None:
         self.peak_bytes = self.allocated_bytes
@@ -129,12 +129,12 @@ class TensorMemory(TorchDispatchMode):
         if key in self._live:
             return
         nbytes = -(-storage.nbytes() // ROUNDING_BYTES) * ROUNDING_BYTES
-        self._live[key] = _StorageRef(storage, self._freed, key, nbytes)
+        self._live[key] = StorageRef(storage, self._freed, key, nbytes)
         self.allocated_bytes += nbytes
         if self.allocated_bytes > self.peak_bytes:
             self.peak_bytes = self.allocated_bytes
 
-    def _freed(self, reference: _StorageRef) -> None:
+    def _freed(self, reference: StorageRef) -> None:
         if self._live.get(reference.key) is reference:
             del self._live[reference.key]
             self.allocated_bytes -= reference.nbytes

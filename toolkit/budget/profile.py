@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 from toolkit.budget.fake_step import on_fake_tensors
 from toolkit.budget.flops import operator_flops
-from toolkit.budget.memory import TensorMemory, _StorageRef
+from toolkit.budget.memory import StorageRef, TensorMemory
 from toolkit.budget.step import autocast, call, loss_of, optimizer_like, segmented, split_batch
 from toolkit.budget.tape import DROP, External, Handle, Op, Tape, View, couples_samples, draws_random_numbers
 
@@ -128,7 +128,7 @@ class _Timeline(TensorMemory):
     def _count(self, tensor: torch.Tensor) -> None:
         if self.ghosts:  # known, so that its views are not counted either, but of no size
             storage = tensor.untyped_storage()
-            self._live[storage._cdata] = _StorageRef(storage, self._freed, storage._cdata, 0)
+            self._live[storage._cdata] = StorageRef(storage, self._freed, storage._cdata, 0)
             return
         before = self.allocated_bytes
         super()._count(tensor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -22,10 +21,10 @@ _OPTIMIZERS = {
 }
 
 
-def autocast(device: torch.device, precision: str):
+def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Autocast to `precision` (fp32: none) on `device`, for a with statement."""
     dtype = AUTOCAST[check_name("precision", precision, AUTOCAST)]
-    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def split_batch(batch) -> tuple:

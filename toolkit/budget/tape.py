@@ -7,8 +7,8 @@ numbers, so the same gradients, bit for bit.  Nothing is computed that backward 
 two operators save is there once.
 
 This is `torch.utils.checkpoint` at the granularity of operators.  The model's Python code does not run a
-second time, so its side effects (running statistics) happen once; and a plan cannot change a gradient,
-because it only chooses what to keep.
+second time, so its side effects (running statistics) happen once; and what is kept cannot change a
+gradient.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+from toolkit.budget.memory import StorageRef
 
 aten = torch.ops.aten
 
@@ -179,20 +181,6 @@ def _missing(buffer: Buffer) -> list[Op]:
     return list(order)
 
 
-class _StorageRef(weakref.ref):
-    """Weak reference to a storage that remembers its key."""
-
-    __slots__ = ("key",)
-
-    def __new__(cls, storage, callback, key):
-        self = super().__new__(cls, storage, callback)
-        self.key = key
-        return self
-
-    def __init__(self, storage, callback, key):
-        super().__init__(storage, callback)
-
-
 class Tape(TorchDispatchMode):
     """Records the operators that run while it is entered, and hands out what autograd may hold.
 
@@ -205,7 +193,7 @@ class Tape(TorchDispatchMode):
         super().__init__()
         self._decide = decide
         self._buffers: dict[int, Buffer] = {}  # what each storage of the tape contains now
-        self._alive: dict[int, _StorageRef] = {}
+        self._alive: dict[int, StorageRef] = {}
 
     def __enter__(self) -> Tape:
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
@@ -317,14 +305,14 @@ class Tape(TorchDispatchMode):
                 self._buffers.pop(key, None)
                 continue
             if key not in self._alive:
-                self._alive[key] = _StorageRef(content.untyped_storage(), self._forget, key)
+                self._alive[key] = StorageRef(content.untyped_storage(), self._forget, key, 0)
             buffer = self._buffers[key] = buffers[place]
             buffer.blank = op.func is aten.empty_strided.default
             if decisions[place] == KEEP:
                 buffer.tensor, buffer.op = content.detach(), None
             buffer.cached = decisions[place] == CACHE
 
-    def _forget(self, reference: _StorageRef) -> None:
+    def _forget(self, reference: StorageRef) -> None:
         """A storage is gone: its address may serve another one."""
         if self._alive.get(reference.key) is reference:
             del self._alive[reference.key]
