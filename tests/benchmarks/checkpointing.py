@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import datetime
 import gc
+import itertools
 import json
 import shlex
 import statistics
@@ -42,7 +43,7 @@ from toolkit.budget.lean import LeanForms
 from toolkit.budget.plan import Plan, Planner
 from toolkit.budget.profile import Profile
 from toolkit.budget.step import segmented
-from toolkit.budget.tape import Op, Tape
+from toolkit.budget.tape import Op, Tape, operator_name
 from toolkit.evaluation import autocast
 
 METHODS = ("full", "linear", "bitfit", "lora")
@@ -50,7 +51,7 @@ BUDGETS = ("15", "20", "25", "30", "40", "55", "70", "85", "100", "1GiB", "2GiB"
 RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of the compiled peer
 OURS, JOINT = "levels", "joint"
 EAGER = ("none", "static", "threshold", "whole_blocks", "rotor", "selective")  # beginnings of names
-TIMED = (("vit_small", "lora", 8), ("demo_vit", "full", 64))  # model, method, batch size
+TIMED = (("vit_small", "lora", 16), ("demo_vit", "full", 64))  # model, method, batch size
 TIMED_BUDGETS = (100, 55, 40, 20)  # per cent of the stock peak
 TIMED_MICRO_BATCH = 4  # images
 
@@ -116,7 +117,7 @@ def following(plan: Plan, blocks: dict[str, nn.Module]) -> Iterator[None]:
         nonlocal place
         option = plan.options[segment]
         planned = option.segment.ops[place]
-        if planned.name != str(op.func):
+        if planned.name != operator_name(op.func):
             raise RuntimeError(f"segment {segment} ran {op.func}, not {planned.name}.")
         place += 1
         return [option.level.decisions[option.segment.place(buffer)] for buffer in planned.outputs]
@@ -471,9 +472,10 @@ def step_times(name: str, method: str, batch_size: int, repetitions: int) -> dic
 
     def planned(plan: Plan) -> None:
         with lean_forms(model):
-            with following(plan, planner.blocks):
-                logits = model(images)
-            F.cross_entropy(logits, labels).backward()
+            for x, y in zip(images.split(plan.micro_batch_size), labels.split(plan.micro_batch_size)):
+                with contextlib.nullcontext() if plan.keeps_everything else following(plan, planner.blocks):
+                    logits = model(x)
+                (F.cross_entropy(logits, y) * (len(y) / len(labels))).backward()
         finish()
 
     def lean() -> None:
@@ -492,13 +494,16 @@ def step_times(name: str, method: str, batch_size: int, repetitions: int) -> dic
     }
     if method == "lora":
         variants["lean forms, no plan"] = lean
-    for percent in TIMED_BUDGETS:
+    for percent, joint in itertools.product(TIMED_BUDGETS, (False, True)):
         try:
-            plan = planner.plan(stock_bytes * percent // 100)
+            plan = planner.plan(stock_bytes * percent // 100, micro_batches=joint)
         except InputError as error:
             print(f"  {percent} %: {error}")
             continue
-        label = f"ours at {percent} % ({plan.recompute_pct:.1f} % recomputed)"
+        if joint and not plan.sliced:
+            continue  # the same plan
+        micro = f", micro-batches of {plan.micro_batch_size}" if plan.sliced else ""
+        label = f"ours at {percent} %: {plan.recompute_pct:.1f} % recomputed{micro}"
         variants[label] = lambda plan=plan: planned(plan)
     seconds: dict[str, list[float]] = {label: [] for label in variants}
     for repetition in range(repetitions + 1):
@@ -512,16 +517,15 @@ def step_times(name: str, method: str, batch_size: int, repetitions: int) -> dic
 
 
 def print_times(repetitions: int) -> None:
-    """Ratios of medians to the stock step without checkpointing."""
+    """Ratios to the stock step without checkpointing: of each round, their median and range."""
     for name, method, batch_size in TIMED:
         print(f"\n{name} {method} fp32, batch {batch_size}, {torch.get_num_threads()} threads:")
         seconds = step_times(name, method, batch_size, repetitions)
-        stock = statistics.median(seconds["stock none"])
         for label, values in seconds.items():
-            middle = statistics.median(values)
+            ratios = sorted(value / stock for value, stock in zip(values, seconds["stock none"]))
             print(
-                f"  {label:36} {middle / stock:6.3f}   median {1000 * middle:8.1f} ms, "
-                f"{1000 * min(values):.1f} to {1000 * max(values):.1f}, n = {len(values)}",
+                f"  {label:54} {statistics.median(ratios):6.3f}   {ratios[0]:.2f} to {ratios[-1]:.2f}, "
+                f"fastest {1000 * min(values):.1f} ms, n = {len(values)}",
                 flush=True,
             )
 

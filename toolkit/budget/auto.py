@@ -21,7 +21,7 @@ from toolkit.budget.plan import Plan, Planner, batch_size_of
 from toolkit.budget.sizes import format_bytes, parse_bytes
 from toolkit.budget.solver import Option
 from toolkit.budget.step import AUTOCAST, segmented, split_batch
-from toolkit.budget.tape import Op, Tape
+from toolkit.budget.tape import Op, Tape, operator_name
 from toolkit.errors import InputError
 
 _LOOK_AT_DEVICE_EVERY = 50  # forward passes
@@ -88,6 +88,7 @@ class AutoCheckpoint:
         self.device = next(model.parameters()).device
         self.reserve_bytes = taken_beside_tensors(self.device) if reserve_bytes is None else reserve_bytes
         self._settings = {"loss": loss, "optimizer": optimizer, "blocks": blocks, "lean": lean}
+        self._parameters = list(model.parameters())  # listing them takes a millisecond
         self._planners: dict[tuple, Planner] = {}
         self._passes = 0
         self.replans = 0
@@ -165,9 +166,9 @@ class AutoCheckpoint:
         precision = _autocast_precision(self.device)
         if not self._covers(inputs, precision):
             self._change_to(inputs, precision)
-        follower = _Follower(self.plan)
-        if follower.keeps_everything:
+        if self.plan.keeps_everything:
             return self._forward(*args, **kwargs)
+        follower = _Follower(self.plan)
         with Tape(follower.decide), segmented(self._planner.blocks, follower.block_ended, follower.slices):
             outputs = self._forward(*args, **kwargs)
         self.departures += follower.departures
@@ -181,7 +182,7 @@ class AutoCheckpoint:
 
     def _state(self, precision: str) -> tuple:
         """What beside the inputs a profile depends on."""
-        flags = tuple(parameter.requires_grad for parameter in self.model.parameters())
+        flags = tuple(parameter.requires_grad for parameter in self._parameters)
         return precision, self.model.training, flags
 
     def _covers(self, inputs, precision: str) -> bool:
@@ -247,7 +248,6 @@ class _Follower:
         self.slices = {
             name: option.slices for name, option in zip(plan.segments, plan.options) if option.slices > 1
         }
-        self.keeps_everything = not self.slices and all(not o.level.recomputed for o in plan.options)
         self.departures = 0
         self._segment = self._op = 0
         self._departed = False
@@ -261,7 +261,7 @@ class _Follower:
             return None
         option: Option = self.options[self._segment]
         ops = option.segment.ops
-        if self._op >= len(ops) or ops[self._op].name != str(op.func) or (
+        if self._op >= len(ops) or ops[self._op].name != operator_name(op.func) or (
             len(ops[self._op].outputs) != len(op.outputs)
         ):  # fmt: skip
             self._departed = True

@@ -14,17 +14,27 @@ from toolkit.budget.step import AUTOCAST
 
 @dataclass(frozen=True)
 class DeviceSpeed:
-    """A roofline: an operator takes its arithmetic or its traffic, whichever is longer, and a launch."""
+    """A roofline: an operator takes its arithmetic or its traffic, whichever is longer, and a launch.
+
+    Meanwhile the host is busy with each operator too, which is what small batches wait for:
+    `host_seconds` for its forward and backward pass, `record_seconds` more where a tape records it.
+    """
 
     flops_per_second: float
     bytes_per_second: float
     launch_seconds: float
     name: str = ""
+    host_seconds: float = 20e-6
+    record_seconds: float = 40e-6
 
     def op_seconds(self, op: OpCost) -> float:
         """Estimated time of one operator."""
         work = max(op.flops / self.flops_per_second, op.bytes_moved / self.bytes_per_second)
         return work + self.launch_seconds
+
+    def step_seconds(self, device_seconds: float, ops: int, recorded: bool) -> float:
+        """Estimated time of a forward and backward pass: the device's or, if longer, the host's."""
+        return max(device_seconds, ops * (self.host_seconds + recorded * self.record_seconds))
 
 
 # Used where nothing is measured.  Products are dear on it (4.5 FLOP per byte), so its plans are close to

@@ -92,6 +92,11 @@ class Plan:
         """Whether the batch runs in micro-batches."""
         return self.micro_batch_size < self.batch_size
 
+    @property
+    def keeps_everything(self) -> bool:
+        """Whether nothing is computed again and no block is sliced: the model runs as it is."""
+        return _keeps_everything(self.options)
+
 
 def plan(
     model: nn.Module,
@@ -224,7 +229,7 @@ class Planner:
         if best is None:
             raise InputError(self._why_not(budget_bytes, reserve_bytes, bool(micro_batches) and not coupled))
         seconds, size, chain, solution = best
-        plain = 3 * whole.plain_seconds
+        plain = self._step_seconds(self.batch_size)
         count = -(-self.batch_size // size)
         return Plan(
             strategy="planned",
@@ -275,7 +280,11 @@ class Planner:
             chain = self.chain(size, sliced)
             solution = chain.solve(limit)
             if solution is not None:
-                seconds = count * (3 * chain.plain_seconds + solution.seconds)
+                seconds = count * self.speed.step_seconds(
+                    3 * chain.plain_seconds + solution.seconds,
+                    sum(len(option.segment.ops) for option in solution.options),
+                    not _keeps_everything(solution.options),
+                )
                 if found is None or seconds < found[0]:
                     found = seconds, size, chain, solution
                 if solution.seconds == 0:
@@ -284,7 +293,9 @@ class Planner:
 
     def _step_seconds(self, size: int) -> float:
         """Estimated time of a step in micro-batches of `size` that recomputes nothing."""
-        return -(-self.batch_size // size) * 3 * self.chain(size, False).plain_seconds
+        chain = self.chain(size, False)
+        seconds = self.speed.step_seconds(3 * chain.plain_seconds, len(chain.profile.ops), False)
+        return -(-self.batch_size // size) * seconds
 
     def _unplanned_peak(self) -> int:
         return self.chain(self.batch_size, False).solve(1 << 62).peak_bytes
@@ -326,6 +337,10 @@ def batch_size_of(batch) -> int:
             "the batch holds no tensor with a first dimension; pass inputs or (inputs, targets)."
         )
     return len(first)
+
+
+def _keeps_everything(options: tuple[Option, ...]) -> bool:
+    return all(option.slices == 1 and not option.level.recomputed for option in options)
 
 
 def computes_samples_alone(block: nn.Module, shape: torch.Size) -> bool:

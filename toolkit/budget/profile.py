@@ -21,7 +21,17 @@ from toolkit.budget.fake_step import on_fake_tensors
 from toolkit.budget.flops import operator_flops
 from toolkit.budget.memory import StorageRef, TensorMemory
 from toolkit.budget.step import autocast, call, loss_of, optimizer_like, segmented, split_batch
-from toolkit.budget.tape import DROP, External, Handle, Op, Tape, View, couples_samples, draws_random_numbers
+from toolkit.budget.tape import (
+    DROP,
+    External,
+    Handle,
+    Op,
+    Tape,
+    View,
+    couples_samples,
+    draws_random_numbers,
+    operator_name,
+)
 
 
 @dataclass(slots=True)
@@ -244,7 +254,7 @@ class _ProfilingTape(Tape):
         tensors = [t for t in tree_iter((args, kwargs, self._out)) if isinstance(t, torch.Tensor)]
         cost = OpCost(
             segment,
-            str(op.func),
+            operator_name(op.func),
             tuple(self._numbers[id(buffer)] for buffer in op.inputs),
             writes,
             tuple(outputs),
