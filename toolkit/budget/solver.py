@@ -134,10 +134,7 @@ class Chain:
         np.maximum(memory[1:], base[1:] + held[:-1], out=memory[1:])  # before what happens at that time
         for chunk in self._chunks:
             if chunk.direction in ("forward", "backward") and options[chunk.segment].slices > 1:
-                ahead = chunk.direction == "forward"
-                others = sum(
-                    o.kept_forward if ahead else o.kept for i, o in enumerate(options) if chunk.holds(i)
-                )
+                others = int(held[chunk.start : max(chunk.end, chunk.start + 1)].max())
                 highest = int(base[chunk.start]) + getattr(options[chunk.segment], chunk.direction) + others
                 memory[chunk.start + 1 : chunk.end] = highest
                 if chunk.end <= chunk.start + 1:
