@@ -7,7 +7,8 @@ from torch import nn
 
 import toolkit
 from toolkit.errors import InputError
-from toolkit.methods import METHODS, head_name, target_pattern
+from toolkit.methods import METHODS, head_name
+from toolkit.methods.low_rank import target_names
 
 VIT_S, HEAD_100 = 21_665_664, 384 * 100 + 100
 
@@ -90,4 +91,4 @@ def test_convolutional_model_has_no_linear_targets():
     with torch.device("meta"):
         model = timm.create_model("resnet18")
     with pytest.raises(InputError, match="no linear layers"):
-        target_pattern(model)
+        target_names(model)

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import toolkit
 from toolkit import evaluation, training
 from toolkit.errors import InputError
+from toolkit.methods import set_train_mode
 from toolkit.snapshots import load_newest_snapshot, save_snapshot
 
 
@@ -349,7 +350,7 @@ def test_budget_below_the_weights_is_refused_before_training(demo_model, few_dig
 def test_frozen_batch_norm_keeps_its_statistics():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4))
     model[1].requires_grad_(False)
-    training.set_train_mode(model)
+    set_train_mode(model)
     assert model.training and model[0].training
     assert not model[1].training and model[2].training
 

@@ -77,7 +77,7 @@ def _plan(experiment: Experiment, num_classes: int) -> str:
 
     import toolkit
     from toolkit.backbones import data_config
-    from toolkit.training import set_train_mode
+    from toolkit.methods import set_train_mode
 
     model = toolkit.build_backbone(experiment.backbone, num_classes, pretrained=False)
     model = toolkit.adapt(model, experiment.method, **experiment.method_options).to(experiment.device)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from toolkit.backbones import data_config
-from toolkit.budget import device_memory, format_bytes, is_out_of_memory
+from toolkit.budget import device_memory, format_bytes, is_out_of_memory, tensors_of
 from toolkit.budget.step import autocast
 from toolkit.datasets import Splits, loader
 from toolkit.experiment import Experiment
@@ -90,7 +90,7 @@ def _costs(model: nn.Module, batches: DataLoader, precision: str) -> tuple[int, 
     """Peak bytes, and multiply-adds per image, of the first batch."""
     device = next(model.parameters()).device
     memory, counter = device_memory(device), FlopCounter()
-    memory.track([*model.parameters(), *model.buffers()])
+    memory.track(tensors_of(model))
     memory.reset_peak()
     images = next(iter(batches))[0].to(device)
     memory.track([images])

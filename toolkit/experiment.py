@@ -103,7 +103,8 @@ class Experiment:
     @property
     def method_options(self) -> dict:
         """The parameters that `adapt(model, method, **options)` takes for this method."""
-        return {name: getattr(self, name) for name in METHODS[self.method].options}
+        options = METHODS[self.method].options
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name in options}
 
     def to_dict(self) -> dict:
         """The parameters as plain JSON values; `Experiment(**e.to_dict()) == e`."""

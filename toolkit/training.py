@@ -38,6 +38,7 @@ from toolkit.budget import (
     format_bytes,
     is_out_of_memory,
     release_failed_backward,
+    tensors_of,
 )
 from toolkit.datasets import Splits, loader
 from toolkit.environment import environment
@@ -46,12 +47,14 @@ from toolkit.evaluation import autocast, evaluate
 from toolkit.experiment import Experiment
 from toolkit.measure import FlopCounter, Meter, SensorError, Window, total
 from toolkit.measure.memory import MemoryTrace, context_bytes
+from toolkit.methods import set_train_mode
+from toolkit.methods.allocation import allocation_of
 from toolkit.snapshots import load_newest_snapshot, save_snapshot
 from toolkit.weights import trained_state, weights_sha256
 
 # A killed sweep leaves kernels that need a few seconds to notice that their parent is gone.
 CLAIM_SECONDS = 20
-SNAPSHOT_FORMAT = 3  # of `_Run.state`
+SNAPSHOT_FORMAT = 4  # of `_Run.state`
 OUT_OF_MEMORY_RETRIES = 5  # of one step, under `planned`; each for a peak lower by a twentieth
 
 
@@ -98,7 +101,7 @@ def seed_everything(seed: int) -> None:
 
 def check_fits_weights(model: nn.Module, budget_bytes: int) -> None:
     """Raise `InputError` if the weights alone exceed the budget."""
-    weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    weights = sum(t.numel() * t.element_size() for t in tensors_of(model))
     if weights > budget_bytes:
         raise InputError(
             f"budget {format_bytes(budget_bytes)} is smaller than the weights alone "
@@ -173,6 +176,8 @@ class _Run:
         )
         self.epoch_sums = {"loss": 0.0, "correct": 0, "images": 0}
         self.hits: torch.Tensor | None = None  # right answers of the present forward pass
+        self.penalty: torch.Tensor | None = None  # in its loss, beside the cross-entropy
+        self.allocation = allocation_of(model)
         self.snapshots = None if folder is None else Path(folder) / "snapshots"
 
     def prepare(self) -> None:
@@ -180,10 +185,12 @@ class _Run:
         self.model.to(self.device)
         groups = param_groups_weight_decay(self.model, self.experiment.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=self.experiment.lr, fused=True)
+        if self.allocation:
+            self.allocation.begin(self.total_steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.experiment.precision == "fp16")
         torch.manual_seed(self.experiment.seed)
         self._resume()
-        self.memory.track([*self.model.parameters(), *self.model.buffers()])
+        self.memory.track(tensors_of(self.model))
         self.memory.track(value for s in self.optimizer.state.values() for value in s.values())
         self.memory.reset_peak()
 
@@ -202,9 +209,10 @@ class _Run:
                 optimizer=self.optimizer,
                 precision=experiment.precision,
                 micro_batches=experiment.micro_batch_size or True,
+                held_bytes=self.allocation.state_bytes if self.allocation else 0,
             )
             self.result.predicted_peak_bytes = self.blocks.plan.peak_bytes
-            self.hits = None
+            self.hits = self.penalty = None
         else:
             self.blocks = Checkpointing(
                 self.model,
@@ -291,6 +299,8 @@ class _Run:
                 trace.start_optimizer()
             self.scaler.step(self.optimizer)
             self.scaler.update()
+            if self.allocation:
+                self.allocation.update(self.result.steps + 1)
             self.optimizer.zero_grad(set_to_none=True)
         if tracing:
             self.result.memory_trace = trace.segments
@@ -344,15 +354,23 @@ class _Run:
                 loss = self._loss(logits, y) * (len(y) / len(labels))
             self.scaler.scale(loss).backward()
             batch_loss += loss.item()
+            if self.penalty is not None:
+                batch_loss -= self.penalty.item() * len(y) / len(labels)
             correct += self.hits.item()
-            self.hits = None
+            self.hits = self.penalty = None
             del x, y, logits, loss
         return batch_loss, correct
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy; the right answers are counted in passing, so that plans know of their bytes."""
+        """Cross-entropy, and AdaLoRA's penalty; the right answers are counted in passing, so that plans
+        know of their bytes."""
         self.hits = (logits.detach().argmax(1) == labels).sum()
-        return F.cross_entropy(logits, labels)
+        loss = F.cross_entropy(logits, labels)
+        if self.allocation is None:
+            return loss
+        penalty = self.allocation.penalty()
+        self.penalty = penalty.detach()
+        return loss + penalty
 
     def _before_passes(self) -> dict:
         """What forward and backward passes change beside gradients: random numbers, running statistics."""
@@ -473,6 +491,7 @@ class _Run:
             "model": trained_state(self.model),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "allocation": self.allocation.state() if self.allocation else None,
             "rng_cpu": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
             "epoch_sums": self.epoch_sums,
@@ -501,6 +520,8 @@ class _Run:
         self.model.load_state_dict(state["model"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        if self.allocation:
+            self.allocation.load_state(state["allocation"])
         torch.set_rng_state(state["rng_cpu"])
         if state["rng_cuda"]:
             torch.cuda.set_rng_state_all(state["rng_cuda"])
@@ -511,16 +532,6 @@ class _Run:
         self.result.environment, self.result.idle_watts = current.environment, current.idle_watts
         self.result.resumes += 1
         print(f"resumed at step {self.result.steps} of {self.total_steps}")
-
-
-def set_train_mode(model: nn.Module) -> None:
-    """`model.train()`, but batch norms whose affine parameters are frozen keep their statistics too."""
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase):
-            parameters = list(module.parameters(recurse=False))
-            if parameters and not any(p.requires_grad for p in parameters):
-                module.eval()
 
 
 class _NotFinite(Exception):

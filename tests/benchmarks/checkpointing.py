@@ -32,7 +32,18 @@ from pathlib import Path
 import peers
 import torch
 import torch.nn.functional as F
-from peers import CPU, IMAGE_SIZES, PEERS, PRECISIONS, StepCost, build, measured_step, product_flops
+from peers import PEERS
+from peers_step import (
+    CPU,
+    IMAGE_SIZES,
+    PRECISIONS,
+    PeerResult,
+    StepCost,
+    build,
+    measured_step,
+    nothing,
+    product_flops,
+)
 from torch import nn
 
 from toolkit import InputError
@@ -177,7 +188,7 @@ def rows_of(name: str, method: str, precision: str, options: argparse.Namespace)
         try:
             results = PEERS[peer](model, images, labels, precision, list(budgets.values()))
         except Exception as error:  # a peer that breaks is a result
-            results = peers._nothing(peer, list(budgets.values()), f"{type(error).__name__}: {error}")
+            results = nothing(peer, list(budgets.values()), f"{type(error).__name__}: {error}")
         rows += peer_rows(setting, budgets, results)
         print(f"  {peer}: {time.perf_counter() - start:.1f} s", file=sys.stderr)
     if options.compiled:
@@ -185,7 +196,7 @@ def rows_of(name: str, method: str, precision: str, options: argparse.Namespace)
             points = peers.compiled(model, images, labels, precision, RATIOS)
             results = peers.compiled_for_budgets(points, list(budgets.values()))
         except Exception as error:
-            results = peers._nothing(
+            results = nothing(
                 "compiled", list(budgets.values()), f"{type(error).__name__}: {str(error)[:200]}"
             )
         rows += peer_rows(setting, budgets, results)
@@ -280,7 +291,7 @@ def _our_row(
     )  # fmt: skip
 
 
-def peer_rows(setting: tuple, budgets: dict[str, int], results: Sequence[peers.PeerResult]) -> list[Row]:
+def peer_rows(setting: tuple, budgets: dict[str, int], results: Sequence[PeerResult]) -> list[Row]:
     """Results of a peer, in the order of the budgets, once or several times over."""
     texts = {budget: text for text, budget in budgets.items()}
     return [

@@ -18,6 +18,7 @@ from toolkit.budget.memory import (
     device_memory,
     is_out_of_memory,
     release_failed_backward,
+    tensors_of,
 )
 from toolkit.budget.plan import Plan, Planner, plan
 from toolkit.budget.sizes import format_bytes, parse_bytes
@@ -41,4 +42,5 @@ __all__ = [
     "plan",
     "release_failed_backward",
     "taken_beside_tensors",
+    "tensors_of",
 ]

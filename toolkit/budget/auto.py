@@ -80,6 +80,7 @@ class AutoCheckpoint:
         reserve_bytes: int | None = None,
         lean: bool = True,
         micro_batches: bool | int = False,
+        held_bytes: int = 0,
     ):
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
@@ -87,7 +88,13 @@ class AutoCheckpoint:
         self.budget_bytes, self.micro_batches = budget_bytes, micro_batches
         self.device = next(model.parameters()).device
         self.reserve_bytes = taken_beside_tensors(self.device) if reserve_bytes is None else reserve_bytes
-        self._settings = {"loss": loss, "optimizer": optimizer, "blocks": blocks, "lean": lean}
+        self._settings = {
+            "loss": loss,
+            "optimizer": optimizer,
+            "blocks": blocks,
+            "lean": lean,
+            "held_bytes": held_bytes,
+        }
         self._parameters = list(model.parameters())  # listing them takes a millisecond
         self._planners: dict[tuple, Planner] = {}
         self._passes = 0

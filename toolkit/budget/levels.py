@@ -79,7 +79,14 @@ class Segment:
             return (here,) if here is not None else (-1, others.setdefault(buffer, len(others)))
 
         ops = tuple(
-            (op.name, tuple(map(place, op.inputs)), tuple(map(place, op.writes)), op.flops, op.bytes_moved)
+            (
+                op.name,
+                tuple(map(place, op.inputs)),
+                tuple(map(place, op.writes)),
+                op.flops,
+                op.bytes_moved,
+                op.workspace_bytes,
+            )
             for op in self.ops
         )
         fixed = (frozenset(self.wanted), frozenset(self.must_keep), frozenset(self.cannot_keep))
@@ -278,7 +285,11 @@ def simulate(segment: Segment, decisions: Sequence[str], seconds: Sequence[float
 
     def execute(op: _SimulatedOp, present: dict) -> list[_Bytes]:
         runs.append(op.number)
-        return [present[b] for b in op.writes] + [_Bytes(size, meter) for size in op.fresh_sizes]
+        made = [present[b] for b in op.writes] + [_Bytes(size, meter) for size in op.fresh_sizes]
+        workspace = segment.ops[op.number].workspace_bytes
+        meter.add(workspace)
+        meter.add(-workspace)
+        return made
 
     def copy(content: _Bytes) -> _Bytes:
         return _Bytes(content.nbytes, meter)

@@ -3,17 +3,18 @@
 On CUDA the caching allocator tells.  The CPU has no such counter, so there a dispatch mode counts
 the storages of live tensors: the same bytes on every run, which lets every memory statement of this
 project be tested without a GPU.  Not counted on the CPU: temporaries that a kernel allocates and
-frees inside one operator.
+frees inside one operator, unless `WORKSPACES` knows of them.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -95,8 +96,29 @@ class StorageRef(weakref.ref):
         super().__init__(storage, callback)
 
 
+def tensors_of(model: nn.Module) -> list[torch.Tensor]:
+    """Parameters, buffers, and what the scales of packed (4-bit) parameters are in."""
+    parameters = list(model.parameters())
+    scales = []
+    for state in (getattr(parameter, "quant_state", None) for parameter in parameters):
+        while state is not None:  # scales may be packed themselves
+            scales += [value for value in vars(state).values() if isinstance(value, torch.Tensor)]
+            state = getattr(state, "state2", None)
+    return [*parameters, *model.buffers(), *scales]
+
+
+# What an operator takes for itself while it runs, which no mode sees: operator -> bytes of its arguments.
+WORKSPACES: dict[object, Callable[..., int]] = {}
+
+
+def workspace_bytes(func, args: tuple, kwargs: dict) -> int:
+    """Bytes that a call takes beside its inputs and outputs, as far as `WORKSPACES` tells."""
+    workspace = WORKSPACES.get(func)
+    return workspace(*args, **kwargs) if workspace else 0
+
+
 class TensorMemory(TorchDispatchMode):
-    """Bytes of live tensor storages on one device, each rounded up to 512.
+    """Bytes of live tensor storages on one device, each rounded up to 512, and of known workspaces.
 
     Counts what operators return while the mode is entered, until it dies, whether or not the mode is
     still entered then.  Tensors made outside (parameters, the batch, a loaded optimizer state) are
@@ -147,7 +169,12 @@ class TensorMemory(TorchDispatchMode):
             for leaf in tree_iter(result):
                 if isinstance(leaf, torch.Tensor):
                     self._count(leaf)
+        if func in WORKSPACES:
+            self._take_for_a_moment(workspace_bytes(func, args, kwargs or {}))
         return result
+
+    def _take_for_a_moment(self, nbytes: int) -> None:
+        self.peak_bytes = max(self.peak_bytes, self.allocated_bytes + nbytes)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

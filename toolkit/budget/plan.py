@@ -16,7 +16,7 @@ from toolkit.budget.device import DeviceSpeed, speed_of
 from toolkit.budget.fake_step import on_fake_tensors
 from toolkit.budget.flops import NORMS, FlopCounter
 from toolkit.budget.lean import LeanForms
-from toolkit.budget.memory import TensorMemory
+from toolkit.budget.memory import TensorMemory, tensors_of
 from toolkit.budget.profile import Profile, profile
 from toolkit.budget.sizes import format_bytes, parse_bytes
 from toolkit.budget.solver import Chain, Option
@@ -153,9 +153,11 @@ class Planner:
         blocks: list[str] | None = None,
         lean: bool = True,
         speed: DeviceSpeed | None = None,
+        held_bytes: int = 0,
     ):
+        """`held_bytes`: of tensors that the loop holds beside the model, the batch and the optimizer's state."""
         self.model, self.batch, self.loss, self.optimizer = model, batch, loss, optimizer
-        self.precision, self.lean = precision, lean
+        self.precision, self.lean, self.held_bytes = precision, lean, held_bytes
         self.blocks = find_segments(model, blocks)
         self.speed = speed or speed_of(next(model.parameters()).device, precision)
         self.batch_size = batch_size_of(batch)
@@ -190,6 +192,7 @@ class Planner:
                 precision=self.precision,
                 micro_batch_size=micro_batch_size,
                 slices=slices,
+                held_bytes=self.held_bytes,
             )
         finally:
             if lean is not None:
@@ -393,7 +396,7 @@ def _observed(
             inputs, targets = split_batch(fake)
             device = next(model.parameters()).device
             memory = TensorMemory(device)
-            memory.track([*model.parameters(), *model.buffers()])
+            memory.track(tensors_of(model))
             memory.track(leaf for leaf in tree_iter(fake) if isinstance(leaf, torch.Tensor))
             stepper = make_optimizer(model)
             checkpointing = Checkpointing(model, name, memory=memory, budget_bytes=budget_bytes)

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 from toolkit.budget.fake_step import on_fake_tensors
 from toolkit.budget.flops import operator_flops
-from toolkit.budget.memory import StorageRef, TensorMemory
+from toolkit.budget.memory import StorageRef, TensorMemory, tensors_of, workspace_bytes
 from toolkit.budget.step import autocast, call, loss_of, optimizer_like, segmented, split_batch
 from toolkit.budget.tape import (
     DROP,
@@ -55,6 +55,7 @@ class OpCost:
     outputs: tuple[int, ...]
     flops: int
     bytes_moved: int  # read and written
+    workspace_bytes: int  # taken while it runs
     repeatable: bool
     coupled: bool  # computes across samples, or draws random numbers: other slices, other results
 
@@ -147,6 +148,9 @@ class _Timeline(TensorMemory):
                 self.at_next_allocation()
                 self.at_next_allocation = None
             self.deltas.append(self.allocated_bytes - before)
+
+    def _take_for_a_moment(self, nbytes: int) -> None:
+        self.deltas += [nbytes, -nbytes]
 
     def _freed(self, reference) -> None:
         if self.ended:
@@ -260,6 +264,7 @@ class _ProfilingTape(Tape):
             tuple(outputs),
             operator_flops(func, args, kwargs, self._out),
             sum(t.numel() * t.element_size() for t in tensors),
+            workspace_bytes(func, args, kwargs),
             op.repeatable,
             couples_samples(func, args) or draws_random_numbers(func, args, kwargs),
         )
@@ -295,20 +300,22 @@ def profile(
     precision: str = "fp32",
     micro_batch_size: int | None = None,
     slices: dict[str, int] | None = None,
+    held_bytes: int = 0,
 ) -> Profile:
     """Profile one training step of `model` in its present mode.
 
     `batch`: inputs or (inputs, targets), of the shapes and on the device that training will use.
     `micro_batch_size`: the first so many samples alone; if the batch has more, with the gradients of
     earlier micro-batches.  The optimizer's state is there in any case.  `slices`: blocks that run their
-    batch in so many slices.  Raises `InputError` where the model cannot run on fake tensors.
+    batch in so many slices.  `held_bytes`: of other tensors that are there all the time.  Raises
+    `InputError` where the model cannot run on fake tensors.
     """
     make_optimizer = optimizer_like(optimizer, model)
     with on_fake_tensors(model, batch) as fake_batch:
         inputs, targets, accumulates = _first_samples(fake_batch, micro_batch_size)
         device = next(model.parameters()).device
         timeline = _Timeline(device)
-        timeline.track(t for t in (*model.parameters(), *model.buffers()))
+        timeline.track(tensors_of(model))
         weights_bytes = timeline.allocated_bytes
         timeline.track(t for t in tree_iter(fake_batch) if isinstance(t, torch.Tensor))
         batch_bytes = timeline.allocated_bytes - weights_bytes
@@ -324,7 +331,7 @@ def profile(
             state_bytes = timeline.allocated_bytes - weights_bytes - batch_bytes - accumulates * grad_bytes
             timeline.deltas.clear()
             timeline.events.clear()
-            start_bytes = timeline.allocated_bytes
+            start_bytes = timeline.allocated_bytes + held_bytes
             tape = _ProfilingTape(timeline)
             with autocast(device, precision):
                 with tape, segmented(blocks, tape.block_ended, slices):
@@ -359,6 +366,7 @@ def profile(
             "batch": batch_bytes,
             "gradients": grad_bytes,
             "optimizer": state_bytes,
+            **({"other": held_bytes} if held_bytes else {}),
         },
         inputs=tape.inputs,
     )

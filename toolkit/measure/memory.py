@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from toolkit.budget import DeviceMemory, TensorMemory, find_blocks
+from toolkit.budget import DeviceMemory, TensorMemory, find_blocks, tensors_of
 from toolkit.budget.phases import current_phase
 from toolkit.errors import InputError
 from toolkit.measure.sensors import GpuSensor, SensorError
@@ -104,7 +104,7 @@ class CategoryMemory(TensorMemory):
         self._category: dict[int, str] = {}
         self._announced: str | None = None
         self.track_as("parameters", model.parameters())
-        self.track_as("buffers", model.buffers())
+        self.track_as("buffers", tensors_of(model))  # the parameters are known
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(lambda p: self._move(p.grad, "gradients"))

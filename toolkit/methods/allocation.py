@@ -1,0 +1,81 @@
+"""AdaLoRA's part in a training loop: its orthogonality term, and ranks that move to where they matter.
+
+peft has the arithmetic (`update_and_allocate`), but a loop has to call it in every step, tell it how many
+steps there are, and add the penalty, or AdaLoRA silently is LoRA with 1.5 times the ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from toolkit.budget.memory import ROUNDING_BYTES
+from toolkit.errors import InputError
+
+# Shares of all steps before the first rank is taken away, and after the last one (Zhang et al. 2023,
+# arXiv 2303.10512, table 8: t_i is 5 to 15 %, t_f 20 to 50 %).
+WARMUP, FINAL = 0.1, 0.3
+
+
+class RankAllocation:
+    """Moves the ranks of an AdaLoRA model during training, until they add up to the target."""
+
+    def __init__(self, model: nn.Module):
+        self.tuner = model.base_model
+        self.name = self.tuner.trainable_adapter_name
+        self.config = self.tuner.peft_config[self.name]
+        self.allocator = self.tuner.rankallocator
+
+    def begin(self, total_steps: int) -> None:
+        """Set the schedule for `total_steps` optimizer steps.  Raises `InputError` below 2."""
+        if total_steps < 2:
+            raise InputError(
+                f"adalora cannot move ranks in {total_steps} training step(s): train for at least 2, by "
+                "more epochs or a smaller batch_size."
+            )
+        self.config.tinit = int(WARMUP * total_steps)
+        self.config.tfinal = int(FINAL * total_steps)
+        self.config.deltaT = max(1, total_steps // 100)
+        self.allocator.set_total_step(total_steps)
+
+    def penalty(self) -> torch.Tensor:
+        """The term that keeps P and Q orthogonal: gamma times the mean of ||P'P - I|| and ||QQ' - I||
+        (Frobenius) over the adapted layers, as peft has it for models that return their loss; eq. 4."""
+        terms = []
+        for name, p in self.tuner.named_parameters():
+            if f"lora_A.{self.name}" in name or f"lora_B.{self.name}" in name:
+                product = p @ p.T if "lora_A" in name else p.T @ p  # (rank, rank)
+                terms.append(torch.linalg.norm(product - torch.eye(len(product), device=p.device)))
+        return self.config.orth_reg_weight * torch.stack(terms).mean()
+
+    def update(self, step: int) -> None:
+        """After optimizer step `step` (from 1), while the gradients are there."""
+        self.tuner.update_and_allocate(step)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Present rank of each adapted layer; empty before the first allocation."""
+        pattern = self.config.rank_pattern or {}
+        return {name.split(".lora_E")[0]: sum(kept) for name, kept in pattern.items()}
+
+    @property
+    def state_bytes(self) -> int:
+        """What the scores take: three numbers for each of the adapters'."""
+        adapters = (p for name, p in self.tuner.named_parameters() if "lora_" in name and self.name in name)
+        return sum(3 * (-(-4 * p.numel() // ROUNDING_BYTES) * ROUNDING_BYTES) for p in adapters)
+
+    def state(self) -> dict:
+        """What an interrupted run needs to go on."""
+        scores = {name: getattr(self.allocator, name) for name in ("ipt", "exp_avg_ipt", "exp_avg_unc")}
+        return {**scores, "rank_pattern": self.config.rank_pattern}
+
+    def load_state(self, state: dict) -> None:
+        """Go on from `state()`."""
+        self.config.rank_pattern = state["rank_pattern"]
+        for name in ("ipt", "exp_avg_ipt", "exp_avg_unc"):
+            setattr(self.allocator, name, state[name])
+
+
+def allocation_of(model: nn.Module) -> RankAllocation | None:
+    """How the ranks of `model` are to be moved; None if its method has no such thing."""
+    return RankAllocation(model) if hasattr(getattr(model, "base_model", None), "rankallocator") else None
