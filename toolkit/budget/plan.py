@@ -155,7 +155,7 @@ class Planner:
         speed: DeviceSpeed | None = None,
         held_bytes: int = 0,
     ):
-        """`held_bytes`: of tensors that the loop holds beside the model, the batch and the optimizer's state."""
+        """`held_bytes`: of tensors that the loop holds beside model, batch and optimizer."""
         self.model, self.batch, self.loss, self.optimizer = model, batch, loss, optimizer
         self.precision, self.lean, self.held_bytes = precision, lean, held_bytes
         self.blocks = find_segments(model, blocks)
@@ -203,8 +203,9 @@ class Planner:
         chosen: dict[tuple, int] = {}
         for number, segment in enumerate(chain.segments):
             coupled = any(op.coupled for op in segment.ops)
-            # The first block runs backward when nothing else is kept any more: slices gain nothing.
-            if number and segment.name in chain.profile.inputs and not coupled:
+            # Where the first block runs backward, nothing else is kept any more: slices gain nothing.
+            useful = number or number not in chain.profile.backward_starts
+            if useful and segment.name in chain.profile.inputs and not coupled:
                 chosen[segment.kind] = number
         shapes = chain.profile.inputs
         chosen = {

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._pytree import tree_iter
 
 from toolkit.errors import InputError, check_name
@@ -66,7 +67,12 @@ def optimizer_like(optimizer, model: nn.Module) -> Callable[[nn.Module], torch.o
     if isinstance(optimizer, str):
         optimizer = _OPTIMIZERS[check_name("optimizer", optimizer, _OPTIMIZERS)]
     if not isinstance(optimizer, torch.optim.Optimizer):
-        return lambda other: optimizer([p for p in other.parameters() if p.requires_grad])
+
+        def make_anew(other: nn.Module) -> torch.optim.Optimizer:
+            with unset_fake_temporarily():  # constructors may compute tables
+                return optimizer([p for p in other.parameters() if p.requires_grad])
+
+        return make_anew
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     foreign = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in names]
     if foreign:
@@ -86,7 +92,8 @@ def optimizer_like(optimizer, model: nn.Module) -> Callable[[nn.Module], torch.o
             if on_cuda and "foreach" in accepted and group.get("foreach") is None and not group.get("fused"):
                 chosen["foreach"] = True  # torch's default there, which it would not choose for fakes
             groups.append({**chosen, "params": [parameters[names[id(p)]] for p in group["params"]]})
-        return type(optimizer)(groups, **settings)
+        with unset_fake_temporarily():
+            return type(optimizer)(groups, **settings)
 
     return make
 
