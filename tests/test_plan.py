@@ -17,6 +17,7 @@ from toolkit.budget import Checkpointing, TensorMemory, find_blocks, format_byte
 from toolkit.budget.blocks import find_segments
 from toolkit.budget.fake_step import on_fake_tensors
 from toolkit.budget.lean import LeanForms
+from toolkit.budget.memory import WORKSPACES
 from toolkit.budget.plan import Planner, plan
 from toolkit.budget.step import autocast, optimizer_like, segmented
 from toolkit.budget.tape import Tape
@@ -477,3 +478,64 @@ def test_a_batch_norm_that_cannot_run_one_sample_does_not_hide_that_the_budget_i
 def test_nothing_to_train_is_named(batch):
     with pytest.raises(InputError):
         plan(vit().requires_grad_(False), HUGE, batch)
+
+
+def test_an_optimizer_of_eight_bits_is_planned_for(demo_model, batch):
+    """Its state is a quarter; bitsandbytes' tables of numbers are made when the optimizer is."""
+    import bitsandbytes
+
+    model = demo_model("full")
+    optimizer = bitsandbytes.optim.AdamW8bit(model.parameters(), lr=1e-3)
+    stock = toolkit.plan(model, "1GB", batch)
+    small = toolkit.plan(model, "1GB", batch, optimizer=optimizer)
+    assert small.fixed["optimizer"] < 0.4 * stock.fixed["optimizer"]
+    made = toolkit.plan(model, int(0.7 * small.peak_bytes), batch, optimizer=optimizer)
+    memory = TensorMemory(CPU)
+    memory.track([*model.parameters(), *model.buffers(), *batch])
+    with memory:
+        for _ in range(2):
+            memory.reset_peak()
+            outputs, loss = forward_loss(model, *batch, made)
+            loss.backward()
+            del outputs, loss
+            optimizer.step()
+            optimizer.zero_grad()
+    assert made.peak_bytes - 8192 <= memory.peak_bytes <= made.peak_bytes <= made.budget_bytes
+
+
+@torch.library.custom_op("toolkit_tests::with_workspace", mutates_args=())
+def with_workspace(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+with_workspace.register_fake(torch.empty_like)
+with_workspace.register_autograd(lambda ctx, grad: grad * 2)
+
+
+def test_what_an_operator_takes_for_itself_counts_when_it_runs_again_too(monkeypatch):
+    operator = torch.ops.toolkit_tests.with_workspace.default
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(32, 32)
+
+        def forward(self, x):
+            return x + F.gelu(with_workspace(self.fc(x)))
+
+    def network():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Sequential(*(Block() for _ in range(6))), nn.Linear(32, 3))
+
+    batch = torch.randn(64, 32), torch.arange(64) % 3
+    without = toolkit.plan(network(), "1GB", batch).peak_bytes
+    monkeypatch.setitem(WORKSPACES, operator, lambda x: 20 * x.nbytes)
+    free = toolkit.plan(network(), "1GB", batch)
+    assert free.peak_bytes > without + 15 * 64 * 32 * 4
+    recomputed = set()
+    for percent in (95, 90, 85, 80):
+        with contextlib.suppress(InputError):
+            made = toolkit.plan(network(), free.peak_bytes * percent // 100, batch)
+            recomputed |= {name for option in made.options for name in option.level.recomputed}
+            assert measured_peak(network(), batch, made) == made.peak_bytes
+    assert str(operator) in recomputed

@@ -1,12 +1,20 @@
-"""Pretrained vision models by name, with a fresh head."""
+"""Pretrained vision models by name, with a fresh head.
+
+A class of model may say what low-rank methods adapt in it: `lora_targets` and, of these, what QLoRA
+stores in 4 bit: `four_bit_targets`, both regular expressions that match whole module names.  For models
+without (all of timm's) these are the linear layers in the blocks.
+"""
 
 from __future__ import annotations
 
 import timm
 import timm.data
+from timm.layers import to_2tuple
 from torch import nn
 
 from toolkit.backbones.demo import build_demo_vit
+from toolkit.backbones.mambavision import mambavision_t
+from toolkit.backbones.vim import vim_small
 from toolkit.errors import InputError, check_name
 
 # Short names of the models that the project's tables use; any other timm name works too.
@@ -14,7 +22,37 @@ TIMM_NAMES = {
     "vit_small": "vit_small_patch16_224.augreg_in21k_ft_in1k",
     "tiny_vit": "tiny_vit_21m_224.dist_in22k_ft_in1k",
 }
-BACKBONES = ("demo_vit", *TIMM_NAMES)
+# Models that timm lacks, written here.
+OWN = {"demo_vit": build_demo_vit, "vim_small": vim_small, "mambavision_t": mambavision_t}
+BACKBONES = (*OWN, *TIMM_NAMES)
+
+# Sizes of `small_instance`, and the images it is for.  The last maps keep more than one token, as the
+# attention of a single one has no gradient for its queries and keys.
+_SMALL = {
+    "vit_small": (32, {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 4}),
+    "tiny_vit": (
+        64,
+        {
+            "embed_dims": (16, 64, 64, 128),
+            "depths": (2, 2, 2, 2),
+            "num_heads": (1, 2, 2, 4),
+            "window_sizes": (4, 4, 4, 2),
+            "drop_path_rate": 0.0,
+        },
+    ),
+    "vim_small": (32, {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 3, "d_state": 4}),
+    "mambavision_t": (
+        64,
+        {
+            "stem_dim": 8,
+            "embed_dim": 16,
+            "depths": (1, 1, 2, 2),
+            "num_heads": (2, 4),
+            "window_sizes": (4, 2),
+            "d_state": 4,
+        },
+    ),
+}
 
 
 def check_backbone(name: str) -> str:
@@ -29,20 +67,36 @@ def check_backbone(name: str) -> str:
         raise InputError(f"{message} Valid: {', '.join(BACKBONES)}, or any of timm.list_models().") from None
 
 
-def build_backbone(name: str, num_classes: int, pretrained: bool = True) -> nn.Module:
+def build_backbone(name: str, num_classes: int, pretrained: bool = True, **sizes: object) -> nn.Module:
     """Build a classifier for `num_classes` classes on the backbone `name`.
 
-    `demo_vit` takes its pretrained weights from this repository; `vit_small`, `tiny_vit` and any other
-    timm name from the Hugging Face hub, and only if `pretrained`.  The head is new and random: seed
-    torch before.  Raises `InputError` for an unknown name, a damaged weight file, or hub weights that
-    cannot be had.
+    `demo_vit` takes its pretrained weights from this repository, all others from the Hugging Face hub,
+    and only if `pretrained`.  The head is new and random: seed torch before.  `sizes` (`depth`,
+    `embed_dim`, `img_size`, ...) are arguments of the model's class, for small instances with random
+    weights.
+
+    Raises `InputError` for an unknown name or size, sizes of pretrained weights, a damaged weight file,
+    or hub weights that cannot be had.
     """
     check_backbone(name)
-    if name == "demo_vit":
-        return build_demo_vit(num_classes, pretrained)
+    if sizes and pretrained:
+        raise InputError(
+            f"the pretrained {name!r} has its own sizes: set pretrained=False or leave out {[*sizes]}."
+        )
+    try:
+        if name in OWN:
+            return OWN[name](num_classes, pretrained, **sizes)
+        return _build_timm(name, num_classes, pretrained, **sizes)
+    except TypeError as error:
+        if not sizes:
+            raise
+        raise InputError(f"{name!r} cannot be built with the sizes {sizes}: {error}.") from error
+
+
+def _build_timm(name: str, num_classes: int, pretrained: bool, **sizes: object) -> nn.Module:
     timm_name = TIMM_NAMES.get(name, name)
     try:
-        return timm.create_model(timm_name, pretrained=pretrained, num_classes=num_classes)
+        model = timm.create_model(timm_name, pretrained=pretrained, num_classes=num_classes, **sizes)
     except (OSError, RuntimeError) as error:  # what hub clients raise offline differs by version
         if not pretrained:
             raise InputError(f"timm cannot build {timm_name!r}: {error}") from error
@@ -50,6 +104,21 @@ def build_backbone(name: str, num_classes: int, pretrained: bool = True) -> nn.M
             f"the pretrained weights of {name!r} ({timm_name}) could not be loaded: {error}. Connect to the "
             "Hugging Face hub once so that they are cached, or set pretrained=False for random weights."
         ) from error
+    if "img_size" in sizes:
+        model.pretrained_cfg = model.pretrained_cfg | {"input_size": (3, *to_2tuple(sizes["img_size"]))}
+    return model
+
+
+def small_instance(name: str, num_classes: int) -> nn.Module:
+    """A reduced `vit_small`, `tiny_vit`, `vim_small` or `mambavision_t` with random weights.
+
+    The same classes and all kinds of blocks with fewer than 0.6 M parameters, for images of 32 or 64 px:
+    see `data_config`.
+    """
+    pixels, sizes = _SMALL[check_name("small instance", name, _SMALL)]
+    model = build_backbone(name, num_classes, pretrained=False, **sizes)
+    model.pretrained_cfg = model.pretrained_cfg | {"input_size": (3, pixels, pixels)}
+    return model
 
 
 def data_config(model: nn.Module) -> dict:

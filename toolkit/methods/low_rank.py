@@ -17,6 +17,9 @@ from toolkit.methods.trainable import freeze_statistics, head_name
 
 # AdaLoRA starts with half as many ranks again as it ends with (Zhang et al. 2023, appendix C).
 INITIAL_RANK_FACTOR = 1.5
+# Of packed weights, the best first.  On the CPU bitsandbytes 0.50.2 unpacks wrongly, by a quarter of the
+# weights' size, where a block reaches into the next row.
+BLOCK_SIZES = (64, 32)
 
 
 def target_names(model: nn.Module) -> list[str]:
@@ -82,14 +85,26 @@ def adalora(
 
 
 def quantise(model: nn.Module, names: list[str], double_quantisation: bool) -> None:
-    """Store the weights of these linear layers as NF4, in blocks of 64 (Dettmers et al. 2023, section 3)."""
-    import bitsandbytes
-
+    """Store the weights of these linear layers as NF4, in blocks of 64 or, where rows are no multiple of 64,
+    of 32 (Dettmers et al. 2023, arXiv 2305.14314, section 3)."""
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise InputError(
+            f"weights of 4 bits need bitsandbytes, which cannot be imported here ({error}); install it or "
+            "choose method 'lora'."
+        ) from error
     for name in names:
         linear = model.get_submodule(name)
         if type(linear) is not nn.Linear:
             raise InputError(
                 f"{name} is a {type(linear).__name__}: only plain linear layers can be stored in 4 bits."
+            )
+        block = next((size for size in BLOCK_SIZES if linear.in_features % size == 0), None)
+        if block is None:
+            raise InputError(
+                f"{name} has {linear.in_features} inputs, no multiple of {BLOCK_SIZES[-1]}, so its weights "
+                f"cannot be stored in 4 bits; leave it out of {type(model).__name__}.four_bit_targets."
             )
         packed = bitsandbytes.nn.Linear4bit(
             linear.in_features,
@@ -102,6 +117,7 @@ def quantise(model: nn.Module, names: list[str], double_quantisation: bool) -> N
         packed.weight = bitsandbytes.nn.Params4bit(
             linear.weight.data,
             requires_grad=False,
+            blocksize=block,
             compress_statistics=double_quantisation,
             quant_type="nf4",
             module=packed,
@@ -117,8 +133,8 @@ def quantise(model: nn.Module, names: list[str], double_quantisation: bool) -> N
 
 
 def four_bit_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers with packed weights by name."""
-    return {name: m for name, m in model.named_modules() if type(m).__name__ == "Linear4bit" and _packed(m)}
+    """The layers with packed weights by name; not peft's, which are around them."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and _packed(m)}
 
 
 def merge(model: nn.Module) -> nn.Module:

@@ -1,0 +1,91 @@
+"""Every method on every backbone under every strategy: it trains, and trains what it says.
+
+Small instances of the real architectures, 30 steps on 16 digits.  `pytest -m "grid or not grid"
+tests/test_grid.py` runs all 128 cells; without, each method meets two backbones, and each backbone four
+methods, the strategies taking turns.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+import toolkit
+from toolkit.backbones import data_config, small_instance
+from toolkit.budget import STRATEGIES
+from toolkit.datasets import in_memory
+from toolkit.methods import METHODS, set_train_mode
+
+BACKBONES = ("vit_small", "tiny_vit", "vim_small", "mambavision_t")
+STEPS, BATCH_SIZE = 30, 16
+LR = {"full": 2e-3, "linear": 0.1, "bitfit": 0.1, "norm": 5e-2}
+
+
+def cells():
+    for (b, backbone), (m, method) in itertools.product(enumerate(BACKBONES), enumerate(METHODS)):
+        for s, strategy in enumerate(STRATEGIES):
+            usual = (b + m) % 2 == 0 and s == (b + m // 2) % len(STRATEGIES)
+            marks = [] if usual else [pytest.mark.grid]
+            yield pytest.param(backbone, method, strategy, marks=marks)
+
+
+@pytest.fixture(scope="module")
+def few(digits):
+    """One batch, and four digits to validate on."""
+    parts = {
+        split: (getattr(digits, split).images[:size], getattr(digits, split).labels[:size])
+        for split, size in {"train": BATCH_SIZE, "val": 4, "test": 4}.items()
+    }
+    return in_memory("digits", parts, digits.classes, digits.policy)
+
+
+def as_if_pretrained(model, images):
+    """Batch norms that let something through: timm begins some of TinyViT's at 0."""
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        torch.nn.init.ones_(norm.weight)
+        norm.momentum = None  # an average
+    with torch.no_grad():
+        model.train()(images)
+    for norm in norms:
+        norm.momentum = 0.1
+
+
+@pytest.mark.parametrize("backbone, method, strategy", cells())
+def test_it_trains(few, backbone, method, strategy):
+    toolkit.seed_everything(0)
+    options = {"lora_rank": 4} if "lora_rank" in METHODS[method].options else {}
+    model = small_instance(backbone, 10)
+    size = data_config(model)["input_size"]
+    batch = torch.randn(BATCH_SIZE, *size), torch.zeros(BATCH_SIZE, dtype=torch.long)
+    as_if_pretrained(model, batch[0])
+    model = toolkit.adapt(model, method, **options)
+    set_train_mode(model)
+    stock = toolkit.plan(model, "1GB", batch, strategy="none").peak_bytes
+    # Weights and batch are two thirds of what so small an instance takes if little is kept.
+    share = 0.75 if method == "linear" else 0.6
+    experiment = toolkit.Experiment(
+        dataset="digits", backbone=backbone, pretrained=False, method=method, checkpointing=strategy,
+        budget=int(share * stock), epochs=STEPS, batch_size=BATCH_SIZE, lr=LR.get(method, 1e-2), device="cpu",
+    )  # fmt: skip
+    before = {name: value.clone() for name, value in model.state_dict().items() if torch.is_tensor(value)}
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    moved: set[str] = set()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(
+                lambda p, name=name: moved.add(name) if p.grad.any() else None
+            )
+    result = toolkit.fit(model, few, experiment)
+    assert result.status == "ok", result.error
+    losses = [row["train_loss"] for row in result.history]
+    assert losses[-1] < 0.8 * losses[0]
+    assert moved == trained
+    statistics = {n for n, _ in model.named_buffers() if "running" in n or "batches" in n}
+    allowed = trained | (statistics if method == "full" else set())
+    after = model.state_dict()
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert changed <= allowed and changed & trained
+    if strategy == "planned":
+        assert result.peak_bytes <= experiment.budget_bytes
+        assert result.out_of_memory_retries == 0

@@ -1,0 +1,261 @@
+"""LoRA, DoRA, AdaLoRA and QLoRA: what they train, how ranks move, what is saved and merged."""
+
+import sys
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import toolkit
+from toolkit.backbones import small_instance
+from toolkit.errors import InputError
+from toolkit.methods import merge, set_train_mode
+from toolkit.methods.allocation import RankAllocation, allocation_of
+from toolkit.methods.low_rank import four_bit_layers, quantise, target_names, unpacked_weight
+
+LOW_RANK = ("lora", "dora", "adalora", "qlora")
+
+
+def trained(model, batch, steps=4, lr=1e-2):
+    """`model` after some steps, ranks moved where the method moves them."""
+    set_train_mode(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    allocation = allocation_of(model)
+    if allocation:
+        allocation.begin(steps)
+    for step in range(steps):
+        loss = F.cross_entropy(model(batch[0]), batch[1])
+        (loss + allocation.penalty() if allocation else loss).backward()
+        optimizer.step()
+        if allocation:
+            allocation.update(step + 1)
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def relative(a, b):
+    return float((a - b).abs().max() / b.abs().max())
+
+
+@pytest.mark.parametrize("method", LOW_RANK)
+def test_all_adapt_the_same_layers(demo_model, method):
+    plain, adapted = demo_model("linear"), demo_model(method)
+    names = {n.removeprefix("base_model.model.") for n, m in adapted.named_modules() if hasattr(m, "lora_A")}
+    assert names == set(target_names(plain)) and len(names) == 16
+
+
+# peft says this of every AdaLoRA adapter that it saved itself, and loads it rightly.
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match")
+@pytest.mark.parametrize("method", LOW_RANK)
+def test_a_saved_adapter_gives_the_same_logits_in_plain_peft(demo_model, batch, tmp_path, method):
+    model = trained(demo_model(method), batch)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    base = demo_model("full")
+    if method == "qlora":
+        quantise(base, target_names(base), double_quantisation=False)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    with torch.no_grad():
+        assert relative(loaded(batch[0]), model(batch[0])) < 1e-5
+
+
+@pytest.mark.parametrize("method", LOW_RANK)
+def test_a_merged_model_gives_the_same_logits(demo_model, batch, method):
+    model = trained(demo_model(method), batch)
+    with torch.no_grad():
+        expected = model(batch[0])
+        plain = merge(model)
+        assert relative(plain(batch[0]), expected) < 1e-5
+    assert not any("lora" in name for name in plain.state_dict()) and not four_bit_layers(plain)
+    assert plain.state_dict().keys() == demo_model("full").state_dict().keys()
+
+
+def test_merging_what_has_no_adapters(demo_model):
+    with pytest.raises(InputError, match="no adapters to merge"):
+        merge(demo_model("bitfit"))
+
+
+def test_adalora_moves_ranks_until_they_add_up_to_the_target(few_digits):
+    experiment = toolkit.Experiment(method="adalora", epochs=6, batch_size=16, lora_rank=4, device="cpu")
+    toolkit.seed_everything(0)
+    model = toolkit.adapt(toolkit.build_backbone("demo_vit", 10), "adalora", **experiment.method_options)
+    assert all(
+        p.shape == (6, 1) for n, p in model.named_parameters() if "lora_E" in n
+    )  # 1.5 times the target
+    result = toolkit.fit(model, few_digits, experiment)
+    ranks = allocation_of(model).ranks
+    assert len(ranks) == 16 and sum(ranks.values()) == 4 * 16 and len(set(ranks.values())) > 1
+    values = {n: p for n, p in model.named_parameters() if "lora_E" in n}
+    assert sum(int(p.count_nonzero()) for p in values.values()) == 4 * 16  # the others are off
+    assert result.peak_bytes == result.predicted_peak_bytes
+    # Its penalty trains, and is not booked as loss: that of 10 classes begins near ln 10.
+    assert result.history[0]["train_loss"] < 2.4
+
+
+def test_the_schedule_follows_the_number_of_steps(demo_model):
+    allocation = allocation_of(demo_model("adalora"))
+    allocation.begin(1000)
+    config = allocation.config
+    assert (config.tinit, config.tfinal, config.deltaT, config.total_step) == (100, 300, 10, 1000)
+    with pytest.raises(InputError, match="at least 2"):
+        allocation.begin(1)
+    assert allocation_of(demo_model("lora")) is None and allocation_of(demo_model("full")) is None
+
+
+def test_the_penalty_is_that_of_peft(demo_model, batch):
+    """peft adds it for models that return their loss: so wrap one that does."""
+    model = demo_model("adalora")
+    inner = model.base_model.model
+
+    class Output:
+        loss = None
+
+    original = inner.forward
+
+    def with_loss(x):
+        output = Output()
+        output.loss = F.cross_entropy(original(x), batch[1])
+        return output
+
+    loss = F.cross_entropy(model(batch[0]), batch[1])
+    inner.forward = with_loss
+    try:
+        total = model.base_model(batch[0]).loss
+    finally:
+        del inner.forward
+    torch.testing.assert_close(total - loss, RankAllocation(model).penalty())
+
+
+def test_allocation_goes_on_from_its_state(demo_model, batch):
+    def steps(model, allocation, numbers):
+        allocation.begin(8)
+        for step in numbers:
+            (F.cross_entropy(model(batch[0]), batch[1]) + allocation.penalty()).backward()
+            with torch.no_grad():
+                for p in model.parameters():
+                    if p.requires_grad:
+                        p -= 0.05 * p.grad
+            allocation.update(step)
+            model.zero_grad()
+
+    straight = demo_model("adalora").eval()
+    steps(straight, allocation_of(straight), range(1, 9))
+    first = demo_model("adalora").eval()
+    steps(first, allocation_of(first), range(1, 5))
+    second = demo_model("adalora").eval()
+    second.load_state_dict(first.state_dict())
+    allocation = allocation_of(second)
+    allocation.load_state(allocation_of(first).state())
+    steps(second, allocation, range(5, 9))
+    assert allocation.ranks == allocation_of(straight).ranks != {}
+    for name, value in straight.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("double_quantisation", [False, True])
+def test_qlora_holds_weights_of_four_bits(demo_model, batch, double_quantisation):
+    def build(method, **options):
+        toolkit.seed_everything(0)
+        return toolkit.adapt(small_instance("vit_small", 10), method, **options).eval()
+
+    plain, model = build("linear"), build("qlora", double_quantisation=double_quantisation)
+    layers = four_bit_layers(model)
+    assert len(layers) == 12 and all(type(layer.weight).__name__ == "Params4bit" for layer in layers.values())
+    count = sum(layer.in_features * layer.out_features for layer in layers.values())
+    packed = nn.ModuleDict({str(i): layer for i, layer in enumerate(layers.values())})
+    biases = sum(layer.bias.nbytes for layer in layers.values())
+    tables = 16 * 4 + double_quantisation * (256 * 4 + 4)  # of each layer
+    held = sum(t.nbytes for t in toolkit.budget.tensors_of(packed)) - biases - 12 * tables
+    assert (0.5 if double_quantisation else 0.55) < held / count <= 0.6
+    assert not any(isinstance(m, type(next(iter(layers.values())))) for m in [model.get_classifier()])
+    with torch.no_grad():
+        assert 1e-3 < relative(model(batch[0]), plain(batch[0])) < 0.3  # NF4: some 9 % per layer
+    summary = toolkit.summarize(model)
+    assert summary.total == toolkit.summarize(build("lora")).total
+
+
+def test_qlora_trains_and_evaluates_in_turns(demo_model, batch):
+    model = demo_model("qlora")
+    weights = {name: layer.weight.clone() for name, layer in four_bit_layers(model).items()}
+    losses = []
+    for _ in range(3):
+        trained(model, batch, steps=3, lr=2e-3)
+        with torch.no_grad():
+            losses.append(float(F.cross_entropy(model(batch[0]), batch[1])))
+    assert losses[0] > losses[1] > losses[2]
+    assert all(torch.equal(layer.weight, weights[name]) for name, layer in four_bit_layers(model).items())
+
+
+def test_unpacked_weights_are_near_the_original(demo_model):
+    plain, model = demo_model("full"), demo_model("qlora")
+    for name, layer in four_bit_layers(model).items():
+        original = plain.get_submodule(name.removeprefix("base_model.model.").removesuffix(".base_layer"))
+        error = unpacked_weight(layer) - original.weight.detach()
+        assert 0.05 < error.norm() / original.weight.norm() < 0.12  # NF4 of Gaussian numbers: 9 %
+
+
+def test_four_bits_without_bitsandbytes(demo_model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(InputError, match="bitsandbytes"):
+        demo_model("qlora")
+
+
+@pytest.mark.parametrize("method", LOW_RANK)
+def test_a_rank_above_what_a_layer_allows(demo_model, method):
+    with pytest.raises(InputError, match=r"lora_rank 97.*above the 96 that blocks\.0\.attn\.qkv"):
+        demo_model(method, lora_rank=97)
+
+
+def test_targets_that_cannot_be_adapted():
+    class Net(nn.Module):
+        lora_targets = r"stem|body"
+
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+        def get_classifier(self):
+            return self.head
+
+    with pytest.raises(InputError, match="stem is a Conv2d"):
+        toolkit.adapt(Net(), "lora")
+    with pytest.raises(InputError, match="only plain linear layers can be stored in 4 bits"):
+        toolkit.adapt(Net(), "qlora")
+    odd = nn.Sequential(nn.Linear(40, 8))
+    with pytest.raises(InputError, match="0 has 40 inputs"):
+        quantise(odd, ["0"], double_quantisation=False)
+    Net.lora_targets = r"nothing"
+    with pytest.raises(InputError, match="for LoRA to adapt"):
+        toolkit.adapt(Net(), "lora")
+
+
+@pytest.mark.parametrize("method", ["linear", "bitfit", "norm", "lora"])
+def test_batch_norms_keep_their_statistics_unless_everything_trains(method):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+
+        def forward(self, x):
+            return x + self.norm(self.fc(x))
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks, self.head = nn.Sequential(Block(), Block()), nn.Linear(8, 3)
+
+        def get_classifier(self):
+            return self.head
+
+        def forward(self, x):
+            return self.head(self.blocks(x))
+
+    toolkit.seed_everything(0)
+    for name, moves in ((method, False), ("full", True)):
+        model = toolkit.adapt(Net(), name)
+        set_train_mode(model)
+        before = {n: b.clone() for n, b in model.named_buffers()}
+        model(torch.randn(8, 8)).sum().backward()
+        assert any(not torch.equal(b, before[n]) for n, b in model.named_buffers()) == moves

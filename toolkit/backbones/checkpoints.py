@@ -1,0 +1,132 @@
+"""Published checkpoints of the backbones that are written here: fetched, verified, loaded strictly.
+
+A wrong weight is worse than none: nothing is opened before its digest is checked, pickles may hold
+tensors and training arguments only, and every key but the classifier's must be there with its shape.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+from toolkit.errors import InputError
+from toolkit.files import sha256_of
+
+_WRAPPERS = ("state_dict", "model")  # where training scripts put the weights among other things
+_PREFIXES = ("module.", "model.")  # of DistributedDataParallel and of Hugging Face's wrapper classes
+_HEAD = "head."
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One file on the Hugging Face hub."""
+
+    repo: str
+    file: str
+    license: str  # SPDX identifier, in lower case as the hub writes it
+    revision: str | None = None  # commit of the repository; None: the newest
+    sha256: str | None = None  # of the file; None: unknown, so that only its keys and shapes are checked
+    notice: str = ""  # what a user must know before the download
+
+    @property
+    def config(self) -> dict[str, str]:
+        """Source and licence, under the names that timm's `pretrained_cfg` has for them."""
+        return {
+            "hf_hub_id": f"{self.repo}@{self.revision}" if self.revision else self.repo,
+            "hf_hub_filename": self.file,
+            "license": self.license,
+        }
+
+
+def fetch(checkpoint: Checkpoint) -> Path:
+    """Path of the file in the hub's cache, downloaded if it is not there yet.
+
+    Prints the checkpoint's notice, once per process.  Raises `InputError` where the hub cannot be reached.
+    """
+    if checkpoint.notice:
+        _print_once(checkpoint.notice)
+    try:
+        return Path(
+            huggingface_hub.hf_hub_download(checkpoint.repo, checkpoint.file, revision=checkpoint.revision)
+        )
+    except (OSError, RuntimeError) as error:  # what hub clients raise offline differs by version
+        raise InputError(
+            f"the pretrained weights {checkpoint.file} of {checkpoint.repo} could not be loaded: {error}. "
+            "Connect to the Hugging Face hub once so that they are cached, or set pretrained=False for "
+            "random weights."
+        ) from error
+
+
+@functools.cache
+def _print_once(notice: str) -> None:
+    print(notice)
+
+
+def read_weights(path: Path, sha256: str | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint file by name, without the names' common prefix (`module.`, `model.`).
+
+    A `.safetensors` file, or a pickle of tensors and `argparse.Namespace`s, where only `["model"]` or
+    `["state_dict"]` is used if there is one.  Raises `InputError` for a file of another digest than
+    `sha256` (checked before opening), or one that holds anything else.
+    """
+    if not path.exists():
+        raise InputError(f"there is no checkpoint {path}.")
+    if sha256 is not None and sha256_of(path) != sha256:
+        raise InputError(f"{path} is not the file that was published (sha256 {sha256}); delete it and retry.")
+    try:
+        if path.suffix == ".safetensors":
+            weights = safetensors.torch.load_file(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                weights = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path} cannot be read as a file of weights: {error}") from error
+    for wrapper in _WRAPPERS:
+        if isinstance(weights, dict) and isinstance(weights.get(wrapper), dict):
+            weights = weights[wrapper]
+    if not isinstance(weights, dict) or not all(
+        isinstance(value, torch.Tensor) for value in weights.values()
+    ):
+        raise InputError(f"{path} holds no weights: tensors by name, or those under one of {_WRAPPERS}.")
+    for prefix in _PREFIXES:
+        if all(name.startswith(prefix) for name in weights):
+            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    return weights
+
+
+def fill(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Copy `weights`, read from `path`, into all parameters and buffers of `model` but its `head`.
+
+    Raises one `InputError` that names what is missing, unexpected or of another shape; then nothing
+    has been copied.
+    """
+    state = model.state_dict()
+    own = {name for name in state if not name.startswith(_HEAD)}
+    given = {name for name in weights if not name.startswith(_HEAD)}
+    misshapen = [
+        f"{name} {tuple(weights[name].shape)} instead of {tuple(state[name].shape)}"
+        for name in sorted(own & given)
+        if weights[name].shape != state[name].shape
+    ]
+    problems = {
+        "missing": sorted(own - given),
+        "unexpected": sorted(given - own),
+        "of another shape": misshapen,
+    }
+    found = [f"{len(names)} {kind}: {_first(names)}" for kind, names in problems.items() if names]
+    if found:
+        raise InputError(f"{path} does not fit {type(model).__name__}; " + "; ".join(found) + ".")
+    model.load_state_dict(state | {name: weights[name] for name in given})
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

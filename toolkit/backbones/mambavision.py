@@ -1,0 +1,301 @@
+"""MambaVision (Hatamizadeh and Kautz 2024, arXiv 2407.08083): convolutions, then Mamba and attention.
+
+Written from the paper and the published checkpoint's names and shapes; NVIDIA's code, which is under a
+non-commercial licence, is not used.  The weights are under CC-BY-NC-SA-4.0: for research only.
+
+Shapes: B images, maps (B, C, H, W), windows of T tokens (B·windows, T, C), N states per channel.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, Mlp
+from torch import nn
+
+from toolkit.backbones.checkpoints import Checkpoint, fetch, fill, read_weights
+from toolkit.backbones.selective_scan import selective_scan
+from toolkit.backbones.vim import initial_A_log, selection, step_size_projection
+
+# No revision and no digest of this file is known yet, so `fill` is what verifies it: all keys and shapes.
+MAMBAVISION_T = Checkpoint(
+    repo="nvidia/MambaVision-T-1K",
+    file="model.safetensors",
+    license="cc-by-nc-sa-4.0",
+    notice="The weights of MambaVision-T are licensed CC-BY-NC-SA-4.0: for research and evaluation only, and "
+    "so is what is trained from them.",
+)
+
+
+def mambavision_t(num_classes: int, pretrained: bool = False, **sizes) -> MambaVision:
+    """MambaVision-T; 31,794,248 parameters with 1000 classes.
+
+    `sizes` replace arguments of `MambaVision`, for small instances with random weights.
+    """
+    sizes = {
+        "stem_dim": 32,
+        "embed_dim": 80,
+        "depths": (1, 3, 8, 4),
+        "num_heads": (8, 16),
+        "window_sizes": (14, 7),
+        "d_state": 8,
+    } | sizes
+    model = MambaVision(num_classes=num_classes, **sizes)
+    if pretrained:
+        load_mambavision_weights(model, fetch(MAMBAVISION_T))
+    model.pretrained_cfg |= MAMBAVISION_T.config
+    return model
+
+
+def load_mambavision_weights(model: MambaVision, path: Path) -> None:
+    """Fill everything but the head from the checkpoint file `path`.
+
+    Raises `InputError` for an unreadable file and one that does not fit.
+    """
+    fill(model, read_weights(path), path)
+
+
+class MambaVision(nn.Module):
+    """Images (B, 3, H, W) of any size -> logits (B, `num_classes`), with timm's interface.
+
+    The stem halves the resolution twice, each of the four stages but the last once more and doubles the
+    channels, which start as `embed_dim`.  `num_heads` and `window_sizes` are of the stages 3 and 4, the
+    first half of whose blocks are Mamba and the others attention; `d_state` is N; `drop_path_rate` is the
+    last block's, the others' rise to it linearly.  `img_size` is what the weights are meant for.
+    """
+
+    # What low-rank methods adapt, as a full match on module names: the linear layers of the blocks but
+    # dt_proj, whose bias is used twice and whose rank is that of an adapter already.
+    lora_targets = r"levels\.[23]\.blocks\.\d+\.(mixer\.(in_proj|out_proj|x_proj|qkv|proj)|mlp\.fc[12])"
+    # What QLoRA stores in 4 bit: without x_proj, which is small and makes the step size, that enters an exp.
+    four_bit_targets = r"levels\.[23]\.blocks\.\d+\.(mixer\.(in_proj|out_proj|qkv|proj)|mlp\.fc[12])"
+
+    def __init__(
+        self,
+        num_classes: int,
+        stem_dim: int,
+        embed_dim: int,
+        depths: tuple[int, int, int, int],
+        num_heads: tuple[int, int],
+        window_sizes: tuple[int, int],
+        d_state: int,
+        drop_path_rate: float = 0.0,
+        img_size: int = 224,
+    ):
+        super().__init__()
+        self.patch_embed = Stem(stem_dim, embed_dim)
+        total = sum(depths)
+        rates = iter([drop_path_rate * i / max(1, total - 1) for i in range(total)])
+        dims = [embed_dim * 2**i for i in range(4)]
+        self.levels = nn.ModuleList()
+        for i, (dim, depth) in enumerate(zip(dims, depths)):
+            stage_rates = [next(rates) for _ in range(depth)]
+            if i < 2:
+                self.levels.append(ConvStage(dim, stage_rates))
+            else:
+                heads, window = num_heads[i - 2], window_sizes[i - 2]
+                self.levels.append(MixerStage(dim, stage_rates, heads, window, d_state, last=i == 3))
+        self.num_features = dims[-1]
+        self.norm = nn.BatchNorm2d(self.num_features)
+        self.reset_classifier(num_classes)
+        self.pretrained_cfg = {
+            "input_size": (3, img_size, img_size),
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+        }
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the head by a new and random one."""
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes, device=self.norm.weight.device)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters to which weight decay does not apply."""
+        return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in ("A_log", "D")}
+
+    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+        """Normed map (B, C, h, w) of the last stage, of 1/32 of the images' height and width, rounded up."""
+        x = self.patch_embed(images)
+        for level in self.levels:
+            x = level(x)
+        return self.norm(x)
+
+    def forward_head(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x.mean(dim=(2, 3)))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self.forward_features(images))
+
+
+class Stem(nn.Module):
+    """Two convolutions that halve height and width: (B, 3, H, W) -> (B, C, H/4, W/4)."""
+
+    def __init__(self, stem_dim: int, dim: int):
+        super().__init__()
+        self.conv_down = nn.Sequential(
+            nn.Conv2d(3, stem_dim, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(stem_dim, eps=1e-4),
+            nn.ReLU(),
+            nn.Conv2d(stem_dim, dim, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(dim, eps=1e-4),
+            nn.ReLU(),
+        )
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.conv_down(images)
+
+
+class Downsample(nn.Module):
+    """Half the height and width, twice the channels."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.reduction = nn.Sequential(nn.Conv2d(dim, 2 * dim, 3, stride=2, padding=1, bias=False))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.reduction(x)
+
+
+class ConvStage(nn.Module):
+    """Stages 1 and 2: residual convolutions on the map, then down-sampling."""
+
+    def __init__(self, dim: int, drop_path_rates: list[float]):
+        super().__init__()
+        self.blocks = nn.ModuleList(ConvBlock(dim, rate) for rate in drop_path_rates)
+        self.downsample = Downsample(dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.downsample(x)
+
+
+class ConvBlock(nn.Module):
+    """Residual block of two 3x3 convolutions on a map (B, C, H, W)."""
+
+    def __init__(self, dim: int, drop_path: float):
+        super().__init__()
+        self.conv1 = nn.Conv2d(dim, dim, 3, padding=1)
+        self.norm1 = nn.BatchNorm2d(dim)
+        self.act = nn.GELU(approximate="tanh")
+        self.conv2 = nn.Conv2d(dim, dim, 3, padding=1)
+        self.norm2 = nn.BatchNorm2d(dim)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.act(self.norm1(self.conv1(x)))
+        return x + self.drop_path(self.norm2(self.conv2(hidden)))
+
+
+class MixerStage(nn.Module):
+    """Stages 3 and 4: blocks on the windows of a map, then down-sampling but in the last stage.
+
+    The map is padded by zeros at the right and at the bottom to whole windows; as in the published model
+    the padding takes part in its window's blocks like other tokens.  Windows do not see one another.
+    """
+
+    def __init__(
+        self, dim: int, drop_path_rates: list[float], heads: int, window: int, d_state: int, last: bool
+    ):
+        super().__init__()
+        self.window = window
+        mamba = math.ceil(len(drop_path_rates) / 2)
+        self.blocks = nn.ModuleList(
+            MixerBlock(dim, MambaMixer(dim, d_state) if i < mamba else Attention(dim, heads), rate)
+            for i, rate in enumerate(drop_path_rates)
+        )
+        self.downsample = nn.Identity() if last else Downsample(dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        height, width = x.shape[2:]
+        padded = F.pad(x, (0, -width % self.window, 0, -height % self.window))
+        tokens = to_windows(padded, self.window)
+        for block in self.blocks:
+            tokens = block(tokens)
+        x = from_windows(tokens, padded.shape, self.window)[:, :, :height, :width]
+        return self.downsample(x)
+
+
+def to_windows(x: torch.Tensor, window: int) -> torch.Tensor:
+    """(B, C, H, W) -> (B·windows, window², C); windows and their tokens row by row."""
+    tiles = x.unflatten(3, (-1, window)).unflatten(2, (-1, window))  # (B, C, rows, window, columns, window)
+    return tiles.permute(0, 2, 4, 3, 5, 1).flatten(0, 2).flatten(1, 2)
+
+
+def from_windows(tokens: torch.Tensor, shape: torch.Size, window: int) -> torch.Tensor:
+    """The map (B, C, H, W) = `shape` of which `to_windows` made `tokens`."""
+    batch, _, height, width = shape
+    tiles = tokens.unflatten(1, (window, window)).unflatten(0, (batch, height // window, width // window))
+    return tiles.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+class MixerBlock(nn.Module):
+    """Pre-norm residual block on tokens (B·windows, T, C): Mamba or attention, then an MLP of 4C."""
+
+    def __init__(self, dim: int, mixer: nn.Module, drop_path: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.mixer = mixer
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, 4 * dim)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.drop_path(self.mixer(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class MambaMixer(nn.Module):
+    """MambaVision's mixer (section 3): half of the channels are scanned, the others only convolved.
+
+    Both halves go through a convolution that sees either neighbour, not the past alone; their
+    concatenation is projected, nothing is gated.  Tokens (B, T, C) -> (B, T, C).
+    """
+
+    def __init__(self, dim: int, d_state: int):
+        super().__init__()
+        half, rank = dim // 2, math.ceil(dim / 16)
+        self.in_proj = nn.Linear(dim, dim, bias=False)
+        self.conv1d_x = nn.Conv1d(half, half, 3, padding=1, groups=half, bias=False)
+        self.conv1d_z = nn.Conv1d(half, half, 3, padding=1, groups=half, bias=False)
+        self.x_proj = nn.Linear(half, rank + 2 * d_state, bias=False)
+        self.dt_proj = step_size_projection(rank, half)
+        self.A_log = nn.Parameter(initial_A_log(half, d_state))
+        self.D = nn.Parameter(torch.ones(half))
+        self.out_proj = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x, z = self.in_proj(tokens).transpose(1, 2).chunk(2, dim=1)  # (B, C/2, T) each
+        x, z = F.silu(self.conv1d_x(x)), F.silu(self.conv1d_z(z))
+        A = -self.A_log.exp()
+        # The published weights were trained with dt_proj's bias added twice: by dt_proj and in the scan.
+        bias = self.dt_proj.bias
+        y = selective_scan(x, *selection(x, self.x_proj, self.dt_proj, A), D=self.D, delta_bias=bias)
+        return self.out_proj(torch.cat([y, z], dim=1).transpose(1, 2))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention within windows: tokens (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        # (B, T, 3C) -> (3, B, heads, T, C/heads)
+        q, k, v = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(mixed.transpose(1, 2).flatten(2))

@@ -1,0 +1,223 @@
+"""Mamba's selective scan as two operators that keep almost nothing for the backward pass.
+
+    h_t = exp(Δ_t·A)·h_{t-1} + (Δ_t·u_t)·B_t,   y_t = C_t·h_t + D·u_t      (arXiv 2312.00752, eq. 2 and 4)
+
+Written with stock operators autograd keeps several tensors of (batch, channels, L, states).  Here the states
+at the starts of chunks of ⌈√L⌉ steps are kept, and the backward pass computes the others again, a chunk at
+a time.  `toolkit::selective_scan` and `toolkit::selective_scan_backward` are operators of torch's library,
+so that what counts, plans and repeats operators sees one call each; what they take meanwhile, which cannot
+be seen from outside, is told to `WORKSPACES`.
+
+Two forms compute them, with the same results and kept states: `scan_torch`, on any device, and
+`scan_triton`, on CUDA.  `mamba_ssm` is not used: it keeps other states, cannot run from the end to the start,
+and calls its kernels past torch's dispatcher, where nothing here could count or plan them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from toolkit.backbones import scan_torch
+from toolkit.budget.memory import WORKSPACES
+from toolkit.errors import InputError
+
+
+def selective_scan(
+    u: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    delta_bias: torch.Tensor | None = None,
+    delta_softplus: bool = True,
+    reverse: bool = False,
+) -> torch.Tensor:
+    """Outputs y (batch, channels, L) of the scan of `u`, in `u`'s type; once differentiable.
+
+    u, dt, z (batch, channels, L); A (channels, states), negative; B, C (batch, states, L); D, delta_bias
+    (channels,).  Δ = softplus(dt + delta_bias), or dt + delta_bias without `delta_softplus`.  With D the
+    output has D·u added, with z it is then multiplied by silu(z).  `reverse` runs from the last step to
+    the first: as if all that depends on time, y too, were flipped.
+
+    Computed in float32 whatever the types and autocast say (float64 if `u` is).  Raises `InputError` for
+    shapes that do not fit.
+    """
+    _check_shapes(u, dt, A, B, C, D, z, delta_bias)
+    return _forward_operator(u, dt, A, B, C, D, z, delta_bias, delta_softplus, reverse)[0]
+
+
+def _check_shapes(u, dt, A, B, C, D, z, delta_bias) -> None:
+    if u.dim() != 3 or u.shape[2] == 0:
+        raise InputError(f"u must be (batch, channels, L) with L of 1 or more; it is {tuple(u.shape)}.")
+    batch, channels, length = u.shape
+    if A.dim() != 2 or A.shape[0] != channels:
+        raise InputError(f"A must be (channels, states) with {channels} channels; it is {tuple(A.shape)}.")
+    over_time, per_channel = (batch, channels, length), (channels,)
+    of_states = (batch, A.shape[1], length)
+    expected = {
+        "dt": (dt, "(batch, channels, L)", over_time),
+        "B": (B, "(batch, states, L)", of_states),
+        "C": (C, "(batch, states, L)", of_states),
+        "D": (D, "(channels,)", per_channel),
+        "z": (z, "(batch, channels, L)", over_time),
+        "delta_bias": (delta_bias, "(channels,)", per_channel),
+    }
+    for name, (tensor, axes, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise InputError(f"{name} must be {axes} = {shape}; it is {tuple(tensor.shape)}.")
+
+
+# The two operators.
+
+
+@torch.library.custom_op("toolkit::selective_scan", mutates_args=())
+def _forward_operator(
+    u: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    z: torch.Tensor | None,
+    delta_bias: torch.Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _form(u.device).forward(u, dt, A, B, C, D, z, delta_bias, delta_softplus, reverse)
+
+
+@_forward_operator.register_fake
+def _(u, dt, A, B, C, D, z, delta_bias, delta_softplus, reverse):
+    return torch.empty_like(u), scan_torch.empty_states(u, A)
+
+
+@torch.library.custom_op("toolkit::selective_scan_backward", mutates_args=())
+def _backward_operator(
+    grad: torch.Tensor,
+    u: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    z: torch.Tensor | None,
+    delta_bias: torch.Tensor | None,
+    states: torch.Tensor,
+    delta_softplus: bool,
+    reverse: bool,
+    trained: list[bool],  # whether gradients of A, D and delta_bias are wanted
+) -> list[torch.Tensor]:
+    """Gradients of the eight tensors; empty ones where there is nothing to give."""
+    form = _form(u.device)
+    return list(
+        form.backward(grad, u, dt, A, B, C, D, z, delta_bias, states, delta_softplus, reverse, trained)
+    )
+
+
+@_backward_operator.register_fake
+def _(grad, u, dt, A, B, C, D, z, delta_bias, states, delta_softplus, reverse, trained):
+    return list(scan_torch.empty_gradients(u, dt, A, B, C, D, z, delta_bias, trained))
+
+
+def _keep(ctx, inputs, output) -> None:
+    *tensors, ctx.delta_softplus, ctx.reverse = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.set_materialize_grads(False)  # the states' gradient, which nobody asks for, is not made of zeros
+
+
+def _differentiate(ctx, grad, _):
+    if grad is None:
+        return (None,) * len(ctx.needs_input_grad)
+    trained = [ctx.needs_input_grad[i] for i in (2, 5, 7)]
+    grads = _backward_operator(grad, *ctx.saved_tensors, ctx.delta_softplus, ctx.reverse, trained)
+    return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad)), None, None
+
+
+_forward_operator.register_autograd(_differentiate, setup_context=_keep)
+
+
+def forward_workspace_bytes(u, dt, A, B, C, D, z, delta_bias, delta_softplus, reverse) -> int:
+    """Bytes that `toolkit::selective_scan` takes beside its inputs and outputs; takes its arguments.
+
+    Tensors may be fake.  The back end is that of `u`'s device.
+    """
+    form = _form(u.device)
+    return form.forward_workspace_bytes(u, dt, A, B, C, D, z, delta_bias, delta_softplus, reverse)
+
+
+def backward_workspace_bytes(
+    grad, u, dt, A, B, C, D, z, delta_bias, states, delta_softplus, reverse, trained
+) -> int:
+    """Bytes that `toolkit::selective_scan_backward` takes beside its inputs and outputs; takes its arguments.
+
+    Tensors may be fake.  The back end is that of `u`'s device.
+    """
+    return _form(u.device).backward_workspace_bytes(
+        grad, u, dt, A, B, C, D, z, delta_bias, states, delta_softplus, reverse, trained
+    )
+
+
+WORKSPACES[torch.ops.toolkit.selective_scan.default] = forward_workspace_bytes
+WORKSPACES[torch.ops.toolkit.selective_scan_backward.default] = backward_workspace_bytes
+
+
+# Which form runs.
+
+_NAMES = {"triton": "Triton kernels", "torch": "plain torch, sequential in time"}
+_PROBED = (
+    "output",
+    "states",
+    *(f"gradient of {x}" for x in ("u", "dt", "A", "B", "C", "D", "z", "delta_bias")),
+)
+
+
+@functools.cache
+def backend(device: torch.device) -> str:
+    """What computes scans on `device`, "torch" or "triton"; said aloud once per device.
+
+    Triton runs on CUDA devices on which a small scan and its gradients come out right, plain torch on all
+    others.
+    """
+    fault = None
+    if device.type == "cuda":
+        with _disable_current_modes():  # the probe is real, and nobody's to count
+            fault = _triton_fault(device)
+    name = "triton" if device.type == "cuda" and fault is None else "torch"
+    reason = f"; Triton, which is faster, does not work here: {fault}" if fault else ""
+    print(f"selective scan on {device}: {_NAMES[name]}{reason}")
+    return name
+
+
+def _form(device: torch.device) -> ModuleType:
+    return importlib.import_module(f"toolkit.backbones.scan_{backend(device)}")
+
+
+def _triton_fault(device: torch.device) -> str | None:
+    """Why Triton cannot do scans on `device`: a forward and a backward pass against the plain form."""
+    try:
+        form = importlib.import_module("toolkit.backbones.scan_triton")
+        results = [_probe(form, device), _probe(scan_torch, device)]
+    except Exception as error:  # of any kind: imports, compilers, drivers
+        return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    wrong = [
+        name
+        for name, got, expected in zip(_PROBED, *results)
+        if not torch.allclose(got, expected, rtol=1e-3, atol=1e-4)
+    ]
+    return f"wrong {', '.join(wrong)}" if wrong else None
+
+
+def _probe(form: ModuleType, device: torch.device) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 5, 7)] * 2 + [(5, 3)] + [(2, 3, 7)] * 2 + [(5,), (2, 5, 7), (5,)]
+    inputs = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+    inputs[2] = -inputs[2].exp()
+    y, states = form.forward(*inputs, True, False)
+    return [y, states, *form.backward(y, *inputs, states, True, False, [True, True, True])]
