@@ -40,6 +40,7 @@ from toolkit.budget import (
     release_failed_backward,
     tensors_of,
 )
+from toolkit.budget.memory import ROUNDING_BYTES
 from toolkit.datasets import Splits, loader
 from toolkit.environment import environment
 from toolkit.errors import InputError
@@ -198,6 +199,7 @@ class _Run:
         """The experiment's strategy on this model, for a with statement."""
         experiment = self.experiment
         if experiment.checkpointing == "planned":
+            set_train_mode(self.model)  # which the plan is for
             size = min(experiment.batch_size, len(self.splits.train))
             images = torch.zeros(size, *self.data_config["input_size"], device=self.device)
             labels = torch.zeros(size, dtype=torch.long, device=self.device)
@@ -209,7 +211,8 @@ class _Run:
                 optimizer=self.optimizer,
                 precision=experiment.precision,
                 micro_batches=experiment.micro_batch_size or True,
-                held_bytes=self.allocation.state_bytes if self.allocation else 0,
+                held_bytes=(self.allocation.state_bytes if self.allocation else 0)
+                + sum(-(-b.nbytes // ROUNDING_BYTES) * ROUNDING_BYTES for b in self._running_buffers()),
             )
             self.result.predicted_peak_bytes = self.blocks.plan.peak_bytes
             self.hits = self.penalty = None
@@ -372,12 +375,16 @@ class _Run:
         self.penalty = penalty.detach()
         return loss + penalty
 
+    def _running_buffers(self) -> list[torch.Tensor]:
+        """Buffers that a forward pass may change: not those of frozen batch norms."""
+        return [b for m in self.model.modules() if m.training for b in m.buffers(recurse=False)]
+
     def _before_passes(self) -> dict:
         """What forward and backward passes change beside gradients: random numbers, running statistics."""
         return {
             "rng_cpu": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
-            "buffers": [buffer.clone() for buffer in self.model.buffers()],
+            "buffers": [buffer.clone() for buffer in self._running_buffers()],
         }
 
     def _undo_passes(self, before: dict) -> None:
@@ -391,7 +398,7 @@ class _Run:
             torch.cuda.set_rng_state_all(before["rng_cuda"])
             torch.cuda.empty_cache()
         with torch.no_grad():
-            for buffer, value in zip(self.model.buffers(), before["buffers"]):
+            for buffer, value in zip(self._running_buffers(), before["buffers"]):
                 buffer.copy_(value)
 
     def read_peaks(self) -> None:
