@@ -61,6 +61,20 @@ def test_checkpointing_runs_on_the_demo_backbone(tmp_path):
     )
 
 
+def test_grid_and_search_run_small(tmp_path):
+    runs = {"runs": str(tmp_path / "runs"), "epochs": 1}
+    execute_notebook(
+        "method_grid", tmp_path / "grid.ipynb", {**runs, "methods": "bitfit", "strategies": "planned"}
+    )
+    (record,) = toolkit.load_records(tmp_path / "runs").itertuples()
+    assert (record.status, record.method, record.checkpointing) == ("ok", "bitfit", "planned")
+    # Its one run is the one above.
+    execute_notebook(
+        "tune", tmp_path / "tune.ipynb", {**runs, "methods": "bitfit", "lrs": "0.005", "budget": "18 MiB"}
+    )
+    assert len(toolkit.load_records(tmp_path / "runs")) == 1
+
+
 def test_pretraining_runs_at_toy_size(tmp_path):
     execute_notebook(
         "pretrain_demo_backbone", tmp_path / "out.ipynb",

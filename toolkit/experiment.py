@@ -17,6 +17,7 @@ import torch
 
 from toolkit.budget import STRATEGIES, format_bytes, parse_bytes
 from toolkit.errors import InputError, check_name
+from toolkit.hyperparameters import hyperparameters
 from toolkit.methods import METHODS
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -28,7 +29,9 @@ class Experiment:
     """One fine-tuning run.  Raises `InputError` for a value that cannot be run."""
 
     dataset: str = "digits"  # digits | textures | cifar100 | dtd | folder:PATH
-    backbone: str = "demo_vit"  # demo_vit | vit_small | tiny_vit | any timm classifier
+    backbone: str = (
+        "demo_vit"  # demo_vit | vit_small | tiny_vit | vim_small | mambavision_t | small:NAME | any timm name
+    )
     pretrained: bool = True
     method: str = "lora"
     checkpointing: str = "planned"  # none | static | threshold | planned
@@ -40,7 +43,7 @@ class Experiment:
     epochs: int = 5
     batch_size: int = 64
     micro_batch_size: int = 0  # images per forward pass; 0: the plan's choice, without one the whole batch
-    lr: float = 0.0  # peak learning rate; 0 = the method's default, see methods.METHODS
+    lr: float = 0.0  # peak learning rate; 0 = that of `hyperparameters.TABLE`
     weight_decay: float = 0.05
     warmup_fraction: float = 0.1  # of all steps, linear; cosine to zero afterwards
     precision: str = "fp32"
@@ -65,7 +68,7 @@ class Experiment:
             path = Path(self.dataset.removeprefix("folder:")).expanduser().resolve()
             object.__setattr__(self, "dataset", f"folder:{path}")
         if self.lr == 0:
-            object.__setattr__(self, "lr", METHODS[self.method].default_lr)
+            object.__setattr__(self, "lr", hyperparameters(self.backbone, self.method).lr)
         self._check_ranges()
 
     def _check_ranges(self) -> None:

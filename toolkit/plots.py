@@ -204,6 +204,39 @@ def accuracy_against(frame: pd.DataFrame, cost: str) -> Figure:
     return figure
 
 
+def method_grid(frame: pd.DataFrame) -> Figure:
+    """Methods by strategies: peak memory in per cent of the budget, training time, and test accuracy."""
+    data = frame[frame.status == "ok"].assign(
+        used_pct=lambda runs: 100 * runs.train_peak_bytes / runs.budget.astype(float)
+    )
+    panels = {
+        "used_pct": ("peak memory (% of the budget)", ".0f"),
+        "train_seconds": ("training time (s)", ".1f"),
+        "test_top1_pct": ("test accuracy (%)", ".1f"),
+    }
+    figure, all_axes = plt.subplots(1, 3, figsize=(14, 4.5), layout="constrained", sharey=True)
+    for axes, (column, (title, numbers)) in zip(all_axes, panels.items()):
+        table = data.pivot_table(index="method", columns="checkpointing", values=column)
+        table = table.reindex(
+            index=[m for m in METHODS if m in table.index],
+            columns=[s for s in STRATEGY_MARKERS if s in table.columns],
+        )
+        sns.heatmap(table, annot=True, fmt=numbers, cmap="cividis", cbar=False, ax=axes)
+        axes.set(title=title, xlabel="", ylabel="")
+        axes.tick_params(axis="y", labelrotation=0)
+    return figure
+
+
+def learning_rates(table: pd.DataFrame) -> Figure:
+    """Validation loss against learning rate, one line per column (method)."""
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    for method in table:
+        axes.plot(table.index, table[method], marker="o", label=method)
+    axes.set(xscale="log", xlabel="peak learning rate", ylabel="validation loss", ylim=(0, None))
+    axes.legend()
+    return figure
+
+
 def image_grid(split: Dataset, per_class: int, classes: int) -> Figure:
     """The first `per_class` images of `classes` classes, spread over all of them; one class a row."""
     labels = np.array([split[row][1] for row in range(len(split))])

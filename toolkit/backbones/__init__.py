@@ -25,6 +25,7 @@ TIMM_NAMES = {
 # Models that timm lacks, written here.
 OWN = {"demo_vit": build_demo_vit, "vim_small": vim_small, "mambavision_t": mambavision_t}
 BACKBONES = (*OWN, *TIMM_NAMES)
+SMALL = "small:"  # before a name: the reduced instance of it
 
 # Sizes of `small_instance`, and the images it is for.  The last maps keep more than one token, as the
 # attention of a single one has no gradient for its queries and keys.
@@ -57,6 +58,9 @@ _SMALL = {
 
 def check_backbone(name: str) -> str:
     """Return `name` if it can be built; raise `InputError` with the nearest match if not."""
+    if name.startswith(SMALL):
+        check_name(f"backbone {SMALL}...", name.removeprefix(SMALL), _SMALL)
+        return name
     if name in BACKBONES or timm.is_model(name):
         return name
     try:
@@ -70,6 +74,7 @@ def check_backbone(name: str) -> str:
 def build_backbone(name: str, num_classes: int, pretrained: bool = True, **sizes: object) -> nn.Module:
     """Build a classifier for `num_classes` classes on the backbone `name`.
 
+    `small:vit_small` and the like are small instances with random weights, see `small_instance`.
     `demo_vit` takes its pretrained weights from this repository, all others from the Hugging Face hub,
     and only if `pretrained`.  The head is new and random: seed torch before.  `sizes` (`depth`,
     `embed_dim`, `img_size`, ...) are arguments of the model's class, for small instances with random
@@ -79,6 +84,10 @@ def build_backbone(name: str, num_classes: int, pretrained: bool = True, **sizes
     or hub weights that cannot be had.
     """
     check_backbone(name)
+    if name.startswith(SMALL):
+        if pretrained:
+            raise InputError(f"{name!r} has random weights: set pretrained=False.")
+        return small_instance(name.removeprefix(SMALL), num_classes)
     if sizes and pretrained:
         raise InputError(
             f"the pretrained {name!r} has its own sizes: set pretrained=False or leave out {[*sizes]}."

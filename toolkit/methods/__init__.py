@@ -28,18 +28,17 @@ class Method:
 
     apply: Callable[..., nn.Module]
     options: tuple[str, ...]  # the options that `apply` understands
-    default_lr: float  # AdamW; chosen on the validation split of the embedded data sets
 
 
 METHODS = {
-    "linear": Method(linear, (), default_lr=1e-2),
-    "bitfit": Method(bitfit, (), default_lr=5e-3),
-    "norm": Method(norm, (), default_lr=5e-3),
-    "lora": Method(lora, _LOW_RANK, default_lr=3e-3),
-    "dora": Method(dora, _LOW_RANK, default_lr=3e-3),
-    "adalora": Method(adalora, _LOW_RANK, default_lr=3e-3),
-    "qlora": Method(qlora, (*_LOW_RANK, "double_quantisation"), default_lr=3e-3),
-    "full": Method(full, (), default_lr=1e-3),
+    "linear": Method(linear, ()),
+    "bitfit": Method(bitfit, ()),
+    "norm": Method(norm, ()),
+    "lora": Method(lora, _LOW_RANK),
+    "dora": Method(dora, _LOW_RANK),
+    "adalora": Method(adalora, _LOW_RANK),
+    "qlora": Method(qlora, (*_LOW_RANK, "double_quantisation")),
+    "full": Method(full, ()),
 }
 
 
