@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 
 import toolkit
 from toolkit.errors import InputError
+from toolkit.hyperparameters import TABLE, hyperparameters
+from toolkit.methods import METHODS
 
 
 @given(
@@ -77,3 +79,13 @@ def test_from_namespace_takes_its_fields_only_and_misses_none():
 def test_folder_names_are_safe():
     name = toolkit.Experiment(dataset="folder:/home/x/../y z$\n", backbone="a/b").name
     assert all(c.isalnum() or c in "-_" for c in name)
+
+
+def test_every_method_has_a_learning_rate_with_a_source():
+    for backbone in ("demo_vit", "vit_small", "vim_small", "resnet18"):
+        for method in METHODS:
+            row = hyperparameters(backbone, method)
+            assert 0 < row.lr < 1 and row.source
+            assert toolkit.Experiment(backbone=backbone, method=method).lr == row.lr
+    assert all(set(rows) <= set(METHODS) for rows in TABLE.values()) and set(TABLE["default"]) == set(METHODS)
+    assert toolkit.Experiment(method="full", lr=0.5).lr == 0.5

@@ -17,8 +17,11 @@ from toolkit.datasets import in_memory
 from toolkit.methods import METHODS, set_train_mode
 
 BACKBONES = ("vit_small", "tiny_vit", "vim_small", "mambavision_t")
-STEPS, BATCH_SIZE = 30, 16
-LR = {"full": 2e-3, "linear": 0.1, "bitfit": 0.1, "norm": 5e-2}
+STEPS = 30
+# The small MambaVision has few activations: only with more images are they what a budget is about.
+BATCH_SIZES = {"vit_small": 16, "tiny_vit": 16, "vim_small": 16, "mambavision_t": 48}
+LR = {"full": 2e-3, "linear": 0.1, "bitfit": 0.1, "norm": 5e-2}  # of the others 1e-2
+LR_OF_CELL = {("vit_small", "bitfit"): 5e-3}
 
 
 def cells():
@@ -29,12 +32,11 @@ def cells():
             yield pytest.param(backbone, method, strategy, marks=marks)
 
 
-@pytest.fixture(scope="module")
-def few(digits):
+def few(digits, batch_size):
     """One batch, and four digits to validate on."""
     parts = {
         split: (getattr(digits, split).images[:size], getattr(digits, split).labels[:size])
-        for split, size in {"train": BATCH_SIZE, "val": 4, "test": 4}.items()
+        for split, size in {"train": batch_size, "val": 4, "test": 4}.items()
     }
     return in_memory("digits", parts, digits.classes, digits.policy)
 
@@ -52,21 +54,23 @@ def as_if_pretrained(model, images):
 
 
 @pytest.mark.parametrize("backbone, method, strategy", cells())
-def test_it_trains(few, backbone, method, strategy):
+def test_it_trains(digits, backbone, method, strategy):
     toolkit.seed_everything(0)
     options = {"lora_rank": 4} if "lora_rank" in METHODS[method].options else {}
     model = small_instance(backbone, 10)
     size = data_config(model)["input_size"]
-    batch = torch.randn(BATCH_SIZE, *size), torch.zeros(BATCH_SIZE, dtype=torch.long)
+    batch_size = BATCH_SIZES[backbone]
+    batch = torch.randn(batch_size, *size), torch.zeros(batch_size, dtype=torch.long)
     as_if_pretrained(model, batch[0])
     model = toolkit.adapt(model, method, **options)
     set_train_mode(model)
     stock = toolkit.plan(model, "1GB", batch, strategy="none").peak_bytes
-    # Weights and batch are two thirds of what so small an instance takes if little is kept.
-    share = 0.75 if method == "linear" else 0.6
+    # A frozen backbone keeps nothing, and weights and batch are most of what so small a one takes.
+    share = 0.8 if method == "linear" else 0.6
+    lr = LR_OF_CELL.get((backbone, method), LR.get(method, 1e-2))
     experiment = toolkit.Experiment(
         dataset="digits", backbone=backbone, pretrained=False, method=method, checkpointing=strategy,
-        budget=int(share * stock), epochs=STEPS, batch_size=BATCH_SIZE, lr=LR.get(method, 1e-2), device="cpu",
+        budget=int(share * stock), epochs=STEPS, batch_size=batch_size, lr=lr, device="cpu",
     )  # fmt: skip
     before = {name: value.clone() for name, value in model.state_dict().items() if torch.is_tensor(value)}
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -76,7 +80,7 @@ def test_it_trains(few, backbone, method, strategy):
             parameter.register_post_accumulate_grad_hook(
                 lambda p, name=name: moved.add(name) if p.grad.any() else None
             )
-    result = toolkit.fit(model, few, experiment)
+    result = toolkit.fit(model, few(digits, batch_size), experiment)
     assert result.status == "ok", result.error
     losses = [row["train_loss"] for row in result.history]
     assert losses[-1] < 0.8 * losses[0]
