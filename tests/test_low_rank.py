@@ -259,3 +259,14 @@ def test_batch_norms_keep_their_statistics_unless_everything_trains(method):
         before = {n: b.clone() for n, b in model.named_buffers()}
         model(torch.randn(8, 8)).sum().backward()
         assert any(not torch.equal(b, before[n]) for n, b in model.named_buffers()) == moves
+
+
+@pytest.mark.parametrize("method", LOW_RANK)
+def test_what_trained_is_saved_and_loaded(demo_model, batch, tmp_path, method):
+    model = trained(demo_model(method), batch)
+    other = demo_model(method).eval()
+    toolkit.load_adapted(other, toolkit.save_adapted(model, tmp_path / "adapted.safetensors"))
+    with torch.no_grad():
+        assert torch.equal(other(batch[0]), model(batch[0]))
+    stored = (tmp_path / "adapted.safetensors").stat().st_size
+    assert stored < 1.1 * toolkit.summarize(model).adapter_bytes + 20_000

@@ -23,6 +23,7 @@ _HOME = {
     "run_folder": "records",
     "save_adapted": "weights",
     "seed_everything": "training",
+    "selective_scan": "backbones.selective_scan",
     "summarize": "methods",
     "test": "evaluation",
 }

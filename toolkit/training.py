@@ -184,7 +184,9 @@ class _Run:
     def prepare(self) -> None:
         """Put everything on the device and go on from the newest snapshot, if there is one."""
         self.model.to(self.device)
-        groups = param_groups_weight_decay(self.model, self.experiment.weight_decay)
+        groups = param_groups_weight_decay(
+            self.model, self.experiment.weight_decay, no_weight_decay_list=_without_weight_decay(self.model)
+        )
         self.optimizer = torch.optim.AdamW(groups, lr=self.experiment.lr, fused=True)
         if self.allocation:
             self.allocation.begin(self.total_steps)
@@ -539,6 +541,15 @@ class _Run:
         self.result.environment, self.result.idle_watts = current.environment, current.idle_watts
         self.result.resumes += 1
         print(f"resumed at step {self.result.steps} of {self.total_steps}")
+
+
+def _without_weight_decay(model: nn.Module) -> set[str]:
+    """Names of parameters that the backbone wants no weight decay for, as they are called in `model`."""
+    names: set[str] = set()
+    for prefix, module in model.named_modules():
+        if hasattr(module, "no_weight_decay"):
+            names |= {f"{prefix}.{name}" if prefix else name for name in module.no_weight_decay()}
+    return names
 
 
 class _NotFinite(Exception):

@@ -17,7 +17,12 @@ def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Trained parameters and all buffers: what an adapted model has that its backbone has not."""
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    return {k: v for k, v in model.state_dict().items() if k in trained or k not in frozen}
+    packed = tuple(f"{name}." for name, p in model.named_parameters() if hasattr(p, "quant_state"))
+    return {
+        key: value
+        for key, value in model.state_dict().items()
+        if key in trained or not (key in frozen or key.startswith(packed))  # scales of packed ones
+    }
 
 
 def save_adapted(model: nn.Module, path: Path) -> Path:
