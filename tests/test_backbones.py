@@ -5,6 +5,7 @@ import torch
 
 import toolkit
 from toolkit.backbones import BACKBONES, data_config, demo, small_instance
+from toolkit.backbones.checkpoints import read_weights
 from toolkit.budget import find_blocks
 from toolkit.errors import InputError
 
@@ -140,3 +141,23 @@ def test_sizes_that_a_model_has_not_are_refused(name):
 def test_pretrained_weights_have_their_own_sizes(name):
     with pytest.raises(InputError, match=r"pretrained=False or leave out \['depth'\]"):
         toolkit.build_backbone(name, 5, depth=2)
+
+
+def test_a_small_instance_has_its_own_sizes_and_no_weights():
+    with pytest.raises(InputError, match="pretrained=False"):
+        toolkit.build_backbone("small:vit_small", 10)
+    with pytest.raises(InputError, match="has its own sizes.*depth"):
+        toolkit.build_backbone("small:vit_small", 10, pretrained=False, depth=1)
+    with pytest.raises(InputError, match="Did you mean 'vim_small'"):
+        toolkit.build_backbone("small:vim_smal", 10, pretrained=False)
+
+
+@pytest.mark.parametrize("content", [b"abc", b""])
+def test_a_file_that_holds_no_weights(tmp_path, content):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="cannot be read as a file of weights"):
+        read_weights(path, None)
+    torch.save({0: torch.zeros(1)}, path)
+    with pytest.raises(InputError, match="holds no weights"):
+        read_weights(path, None)

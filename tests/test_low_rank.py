@@ -72,6 +72,26 @@ def test_a_merged_model_gives_the_same_logits(demo_model, batch, method):
     assert plain.state_dict().keys() == demo_model("full").state_dict().keys()
 
 
+def test_adapters_on_adapters(demo_model):
+    with pytest.raises(InputError, match="carries adapters already"):
+        toolkit.adapt(demo_model("lora"), "linear")
+
+
+def test_a_head_that_another_module_is_named_like():
+    class Net(nn.Module):
+        lora_targets = "body"
+
+        def __init__(self):
+            super().__init__()
+            self.body, self.aux_head, self.head = nn.Linear(8, 8), nn.Linear(8, 2), nn.Linear(8, 2)
+
+        def get_classifier(self):
+            return self.head
+
+    with pytest.raises(InputError, match="2 modules for the head.*aux_head"):
+        toolkit.adapt(Net(), "lora")
+
+
 def test_merging_what_has_no_adapters(demo_model):
     with pytest.raises(InputError, match="no adapters to merge"):
         merge(demo_model("bitfit"))
@@ -102,6 +122,41 @@ def test_the_schedule_follows_the_number_of_steps(demo_model):
     with pytest.raises(InputError, match="at least 2"):
         allocation.begin(1)
     assert allocation_of(demo_model("lora")) is None and allocation_of(demo_model("full")) is None
+
+
+def test_steps_that_overflow_do_not_spoil_the_scores(demo_model, batch):
+    """A GradScaler skips them; a score that is no number once would be none for ever."""
+    model = demo_model("adalora", lora_rank=4)
+    allocation = allocation_of(model)
+    allocation.begin(10)
+    for step in range(1, 11):
+        (F.cross_entropy(model(batch[0]), batch[1]) + allocation.penalty()).backward()
+        finite = step % 3 != 1
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.grad.mul_(1 if finite else torch.inf)
+                    p.sub_(0.05 * p.grad if finite else 0)
+        allocation.update(step, finite)
+        assert all(torch.isfinite(score).all() for score in allocation.tensors)
+        model.zero_grad()
+    assert sum(allocation.ranks.values()) == 4 * 16
+
+
+def test_ranks_move_down_to_one(demo_model, batch):
+    model = trained(demo_model("adalora", lora_rank=1), batch, steps=10)
+    assert sum(allocation_of(model).ranks.values()) == 16
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_plan_knows_of_penalty_and_scores(few_digits, precision):
+    experiment = toolkit.Experiment(
+        method="adalora", epochs=1, batch_size=2, precision=precision, device="cpu", budget="100MB"
+    )
+    toolkit.seed_everything(0)
+    model = toolkit.adapt(toolkit.build_backbone("demo_vit", 10), "adalora")
+    result = toolkit.fit(model, few_digits, experiment)
+    assert result.peak_bytes == result.predicted_peak_bytes
 
 
 def test_the_penalty_is_that_of_peft(demo_model, batch):
@@ -253,8 +308,9 @@ def test_batch_norms_keep_their_statistics_unless_everything_trains(method):
             return self.head(self.blocks(x))
 
     toolkit.seed_everything(0)
+    model = Net()
     for name, moves in ((method, False), ("full", True)):
-        model = toolkit.adapt(Net(), name)
+        model = toolkit.adapt(merge(model) if hasattr(model, "merge_and_unload") else model, name)
         set_train_mode(model)
         before = {n: b.clone() for n, b in model.named_buffers()}
         model(torch.randn(8, 8)).sum().backward()

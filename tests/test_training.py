@@ -544,3 +544,19 @@ def test_a_hundred_injected_out_of_memory_errors_are_recovered_or_reported(few_d
     del result, trained
     gc.collect()
     assert sum(isinstance(o, torch.Tensor) for o in gc.get_objects()) <= alive + 5
+
+
+def test_weight_decay_leaves_out_what_the_backbone_says():
+    splits = toolkit.load_dataset("digits")
+    experiment = toolkit.Experiment(backbone="small:vim_small", pretrained=False, method="full", device="cpu")
+    model = toolkit.build_backbone("small:vim_small", 10, pretrained=False)
+    run = training._Run(model, splits, experiment, None, None, toolkit.Meter("cpu"))
+    run.prepare()
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed = {
+        names[id(p)].rpartition(".")[2]
+        for group in run.optimizer.param_groups
+        for p in group["params"]
+        if group["weight_decay"]
+    }
+    assert decayed == {"weight"}

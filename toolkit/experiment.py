@@ -40,6 +40,7 @@ class Experiment:
     lora_rank: int = 8
     lora_alpha: int = 16
     lora_dropout: float = 0.0
+    double_quantisation: bool = False  # of `method="qlora"`: the scales of packed weights are packed too
     epochs: int = 5
     batch_size: int = 64
     micro_batch_size: int = 0  # images per forward pass; 0: the plan's choice, without one the whole batch
@@ -106,8 +107,7 @@ class Experiment:
     @property
     def method_options(self) -> dict:
         """The parameters that `adapt(model, method, **options)` takes for this method."""
-        options = METHODS[self.method].options
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name in options}
+        return {name: getattr(self, name) for name in METHODS[self.method].options}
 
     def to_dict(self) -> dict:
         """The parameters as plain JSON values; `Experiment(**e.to_dict()) == e`."""

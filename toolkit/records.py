@@ -30,7 +30,7 @@ from toolkit.scores import netscore, why_no_score
 from toolkit.snapshots import clear_snapshots
 from toolkit.training import FitResult
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 FILE_NAME = "record.json"
 FINISHED = ("ok", "oom", "nan")  # a run with such a record is not repeated; interrupted and failed ones are
 # What a simulated GPU makes worthless; tables leave it out.

@@ -40,7 +40,7 @@ from toolkit.budget import (
     release_failed_backward,
     tensors_of,
 )
-from toolkit.budget.memory import ROUNDING_BYTES
+from toolkit.budget.memory import rounded
 from toolkit.datasets import Splits, loader
 from toolkit.environment import environment
 from toolkit.errors import InputError
@@ -195,6 +195,7 @@ class _Run:
         self._resume()
         self.memory.track(tensors_of(self.model))
         self.memory.track(value for s in self.optimizer.state.values() for value in s.values())
+        self.memory.track(self.allocation.tensors if self.allocation else [])
         self.memory.reset_peak()
 
     def checkpointing(self) -> Checkpointing | AutoCheckpoint:
@@ -213,8 +214,7 @@ class _Run:
                 optimizer=self.optimizer,
                 precision=experiment.precision,
                 micro_batches=experiment.micro_batch_size or True,
-                held_bytes=(self.allocation.state_bytes if self.allocation else 0)
-                + sum(-(-b.nbytes // ROUNDING_BYTES) * ROUNDING_BYTES for b in self._running_buffers()),
+                held_bytes=held_bytes(self.model),
             )
             self.result.predicted_peak_bytes = self.blocks.plan.peak_bytes
             self.hits = self.penalty = None
@@ -302,10 +302,11 @@ class _Run:
                 raise _NotFinite(f"loss {batch_loss} at step {self.result.steps + 1}")
             if tracing:
                 trace.start_optimizer()
+            scale = self.scaler.get_scale()
             self.scaler.step(self.optimizer)
             self.scaler.update()
             if self.allocation:
-                self.allocation.update(self.result.steps + 1)
+                self.allocation.update(self.result.steps + 1, finite=self.scaler.get_scale() >= scale)
             self.optimizer.zero_grad(set_to_none=True)
         if tracing:
             self.result.memory_trace = trace.segments
@@ -377,16 +378,12 @@ class _Run:
         self.penalty = penalty.detach()
         return loss + penalty
 
-    def _running_buffers(self) -> list[torch.Tensor]:
-        """Buffers that a forward pass may change: not those of frozen batch norms."""
-        return [b for m in self.model.modules() if m.training for b in m.buffers(recurse=False)]
-
     def _before_passes(self) -> dict:
         """What forward and backward passes change beside gradients: random numbers, running statistics."""
         return {
             "rng_cpu": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
-            "buffers": [buffer.clone() for buffer in self._running_buffers()],
+            "buffers": [buffer.clone() for buffer in _running_buffers(self.model)],
         }
 
     def _undo_passes(self, before: dict) -> None:
@@ -400,7 +397,7 @@ class _Run:
             torch.cuda.set_rng_state_all(before["rng_cuda"])
             torch.cuda.empty_cache()
         with torch.no_grad():
-            for buffer, value in zip(self._running_buffers(), before["buffers"]):
+            for buffer, value in zip(_running_buffers(self.model), before["buffers"]):
                 buffer.copy_(value)
 
     def read_peaks(self) -> None:
@@ -541,6 +538,19 @@ class _Run:
         self.result.environment, self.result.idle_watts = current.environment, current.idle_watts
         self.result.resumes += 1
         print(f"resumed at step {self.result.steps} of {self.total_steps}")
+
+
+def held_bytes(model: nn.Module) -> int:
+    """What `fit` holds during a step under `planned` beside model, batch and optimizer: the scores of
+    AdaLoRA, and copies of buffers for repeating the step."""
+    allocation = allocation_of(model)
+    copies = sum(rounded(buffer.nbytes) for buffer in _running_buffers(model))
+    return copies + (allocation.state_bytes if allocation else 0)
+
+
+def _running_buffers(model: nn.Module) -> list[torch.Tensor]:
+    """Buffers that a forward pass may change: of modules in training mode, so not of frozen batch norms."""
+    return [b for module in model.modules() if module.training for b in module.buffers(recurse=False)]
 
 
 def _without_weight_decay(model: nn.Module) -> set[str]:

@@ -34,7 +34,10 @@ def save_adapted(model: nn.Module, path: Path) -> Path:
 
 
 def load_adapted(model: nn.Module, path: Path) -> None:
-    """Fill a model, built and adapted as the saved one was, from `save_adapted`'s file."""
+    """Fill a model, built and adapted as the saved one was, from `save_adapted`'s file.
+
+    The frozen weights are the backbone's and are not in the file: that they are the same is not checked.
+    """
     try:
         state = safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:

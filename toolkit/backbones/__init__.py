@@ -87,6 +87,10 @@ def build_backbone(name: str, num_classes: int, pretrained: bool = True, **sizes
     if name.startswith(SMALL):
         if pretrained:
             raise InputError(f"{name!r} has random weights: set pretrained=False.")
+        if sizes:
+            raise InputError(
+                f"{name!r} has its own sizes: leave {[*sizes]}, or build {name[len(SMALL) :]!r}."
+            )
         return small_instance(name.removeprefix(SMALL), num_classes)
     if sizes and pretrained:
         raise InputError(

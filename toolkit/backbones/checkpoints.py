@@ -1,14 +1,13 @@
 """Published checkpoints of the backbones that are written here: fetched, verified, loaded strictly.
 
-A wrong weight is worse than none: nothing is opened before its digest is checked, pickles may hold
-tensors and training arguments only, and every key but the classifier's must be there with its shape.
+A wrong weight is worse than none: where a digest is known nothing is opened before it is checked,
+pickles may hold tensors and training arguments only, and every key but the classifier's must be there with its shape.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,13 +87,13 @@ def read_weights(path: Path, sha256: str | None = None) -> dict[str, torch.Tenso
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
+    except Exception as error:  # damaged files raise anything
         raise InputError(f"{path} cannot be read as a file of weights: {error}") from error
     for wrapper in _WRAPPERS:
         if isinstance(weights, dict) and isinstance(weights.get(wrapper), dict):
             weights = weights[wrapper]
     if not isinstance(weights, dict) or not all(
-        isinstance(value, torch.Tensor) for value in weights.values()
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items()
     ):
         raise InputError(f"{path} holds no weights: tensors by name, or those under one of {_WRAPPERS}.")
     for prefix in _PREFIXES:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from toolkit.budget.memory import ROUNDING_BYTES
+from toolkit.budget.memory import rounded
 
 # Bytes of one (T, b, N, D) buffer, from which b follows.  On the CPU it should stay in the caches; elsewhere
 # few large kernels are wanted.
@@ -129,7 +129,7 @@ def backward_workspace_bytes(
 
 def _workspace_bytes(u: torch.Tensor, sizes: dict[str, int]) -> int:
     count = sum(sizes.values()) * compute_type(u).itemsize
-    return -(-count // ROUNDING_BYTES) * ROUNDING_BYTES
+    return rounded(count)
 
 
 def _buffer_sizes(u: torch.Tensor, A: torch.Tensor, *, gated: bool, backward: bool) -> dict[str, int]:

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from toolkit.backbones.scan_torch import chunk_length, compute_type, empty_gradients, empty_states
-from toolkit.budget.memory import ROUNDING_BYTES
+from toolkit.budget.memory import rounded
 
 _TILE = 1024  # elements of a (T, D, N) tile; a thread of four warps holds 8 of each such tensor
 
@@ -79,7 +79,7 @@ def backward_workspace_bytes(
     sums = [(u.shape[0], A.shape[1], u.shape[2])] + [A.shape] * ("dA" in shapes)
     counts = [math.prod(shape) for shape in shapes.values()] + [max(map(math.prod, sums))]
     item = compute_type(u).itemsize
-    return sum(-(-count * item // ROUNDING_BYTES) * ROUNDING_BYTES for count in counts)
+    return sum(rounded(count * item) for count in counts)
 
 
 def _strided(x: torch.Tensor | None):

@@ -95,7 +95,6 @@ class AutoCheckpoint:
             "lean": lean,
             "held_bytes": held_bytes,
         }
-        self._parameters = list(model.parameters())  # listing them takes a millisecond
         self._planners: dict[tuple, Planner] = {}
         self._passes = 0
         self.replans = 0
@@ -189,7 +188,7 @@ class AutoCheckpoint:
 
     def _state(self, precision: str) -> tuple:
         """What beside the inputs a profile depends on."""
-        flags = tuple(parameter.requires_grad for parameter in self._parameters)
+        flags = tuple(parameter.requires_grad for parameter in self.model.parameters())
         return precision, self.model.training, flags
 
     def _covers(self, inputs, precision: str) -> bool:

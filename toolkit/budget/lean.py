@@ -55,10 +55,10 @@ def _is_low_rank_linear(module: nn.Module) -> bool:
     parts = ("base_layer", "lora_A", "lora_B", "lora_dropout", "scaling", "active_adapters")
     if not all(hasattr(module, part) for part in parts):
         return False
-    return type(module.base_layer) is nn.Linear or _is_packed(module.base_layer)
+    return type(module.base_layer) is nn.Linear or is_packed(module.base_layer)
 
 
-def _is_packed(layer: nn.Module) -> bool:
+def is_packed(layer: nn.Module) -> bool:
     """Whether a linear layer's weight is of four bits (bitsandbytes)."""
     return isinstance(layer, nn.Linear) and hasattr(getattr(layer.weight, "quant_state", None), "quant_type")
 
@@ -87,9 +87,14 @@ def _update_of(layer: nn.Module, name: str) -> _Update | None:
     return None
 
 
+def unpacked_weight(layer: nn.Module) -> torch.Tensor:
+    """Weight (out, in) of a layer of four bits, in the type that it had before."""
+    return _unpacked(layer.weight.quant_state, layer.weight)
+
+
 def _unpacking(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """A function that gives the weight (out, in) of a base layer from what it stores."""
-    return functools.partial(_unpacked, layer.weight.quant_state) if _is_packed(layer) else _as_it_is
+    return functools.partial(_unpacked, layer.weight.quant_state) if is_packed(layer) else _as_it_is
 
 
 def _as_it_is(weight: torch.Tensor) -> torch.Tensor:
@@ -116,7 +121,7 @@ def _forward(layer: nn.Module, stock, x: torch.Tensor, *args, **kwargs) -> torch
     if update is None:
         return stock(x, *args, **kwargs)
     base = layer.base_layer
-    base_dtype = base.weight.quant_state.dtype if _is_packed(base) else base.weight.dtype
+    base_dtype = base.weight.quant_state.dtype if is_packed(base) else base.weight.dtype
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else base_dtype
     if not autocast and not (x.dtype == update.a.dtype == dtype):
@@ -125,7 +130,8 @@ def _forward(layer: nn.Module, stock, x: torch.Tensor, *args, **kwargs) -> torch
     low_rank_input = None if dropped is x else dropped.to(dtype)
     unpack, rescale = _unpacking(base), None
     if update.magnitude is not None:
-        with torch.no_grad():  # the norm is taken for a constant (arXiv 2402.09353, section 4.3)
+        # The norm is taken for a constant (arXiv 2402.09353, section 4.3).
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             norm = torch.linalg.norm(_merged(unpack(base.weight), update.a, update.b, update.scaling), dim=1)
         rescale = update.magnitude / norm
     return _LeanLora.apply(

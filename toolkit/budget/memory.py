@@ -21,6 +21,11 @@ from torch.utils._pytree import tree_iter
 ROUNDING_BYTES = 512  # CUDA's caching allocator hands out multiples of this; so does our count
 
 
+def rounded(nbytes: int) -> int:
+    """What an allocation of `nbytes` takes."""
+    return -(-nbytes // ROUNDING_BYTES) * ROUNDING_BYTES
+
+
 class DeviceMemory(Protocol):
     """What a strategy and a training loop ask of a device.  Enter it around every training step."""
 
@@ -150,7 +155,7 @@ class TensorMemory(TorchDispatchMode):
         key = storage._cdata
         if key in self._live:
             return
-        nbytes = -(-storage.nbytes() // ROUNDING_BYTES) * ROUNDING_BYTES
+        nbytes = rounded(storage.nbytes())
         self._live[key] = StorageRef(storage, self._freed, key, nbytes)
         self.allocated_bytes += nbytes
         if self.allocated_bytes > self.peak_bytes:

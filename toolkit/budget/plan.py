@@ -112,6 +112,7 @@ def plan(
     micro_batches: bool | int = False,
     lean: bool = True,
     speed: DeviceSpeed | None = None,
+    held_bytes: int = 0,
 ) -> Plan:
     """Plan one training step of `model` on `batch` within `budget`; nothing is computed.
 
@@ -121,8 +122,9 @@ def plan(
     trained parameters.  `precision`: of autocast.  `blocks`: names of modules to plan by, found if None.
     `reserve`: part of the budget for what is no tensor (a CUDA context, fragmentation).  `micro_batches`:
     True: the batch may also run in slices whose gradients accumulate; a number: in slices of that size.
-    `lean`: LoRA layers run as in `budget.lean`.  `speed`: of the device, see `budget.device`.  Strategies
-    other than "planned" are predicted as they are, whether or not they fit.
+    `lean`: LoRA layers run as in `budget.lean`.  `speed`: of the device, see `budget.device`.  `held_bytes`:
+    of tensors that the loop holds beside model, batch and optimizer.  Strategies other than "planned" are
+    predicted as they are, whether or not they fit.
 
     Raises `InputError` if no plan fits, naming the smallest budget that does.
     """
@@ -135,7 +137,7 @@ def plan(
     if strategy != "planned":
         return _observed(model, budget_bytes, reserve_bytes, batch, strategy, loss, optimizer, precision)
     planner = Planner(model, batch, loss=loss, optimizer=optimizer, precision=precision, blocks=blocks,
-                      lean=lean, speed=speed)  # fmt: skip
+                      lean=lean, speed=speed, held_bytes=held_bytes)  # fmt: skip
     return planner.plan(budget_bytes, reserve_bytes, micro_batches=micro_batches)
 
 
@@ -155,7 +157,6 @@ class Planner:
         speed: DeviceSpeed | None = None,
         held_bytes: int = 0,
     ):
-        """`held_bytes`: of tensors that the loop holds beside model, batch and optimizer."""
         self.model, self.batch, self.loss, self.optimizer = model, batch, loss, optimizer
         self.precision, self.lean, self.held_bytes = precision, lean, held_bytes
         self.blocks = find_segments(model, blocks)

@@ -150,7 +150,8 @@ class _Timeline(TensorMemory):
             self.deltas.append(self.allocated_bytes - before)
 
     def _take_for_a_moment(self, nbytes: int) -> None:
-        self.deltas += [nbytes, -nbytes]
+        if not self.ended:
+            self.deltas += [nbytes, -nbytes]
 
     def _freed(self, reference) -> None:
         if self.ended:

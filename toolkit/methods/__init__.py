@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from toolkit.errors import check_name
+from toolkit.errors import InputError, check_name
 from toolkit.methods.low_rank import adalora, dora, lora, merge, qlora
 from toolkit.methods.trainable import bitfit, full, head_name, linear, norm, set_train_mode
 
@@ -74,6 +74,10 @@ def adapt(model: nn.Module, method: str, **options: object) -> nn.Module:
     cannot have, and a model without a head or layers that can be found.
     """
     chosen = METHODS[check_name("method", method, METHODS)]
+    if hasattr(model, "peft_config"):
+        raise InputError(
+            "the model carries adapters already; take a fresh backbone, or methods.merge(model) first."
+        )
     for name in options:
         check_name(f"option of method {method!r}", name, chosen.options or ["(it has none)"])
     return chosen.apply(model, **options)

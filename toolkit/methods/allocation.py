@@ -9,12 +9,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from toolkit.budget.memory import ROUNDING_BYTES
+from toolkit.budget.memory import rounded
 from toolkit.errors import InputError
 
 # Shares of all steps before the first rank is taken away, and after the last one (Zhang et al. 2023,
 # arXiv 2303.10512, table 8: t_i is 5 to 15 %, t_f 20 to 50 %).
 WARMUP, FINAL = 0.1, 0.3
+_SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # of peft's allocator, each by parameter
 
 
 class RankAllocation:
@@ -44,13 +45,19 @@ class RankAllocation:
         terms = []
         for name, p in self.tuner.named_parameters():
             if f"lora_A.{self.name}" in name or f"lora_B.{self.name}" in name:
-                product = p @ p.T if "lora_A" in name else p.T @ p  # (rank, rank)
-                terms.append(torch.linalg.norm(product - torch.eye(len(product), device=p.device)))
+                with torch.autocast(p.device.type, enabled=False):  # a difference of nearly equal numbers
+                    product = p @ p.T if "lora_A" in name else p.T @ p  # (rank, rank)
+                    terms.append(torch.linalg.norm(product - torch.eye(len(product), device=p.device)))
         return self.config.orth_reg_weight * torch.stack(terms).mean()
 
-    def update(self, step: int) -> None:
-        """After optimizer step `step` (from 1), while the gradients are there."""
-        self.tuner.update_and_allocate(step)
+    def update(self, step: int, finite: bool = True) -> None:
+        """After optimizer step `step` (from 1), while the gradients are there.
+
+        `finite`: whether they are all numbers; others, for which a GradScaler skips the step, would spoil
+        the scores for good.
+        """
+        if finite or step >= self.config.total_step - self.config.tfinal:  # from there on no score is read
+            self.tuner.update_and_allocate(step)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -62,18 +69,25 @@ class RankAllocation:
     def state_bytes(self) -> int:
         """What the scores take: three numbers for each of the adapters'."""
         adapters = (p for name, p in self.tuner.named_parameters() if "lora_" in name and self.name in name)
-        return sum(3 * (-(-4 * p.numel() // ROUNDING_BYTES) * ROUNDING_BYTES) for p in adapters)
+        return sum(len(_SCORES) * rounded(p.nbytes) for p in adapters)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The scores so far."""
+        return [score for name in _SCORES for score in getattr(self.allocator, name).values()]
 
     def state(self) -> dict:
         """What an interrupted run needs to go on."""
-        scores = {name: getattr(self.allocator, name) for name in ("ipt", "exp_avg_ipt", "exp_avg_unc")}
+        scores = {name: getattr(self.allocator, name) for name in _SCORES}
         return {**scores, "rank_pattern": self.config.rank_pattern}
 
     def load_state(self, state: dict) -> None:
-        """Go on from `state()`."""
+        """Go on from `state()`, on the devices of the parameters."""
         self.config.rank_pattern = state["rank_pattern"]
-        for name in ("ipt", "exp_avg_ipt", "exp_avg_unc"):
-            setattr(self.allocator, name, state[name])
+        parameters = dict(self.tuner.model.named_parameters())
+        for name in _SCORES:
+            scores = {key: score.to(parameters[key].device) for key, score in state[name].items()}
+            setattr(self.allocator, name, scores)
 
 
 def allocation_of(model: nn.Module) -> RankAllocation | None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 
-import torch
 from torch import nn
 
 from toolkit.budget import find_blocks
+from toolkit.budget.lean import is_packed, unpacked_weight
 from toolkit.errors import InputError
 from toolkit.methods.trainable import freeze_statistics, head_name
 
@@ -69,7 +69,7 @@ def adalora(
     import peft
 
     targets = target_names(model)
-    initial_rank = int(INITIAL_RANK_FACTOR * lora_rank)
+    initial_rank = max(lora_rank + 1, int(INITIAL_RANK_FACTOR * lora_rank))
     _check_rank(model, targets, initial_rank, f"lora_rank {lora_rank} (AdaLoRA starts at {initial_rank})")
     config = peft.AdaLoraConfig(
         target_r=lora_rank,
@@ -80,8 +80,7 @@ def adalora(
         target_modules=_pattern(targets),
         modules_to_save=[head_name(model)],
     )
-    freeze_statistics(model)
-    return peft.get_peft_model(model, config)
+    return _wrap(model, config)
 
 
 def quantise(model: nn.Module, names: list[str], double_quantisation: bool) -> None:
@@ -134,7 +133,7 @@ def quantise(model: nn.Module, names: list[str], double_quantisation: bool) -> N
 
 def four_bit_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers with packed weights by name; not peft's, which are around them."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and _packed(m)}
+    return {name: module for name, module in model.named_modules() if is_packed(module)}
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -146,26 +145,18 @@ def merge(model: nn.Module) -> nn.Module:
     if not hasattr(model, "merge_and_unload"):
         raise InputError(f"{type(model).__name__} carries no adapters to merge; it is a plain model already.")
     for name, layer in list(model.named_modules()):
-        if hasattr(layer, "lora_A") and _packed(base := layer.base_layer):
+        if hasattr(layer, "lora_A") and is_packed(base := layer.base_layer):
             (adapter,) = layer.active_adapters
             plain = nn.Linear(base.in_features, base.out_features, base.bias is not None, device="meta")
             delta = layer.get_delta_weight(adapter)
-            plain.weight = nn.Parameter(unpacked_weight(base).to(delta.dtype) + delta)
+            plain.weight = nn.Parameter(unpacked_weight(base).to(delta.dtype) + delta, requires_grad=False)
             plain.bias = base.bias
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, plain)
-    return model.merge_and_unload()
-
-
-def unpacked_weight(layer: nn.Module) -> torch.Tensor:
-    """Weight (out, in) of a layer of four bits, in the type that it had before."""
-    import bitsandbytes
-
-    return bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-
-
-def _packed(module: nn.Module) -> bool:
-    return getattr(getattr(module, "weight", None), "quant_state", None) is not None
+    merged = model.merge_and_unload()
+    merged.is_loaded_in_4bit = False
+    freeze_statistics(merged, False)
+    return merged
 
 
 def _with_adapters(
@@ -188,8 +179,21 @@ def _with_adapters(
         modules_to_save=[head_name(model)],
         **options,
     )
+    return _wrap(model, config)
+
+
+def _wrap(model: nn.Module, config) -> nn.Module:
+    """`model` with peft's layers; checks that of its own only the head trains, which peft goes by suffix."""
+    import peft
+
     freeze_statistics(model)
-    return peft.get_peft_model(model, config)
+    wrapped = peft.get_peft_model(model, config)
+    saved = [n for n, m in wrapped.named_modules() if isinstance(m, peft.utils.ModulesToSaveWrapper)]
+    if len(saved) != 1:
+        raise InputError(
+            f"peft takes {len(saved)} modules for the head: {', '.join(saved)}; rename what ends like it."
+        )
+    return wrapped
 
 
 def _pattern(names: list[str]) -> str:

@@ -26,6 +26,7 @@ def head_name(model: nn.Module) -> str:
 
 
 def full(model: nn.Module) -> nn.Module:
+    freeze_statistics(model, False)
     return model.requires_grad_(True)
 
 
@@ -53,14 +54,14 @@ def norm(model: nn.Module) -> nn.Module:
     return model
 
 
-def freeze_statistics(model: nn.Module) -> None:
-    """Let the batch norms of `model` normalise by the statistics that they have, in training too.
+def freeze_statistics(model: nn.Module, frozen: bool = True) -> None:
+    """Let the batch norms of `model` normalise by the statistics that they have, in training too, or not.
 
     They are no parameters, so no adapter would carry them, and small batches make them drift.
     """
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._NormBase):
-            module.frozen_statistics = True
+            module.frozen_statistics = frozen
 
 
 def set_train_mode(model: nn.Module) -> None:
