@@ -35,7 +35,8 @@ def test_every_parameter_is_part_of_the_identity():
         "dataset": "textures", "backbone": "vit_small", "pretrained": False, "method": "full",
         "checkpointing": "static", "budget": "1GB", "threshold": 0.5, "lora_rank": 4, "lora_alpha": 8,
         "lora_dropout": 0.1, "epochs": 1, "batch_size": 8, "micro_batch_size": 4, "lr": 0.5,
-        "double_quantisation": True, "weight_decay": 0.0, "warmup_fraction": 0.0, "precision": "bf16", "seed": 1,
+        "double_quantisation": True, "weight_decay": 0.0, "warmup_fraction": 0.0, "precision": "bf16",
+        "seed": 1,
     }  # fmt: skip
     fields = set(toolkit.Experiment().to_dict())
     assert set(changed) == fields - {"device"}  # auto is the only value that is valid everywhere

@@ -88,7 +88,7 @@ def test_a_head_that_another_module_is_named_like():
         def get_classifier(self):
             return self.head
 
-    with pytest.raises(InputError, match="2 modules for the head.*aux_head"):
+    with pytest.raises(InputError, match=r"2 modules for the head.*aux_head"):
         toolkit.adapt(Net(), "lora")
 
 

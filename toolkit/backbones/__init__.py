@@ -125,7 +125,7 @@ def _build_timm(name: str, num_classes: int, pretrained: bool, **sizes: object) 
 def small_instance(name: str, num_classes: int) -> nn.Module:
     """A reduced `vit_small`, `tiny_vit`, `vim_small` or `mambavision_t` with random weights.
 
-    The same classes and all kinds of blocks with fewer than 0.6 M parameters, for images of 32 or 64 px:
+    The same classes and all kinds of blocks with fewer than 0.7 M parameters, for images of 32 or 64 px:
     see `data_config`.
     """
     pixels, sizes = _SMALL[check_name("small instance", name, _SMALL)]

@@ -1,7 +1,8 @@
 """Published checkpoints of the backbones that are written here: fetched, verified, loaded strictly.
 
 A wrong weight is worse than none: where a digest is known nothing is opened before it is checked,
-pickles may hold tensors and training arguments only, and every key but the classifier's must be there with its shape.
+pickles may hold tensors and training arguments only, and every key but the classifier's must be there
+with its shape.
 """
 
 from __future__ import annotations

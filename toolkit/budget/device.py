@@ -24,8 +24,8 @@ class DeviceSpeed:
     bytes_per_second: float
     launch_seconds: float
     name: str = ""
-    host_seconds: float = 20e-6
-    record_seconds: float = 40e-6
+    host_seconds: float = 40e-6
+    record_seconds: float = 30e-6
 
     def op_seconds(self, op: OpCost) -> float:
         """Estimated time of one operator."""

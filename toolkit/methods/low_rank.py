@@ -191,7 +191,7 @@ def _wrap(model: nn.Module, config) -> nn.Module:
     saved = [n for n, m in wrapped.named_modules() if isinstance(m, peft.utils.ModulesToSaveWrapper)]
     if len(saved) != 1:
         raise InputError(
-            f"peft takes {len(saved)} modules for the head: {', '.join(saved)}; rename what ends like it."
+            f"peft takes {len(saved)} modules for the head, {', '.join(saved)}; rename what ends like it."
         )
     return wrapped
 
