@@ -183,10 +183,8 @@ class Training:
                         loss = F.cross_entropy(logits, y) * (len(y) / len(self.labels))
                         trace.mark("loss")  # autocast's cached weights die on leaving it
                     trace.mark("backward")
-                    hits = (logits.detach().argmax(1) == y).sum()
-                    del x, y, logits
                     loss.backward()
-                    del loss, hits
+                    del x, y, logits, loss  # a plain loop's names live until then
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
             trace.mark("end")
