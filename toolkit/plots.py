@@ -199,7 +199,9 @@ def accuracy_against(frame: pd.DataFrame, cost: str) -> Figure:
     budgets = data.budget.astype(float).unique()
     if cost == "memory" and len(budgets) == 1:
         axes.axvline(budgets[0] / unit, color="black", linestyle="--", linewidth=1, label="budget")
-    axes.set(xlabel=label, ylabel="test accuracy (%)", xlim=(0, None))
+    low, high = data.test_top1_pct.min(), data.test_top1_pct.max()
+    margin = max(0.1 * (high - low), (5 - (high - low)) / 2)  # at least 5 points: less is mostly chance
+    axes.set(xlabel=label, ylabel="test accuracy (%)", xlim=(0, None), ylim=(low - margin, high + margin))
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
@@ -209,19 +211,24 @@ def method_grid(frame: pd.DataFrame) -> Figure:
     data = frame[frame.status == "ok"].assign(
         used_pct=lambda runs: 100 * runs.train_peak_bytes / runs.budget.astype(float)
     )
-    panels = {
-        "used_pct": ("peak memory (% of the budget)", ".0f"),
-        "train_seconds": ("training time (s)", ".1f"),
-        "test_top1_pct": ("test accuracy (%)", ".1f"),
+    best = data.test_top1_pct.max()
+    panels = {  # numbers, and colours that do not make much of little
+        "used_pct": ("peak memory (% of the budget)", ".0f", {"cmap": "vlag", "vmin": 0, "vmax": 200}),
+        "train_seconds": ("training time (s)", ".1f", {"cmap": "cividis", "vmin": 0}),
+        "test_top1_pct": (
+            "test accuracy (%)",
+            ".1f",
+            {"cmap": "cividis", "vmin": min(best - 5, data.test_top1_pct.min()), "vmax": best},
+        ),
     }
     figure, all_axes = plt.subplots(1, 3, figsize=(14, 4.5), layout="constrained", sharey=True)
-    for axes, (column, (title, numbers)) in zip(all_axes, panels.items()):
+    for axes, (column, (title, numbers, colours)) in zip(all_axes, panels.items()):
         table = data.pivot_table(index="method", columns="checkpointing", values=column)
         table = table.reindex(
             index=[m for m in METHODS if m in table.index],
             columns=[s for s in STRATEGY_MARKERS if s in table.columns],
         )
-        sns.heatmap(table, annot=True, fmt=numbers, cmap="cividis", cbar=False, ax=axes)
+        sns.heatmap(table, annot=True, fmt=numbers, cbar=False, ax=axes, **colours)
         axes.set(title=title, xlabel="", ylabel="")
         axes.tick_params(axis="y", labelrotation=0)
     return figure
