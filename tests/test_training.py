@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import toolkit
-from toolkit import evaluation, training
+from toolkit import evaluation, interruption, training
 from toolkit.errors import InputError
 from toolkit.methods import set_train_mode
 from toolkit.snapshots import load_newest_snapshot, save_snapshot
@@ -250,8 +250,8 @@ def test_snapshots_of_another_experiment_are_refused(demo_model, few_digits, tmp
 
 
 def test_a_folder_is_claimed_once(demo_model, few_digits, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "CLAIM_SECONDS", 0.1)
-    with training._claim(tmp_path), pytest.raises(InputError, match="another process"):
+    monkeypatch.setattr(interruption, "CLAIM_SECONDS", 0.1)
+    with interruption.claim(tmp_path), pytest.raises(InputError, match="another process"):
         toolkit.fit(demo_model(), few_digits, experiment(), folder=tmp_path)
 
 

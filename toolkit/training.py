@@ -10,10 +10,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-import os
-import signal
-import sys
-import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -21,7 +17,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-import filelock
 import torch
 import torch.nn.functional as F
 from timm.optim import param_groups_weight_decay
@@ -46,6 +41,7 @@ from toolkit.environment import environment
 from toolkit.errors import InputError
 from toolkit.evaluation import autocast, evaluate
 from toolkit.experiment import Experiment
+from toolkit.interruption import Interrupt, claim, live_progress, progress_bar
 from toolkit.measure import FlopCounter, Meter, SensorError, Window, total
 from toolkit.measure.memory import MemoryTrace, context_bytes
 from toolkit.methods import set_train_mode
@@ -53,8 +49,6 @@ from toolkit.methods.allocation import allocation_of
 from toolkit.snapshots import load_newest_snapshot, save_snapshot
 from toolkit.weights import trained_state, weights_sha256
 
-# A killed sweep leaves kernels that need a few seconds to notice that their parent is gone.
-CLAIM_SECONDS = 20
 SNAPSHOT_FORMAT = 4  # of `_Run.state`
 OUT_OF_MEMORY_RETRIES = 5  # of one step, under `planned`; each for a peak lower by a twentieth
 
@@ -135,7 +129,7 @@ def fit(
     no plan fits it, or another process trains in `folder`.
     """
     check_fits_weights(model, experiment.budget_bytes)
-    with _claim(folder), _Interrupt() as interrupt:
+    with claim(folder), Interrupt() as interrupt:
         run = _Run(model, splits, experiment, folder, workers, meter or Meter(experiment.device))
         try:
             run.prepare()
@@ -242,7 +236,7 @@ class _Run:
             measured = [*earlier, *(self.meter.so_far(window) for window in windows)]
             self.result.windows[name] = total(measured, name).to_dict()
 
-    def train(self, interrupt: _Interrupt, snapshot_seconds: float) -> None:
+    def train(self, interrupt: Interrupt, snapshot_seconds: float) -> None:
         """Train until the last step, or until an interrupt is wanted."""
         saved_at, save_seconds = -math.inf, 0.0  # the first step is saved: a full disk shows up early
 
@@ -253,7 +247,7 @@ class _Run:
                 save_seconds = self._save()
                 saved_at = time.perf_counter()
 
-        with _progress(self.total_steps, self.result.steps) as bar:
+        with progress_bar(self.total_steps, self.result.steps) as bar:
             while self.result.steps < self.total_steps:
                 epoch, first_batch = divmod(self.result.steps, self.steps_per_epoch)
                 set_train_mode(self.model)
@@ -451,7 +445,7 @@ class _Run:
         }
         self.result.history.append(row)
         self.epoch_sums = {"loss": 0.0, "correct": 0, "images": 0}
-        if not _live_progress():
+        if not live_progress():
             print(
                 f"epoch {row['epoch']}/{self.experiment.epochs}: loss {row['train_loss']:.4f}, "
                 f"val {row['val_top1_pct']:.2f} %, peak {format_bytes(self.result.peak_bytes)}"
@@ -564,61 +558,3 @@ def _without_weight_decay(model: nn.Module) -> set[str]:
 
 class _NotFinite(Exception):
     pass
-
-
-class _Interrupt:
-    """Turns the first Ctrl-C into a wish that the loop reads between steps; the second one raises.
-
-    An interrupt in the middle of an optimizer step would leave weights that no snapshot should hold.
-    """
-
-    def __init__(self) -> None:
-        self.wanted = False
-
-    def _handle(self, signum, frame) -> None:
-        if self.wanted:
-            raise KeyboardInterrupt
-        self.wanted = True
-
-    def __enter__(self) -> _Interrupt:
-        self._main_thread = threading.current_thread() is threading.main_thread()
-        if self._main_thread:
-            self._previous = signal.signal(signal.SIGINT, self._handle)
-        return self
-
-    def __exit__(self, *exc) -> None:
-        if self._main_thread:
-            signal.signal(signal.SIGINT, self._previous)
-
-
-@contextlib.contextmanager
-def _claim(folder: Path | None):
-    """Hold `folder` for this process.  The operating system lets go when the process dies."""
-    if folder is None:
-        yield
-        return
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(Path(folder) / ".lock")
-    try:
-        lock.acquire(timeout=CLAIM_SECONDS)
-    except filelock.Timeout:
-        raise InputError(f"another process is training in {folder}; wait for it or stop it.") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _live_progress() -> bool:
-    """Whether a bar can move: a terminal, or a notebook that a person sits before.
-
-    Under papermill a bar would stay at 0 % for ever, so there one line is printed per epoch.
-    """
-    in_kernel = "ipykernel" in sys.modules
-    if in_kernel:
-        return any(os.environ.get(name) for name in ("JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG"))
-    return sys.stderr.isatty()
-
-
-def _progress(total: int, initial: int) -> tqdm:
-    return tqdm(total=total, initial=initial, unit="step", leave=False, disable=not _live_progress())
