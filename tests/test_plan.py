@@ -539,3 +539,12 @@ def test_what_an_operator_takes_for_itself_counts_when_it_runs_again_too(monkeyp
             recomputed |= {name for option in made.options for name in option.level.recomputed}
             assert measured_peak(network(), batch, made) == made.peak_bytes
     assert str(operator) in recomputed
+
+
+@pytest.mark.parametrize("strategy", ["none", "static", "planned"])
+def test_what_the_loop_holds_counts_under_every_strategy(demo_model, batch, strategy):
+    peaks = [
+        toolkit.plan(demo_model("lora"), "1GB", batch, strategy=strategy, held_bytes=held).peak_bytes
+        for held in (0, 10_240)
+    ]
+    assert peaks[1] - peaks[0] == 10_240

@@ -96,7 +96,7 @@ def _plan(experiment: Experiment, num_classes: int) -> str:
     return toolkit.plan(
         model, experiment.budget, (images, labels), strategy=experiment.checkpointing,
         precision=experiment.precision, micro_batches=experiment.micro_batch_size or True, loss=loss,
-        held_bytes=held_bytes(model) if experiment.checkpointing == "planned" else 0,
+        held_bytes=held_bytes(model, experiment.checkpointing),
     ).explain()  # fmt: skip
 
 

@@ -208,7 +208,7 @@ class _Run:
                 optimizer=self.optimizer,
                 precision=experiment.precision,
                 micro_batches=experiment.micro_batch_size or True,
-                held_bytes=held_bytes(self.model),
+                held_bytes=held_bytes(self.model, experiment.checkpointing),
             )
             self.result.predicted_peak_bytes = self.blocks.plan.peak_bytes
             self.hits = self.penalty = None
@@ -534,12 +534,12 @@ class _Run:
         print(f"resumed at step {self.result.steps} of {self.total_steps}")
 
 
-def held_bytes(model: nn.Module) -> int:
-    """What `fit` holds during a step under `planned` beside model, batch and optimizer: the scores of
-    AdaLoRA, and copies of buffers for repeating the step."""
+def held_bytes(model: nn.Module, checkpointing: str) -> int:
+    """What `fit` holds during a step beside model, batch and optimizer: the scores of AdaLoRA, and under
+    `planned` copies of buffers for repeating the step."""
     allocation = allocation_of(model)
-    copies = sum(rounded(buffer.nbytes) for buffer in _running_buffers(model))
-    return copies + (allocation.state_bytes if allocation else 0)
+    copied = _running_buffers(model) if checkpointing == "planned" else []
+    return sum(rounded(b.nbytes) for b in copied) + (allocation.state_bytes if allocation else 0)
 
 
 def _running_buffers(model: nn.Module) -> list[torch.Tensor]:

@@ -17,7 +17,8 @@ class DeviceSpeed:
     """A roofline: an operator takes its arithmetic or its traffic, whichever is longer, and a launch.
 
     Meanwhile the host is busy with each operator too, which is what small batches wait for:
-    `host_seconds` for its forward and backward pass, `record_seconds` more where a tape records it.
+    `host_seconds` for its forward and backward pass, `record_seconds` more where a tape records it.  Both
+    are assumed for a laptop; that recording costs three quarters of running was measured on a CPU.
     """
 
     flops_per_second: float

@@ -135,7 +135,9 @@ def plan(
     budget_bytes = parse_bytes(budget)
     reserve_bytes = parse_bytes(reserve) if reserve else 0
     if strategy != "planned":
-        return _observed(model, budget_bytes, reserve_bytes, batch, strategy, loss, optimizer, precision)
+        return _observed(
+            model, budget_bytes, reserve_bytes, batch, strategy, loss, optimizer, precision, held_bytes
+        )
     planner = Planner(model, batch, loss=loss, optimizer=optimizer, precision=precision, blocks=blocks,
                       lean=lean, speed=speed, held_bytes=held_bytes)  # fmt: skip
     return planner.plan(budget_bytes, reserve_bytes, micro_batches=micro_batches)
@@ -388,7 +390,15 @@ def describe(option: Option) -> str:
 
 
 def _observed(
-    model, budget_bytes: int, reserve_bytes: int, batch, strategy: str, loss, optimizer, precision: str
+    model,
+    budget_bytes: int,
+    reserve_bytes: int,
+    batch,
+    strategy: str,
+    loss,
+    optimizer,
+    precision: str,
+    held_bytes: int,
 ) -> Plan:
     """What a step takes under a strategy that does not plan: two steps on fake tensors, the second counts."""
     make_optimizer = optimizer_like(optimizer, model)
@@ -423,8 +433,8 @@ def _observed(
         strategy=strategy,
         budget_bytes=budget_bytes,
         reserve_bytes=reserve_bytes,
-        peak_bytes=peaks[strategy],
-        unplanned_peak_bytes=peaks["none"],
+        peak_bytes=peaks[strategy] + held_bytes,
+        unplanned_peak_bytes=peaks["none"] + held_bytes,
         forward_flops=flops[strategy]["forward"],
         recompute_flops=flops[strategy]["recompute"],
         extra_seconds=None,

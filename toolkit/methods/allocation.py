@@ -12,8 +12,8 @@ from torch import nn
 from toolkit.budget.memory import rounded
 from toolkit.errors import InputError
 
-# Shares of all steps before the first rank is taken away, and after the last one (Zhang et al. 2023,
-# arXiv 2303.10512, table 8: t_i is 5 to 15 %, t_f 20 to 50 %).
+# Shares of all steps before the first rank is taken away, and after the last one (t_i and t_f of Zhang et
+# al. 2023, arXiv 2303.10512; these values are ours).
 WARMUP, FINAL = 0.1, 0.3
 _SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # of peft's allocator, each by parameter
 

@@ -15,7 +15,7 @@ from toolkit.budget.lean import is_packed, unpacked_weight
 from toolkit.errors import InputError
 from toolkit.methods.trainable import freeze_statistics, head_name
 
-# AdaLoRA starts with half as many ranks again as it ends with (Zhang et al. 2023, appendix C).
+# AdaLoRA starts with half as many ranks again as it ends with, as peft's defaults do (12 and 8).
 INITIAL_RANK_FACTOR = 1.5
 # Of packed weights, the best first.  On the CPU bitsandbytes 0.50.2 unpacks wrongly, by a quarter of the
 # weights' size, where a block reaches into the next row.
