@@ -70,7 +70,7 @@ def test_provenance_is_complete(finished):
     ):  # fmt: skip
         assert name in record.env
     assert record.packages["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert record.run["schema_version"] == 4 and record.config["seed"] == 0
+    assert record.run["schema_version"] == 5 and record.config["seed"] == 0
     assert len(record.quality["weights_sha256"]) == 64 and record.memory["memory_source"]
     assert record.data["train_sha256"] != record.data["test_sha256"]
     assert record.energy["energy_joules"] is None and "no GPU" in record.missing["energy_joules"]

@@ -90,9 +90,9 @@ def test_only_runs_that_differ_in_nothing_but_the_seed_are_averaged(name):
 
 
 def test_joules_of_a_simulated_gpu_are_not_printed_as_measurements():
-    assert set(compare(runs())["train J"]) == {"100 ± 0"}
-    assert set(compare(runs(energy_source="fake"))["train J"]) == {"simulated"}
-    assert set(compare(runs(train_energy_joules=None, energy_source="none"))["train J"]) == {"–"}
+    assert set(compare(runs())["adapt J"]) == {"100 ± 0"}
+    assert set(compare(runs(energy_source="fake"))["adapt J"]) == {"simulated"}
+    assert set(compare(runs(train_energy_joules=None, energy_source="none"))["adapt J"]) == {"–"}
 
 
 def test_every_mixed_set_is_refused_unless_told_to_mix():

@@ -12,6 +12,7 @@ _HOME = {
     "auto_checkpoint": "budget",
     "build_backbone": "backbones",
     "evaluate": "evaluation",
+    "evaluate_baseline": "baselines",
     "evaluate_split": "evaluation",
     "fit": "training",
     "flops": "measure",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,15 +25,17 @@ if TYPE_CHECKING:
 
 @dataclass
 class Evaluation:
-    """Metrics of one pass over a split; `predictions` and `labels` are int64 (N,)."""
+    """Metrics of one pass over a split; `predictions` and `labels` are int64 (N,), `confidences` their
+    probabilities under a softmax of the scores, float64 (N,)."""
 
     top1_pct: float
-    top5_pct: float
-    loss: float
+    top5_pct: float | None  # None where the model names one class only
+    loss: float | None  # cross-entropy; None where its scores give no probabilities
     window: Window
     peak_bytes: int | None  # None where costs were not asked for
     macs_per_image: float | None  # multiply-adds; likewise
     predictions: torch.Tensor
+    confidences: torch.Tensor
     labels: torch.Tensor
 
     @property
@@ -42,13 +45,14 @@ class Evaluation:
 
     def __str__(self) -> str:
         peak = "" if self.peak_bytes is None else f", peak {format_bytes(self.peak_bytes)}"
+        top5 = "" if self.top5_pct is None else f"top-5 {self.top5_pct:.2f} %, "
+        loss = "" if self.loss is None else f"loss {self.loss:.4f}, "
         return (
-            f"top-1 {self.top1_pct:.2f} %, top-5 {self.top5_pct:.2f} %, loss {self.loss:.4f}, "
+            f"top-1 {self.top1_pct:.2f} %, {top5}{loss}"
             f"{len(self.labels):,} images in {self.seconds:.2f} s{peak}"
         )
 
 
-@torch.inference_mode()
 def evaluate(
     model: nn.Module,
     batches: DataLoader,
@@ -59,6 +63,8 @@ def evaluate(
 ) -> Evaluation:
     """Accuracy, loss and cost of `model` over `batches` of `(images, labels)`, on the model's device.
 
+    `images`: what the model takes, a tensor or anything with `.to(device)`; it returns scores (B, classes).
+
     With `costs`, memory and multiply-adds are counted on the first batch, which no other exceeds, before
     the clock starts.
     """
@@ -66,37 +72,40 @@ def evaluate(
     model.eval()
     peak_bytes, macs_per_image = _costs(model, batches, precision) if costs else (None, None)
     logits, labels = [], []
-    with (meter or Meter(device)).window("evaluate") as window:
+    with torch.inference_mode(), (meter or Meter(device)).window("evaluate") as window:
         for images, batch_labels in batches:
             with autocast(device, precision):
                 logits.append(model(images.to(device)).float().cpu())
             labels.append(batch_labels)
-    scores, labels = torch.cat(logits), torch.cat(labels)  # (N, classes), (N,)
+    scores, labels = torch.cat(logits).double(), torch.cat(labels)  # (N, classes), (N,)
     ranked = scores.topk(min(5, scores.shape[1]), dim=1).indices
     hits = ranked == labels[:, None]
     return Evaluation(
         top1_pct=100 * hits[:, 0].double().mean().item(),
         top5_pct=100 * hits.any(1).double().mean().item(),
-        loss=F.cross_entropy(scores.double(), labels).item(),
+        loss=F.cross_entropy(scores, labels).item(),
         window=window,
         peak_bytes=peak_bytes,
         macs_per_image=macs_per_image,
         predictions=ranked[:, 0].clone(),
+        confidences=scores.softmax(1).amax(1),
         labels=labels,
     )
 
 
+@torch.no_grad()  # in inference mode the CPU's counter does not see into composite operators
 def _costs(model: nn.Module, batches: DataLoader, precision: str) -> tuple[int, float]:
     """Peak bytes, and multiply-adds per image, of the first batch."""
     device = next(model.parameters()).device
     memory, counter = device_memory(device), FlopCounter()
     memory.track(tensors_of(model))
     memory.reset_peak()
-    images = next(iter(batches))[0].to(device)
-    memory.track([images])
+    images, labels = next(iter(batches))
+    images = images.to(device)
+    memory.track(images.values() if isinstance(images, Mapping) else [images])
     with memory, counter, autocast(device, precision):
         model(images)
-    return memory.peak_bytes, counter.flops.macs / len(images)
+    return memory.peak_bytes, counter.flops.macs / len(labels)
 
 
 def evaluate_split(

@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+import torch
 import torchvision
 from matplotlib.figure import Figure
 from torch.utils.data import Dataset
@@ -16,6 +17,7 @@ from toolkit.budget.plan import Plan
 from toolkit.evaluation import Evaluation
 from toolkit.methods import METHODS
 from toolkit.paths import FIGURES
+from toolkit.statistics import adaptation
 
 sns.set_theme(style="whitegrid", context="notebook", palette="colorblind")
 STRATEGY_MARKERS = {"none": "o", "static": "s", "threshold": "^", "planned": "D"}
@@ -184,17 +186,20 @@ def confusion_matrix(evaluation: Evaluation, classes: list[str]) -> Figure:
 
 
 def accuracy_against(frame: pd.DataFrame, cost: str) -> Figure:
-    """Test accuracy of every run against `cost`: "memory" (training peak) or "time" (training)."""
+    """Test accuracy of every run against `cost`: "memory" (peak) or "time", as `statistics.adaptation`."""
+    data = adaptation(frame[frame.status == "ok"])
+    baselines = data.phase == "inference"
     column, unit, label = {
-        "memory": ("train_peak_bytes", 2**20, "peak training memory (MiB)"),
-        "time": ("train_seconds", 1, "training time (s)"),
+        "memory": ("peak_bytes", 2**20, "peak memory (MiB)"),
+        "time": ("adapt_seconds", 1, "time to adapt (s)"),
     }[cost]
-    data = frame[frame.status == "ok"]
+    names = data.method.where(~baselines, data.backbone + " " + data.method)
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     sns.scatterplot(
-        x=data[column] / unit, y=data.test_top1_pct, hue=data.method, style=data.checkpointing,
-        hue_order=[m for m in METHODS if m in set(data.method)],
-        markers=STRATEGY_MARKERS, s=110, alpha=0.85, ax=axes,
+        x=data[column] / unit, y=data.test_top1_pct, hue=names.rename("method"),
+        style=data.checkpointing.where(~baselines, "baseline"),
+        hue_order=[*(m for m in METHODS if m in set(names)), *names[baselines].unique()],
+        markers=STRATEGY_MARKERS | {"baseline": "P"}, s=110, alpha=0.85, ax=axes,
     )  # fmt: skip
     budgets = data.budget.astype(float).unique()
     if cost == "memory" and len(budgets) == 1:
@@ -241,6 +246,34 @@ def learning_rates(table: pd.DataFrame) -> Figure:
         axes.plot(table.index, table[method], marker="o", label=method)
     axes.set(xscale="log", xlabel="peak learning rate", ylabel="validation loss", ylim=(0, None))
     axes.legend()
+    return figure
+
+
+def gallery(split: Dataset, evaluation: Evaluation, classes: list[str], count: int = 12) -> Figure:
+    """Images of `split` with the predicted class and its confidence; half of them, if there are, mistakes.
+
+    A mistake is marked by ✗ and the true class.  The most confident of each kind come first.
+    """
+    right = evaluation.predictions == evaluation.labels
+    order = evaluation.confidences.argsort(descending=True, stable=True)
+    wrong = order[~right[order]][: count // 2]
+    shown = torch.cat([order[right[order]][: count - len(wrong)], wrong]).tolist()
+    names = [name.replace("$", r"\$") for name in [*classes, "no class"]]  # "no class": an unmatched answer
+    columns = min(6, max(1, len(shown)))
+    rows = -(-len(shown) // columns)
+    figure, all_axes = plt.subplots(
+        rows, columns, figsize=(1.9 * columns, 2.4 * rows), layout="constrained", squeeze=False
+    )
+    for axes in all_axes.flat:
+        axes.set_axis_off()
+    for axes, row in zip(all_axes.flat, shown):
+        image, label = split[row]
+        said = names[evaluation.predictions[row]]
+        title = f"{said}\n{100 * evaluation.confidences[row]:.0f} %"
+        if not right[row]:
+            title = f"✗ {said} {100 * evaluation.confidences[row]:.0f} %\ntrue: {names[label]}"
+        axes.imshow(image.permute(1, 2, 0))
+        axes.set_title(title, fontsize=9, color="black" if right[row] else "#b30000")
     return figure
 
 

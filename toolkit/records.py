@@ -13,31 +13,38 @@ import warnings
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 from torch import nn
 
 from toolkit.budget import format_bytes
 from toolkit.datasets import Splits
-from toolkit.environment import environment, installed_packages
+from toolkit.environment import PACKAGES, environment, installed_packages
 from toolkit.evaluation import Evaluation
 from toolkit.experiment import Experiment
 from toolkit.files import write_atomically
 from toolkit.measure import Window, total
-from toolkit.methods import Summary, summarize
+from toolkit.methods import summarize
+from toolkit.parameters import Parameters
 from toolkit.paths import RUNS
 from toolkit.scores import netscore, why_no_score
 from toolkit.snapshots import clear_snapshots
 from toolkit.training import FitResult
 
-SCHEMA_VERSION = 4
+if TYPE_CHECKING:
+    from toolkit.baselines.evaluate import Prepared
+    from toolkit.baselines.experiment import BaselineExperiment
+
+SCHEMA_VERSION = 5
 FILE_NAME = "record.json"
 FINISHED = ("ok", "oom", "nan")  # a run with such a record is not repeated; interrupted and failed ones are
 # What a simulated GPU makes worthless; tables leave it out.
 SIMULATED = (
     "energy_joules", "train_energy_joules", "validation_energy_joules", "test_energy_joules",
     "train_quantisation_joules", "test_quantisation_joules", "train_poll_joules", "train_net_joules",
-    "idle_watts", "ns_e_inference", "ns_sharp_inference", "ns_e_training", "ns_sharp_training",
+    "prepare_joules", "idle_watts", "ns_e_inference", "ns_sharp_inference", "ns_e_training",
+    "ns_sharp_training",
 )  # fmt: skip
 OVERVIEW = (
     "test_top1_pct", "train_seconds", "train_energy_joules", "train_net_joules", "train_cpu_joules",
@@ -57,6 +64,9 @@ class RunRecord:
     on the test split after the last epoch (`selection_rule`); nothing was chosen on it.  `energy_joules`
     is gross GPU energy of training, validation and test, data loading included; `train_net_joules` is
     training's less idle power.  Scores in decibels, `_inference` of the test pass, `_training` of training.
+
+    `phase` is "training", or "inference" for a baseline, which `prepare_*` describes up to the first test
+    image: text classifier, features and probe, or the choice of a scoring rule, but not loading the weights.
     """
 
     run: dict
@@ -88,18 +98,9 @@ class RunRecord:
         record = cls(
             run=_run_fields(experiment, result.status, result.error) | {"started_at": result.started_at},
             config=experiment.to_dict(),
-            data={
-                "n_train": len(splits.train),
-                "n_val": len(splits.val),
-                "n_test": len(splits.test),
-                "n_classes": len(splits.classes),
-                "n_broken": len(splits.broken),
-                **{f"{split}_sha256": digest for split, digest in splits.hashes.items()},
-            },
+            data=_data_fields(splits),
             quality={
-                "test_top1_pct": evaluation and evaluation.top1_pct,
-                "test_top5_pct": evaluation and evaluation.top5_pct,
-                "test_loss": evaluation and evaluation.loss,
+                **_test_fields(evaluation),
                 "val_top1_pct": result.history[-1]["val_top1_pct"] if result.history else None,
                 "selection_rule": "last epoch",
                 "weights_sha256": result.weights_sha256,
@@ -149,8 +150,92 @@ class RunRecord:
                 "windows": result.windows | ({"test": evaluation.window.to_dict()} if evaluation else {}),
             },
         )
-        record._score(summary)
-        record._explain(result, evaluation)
+        record._score(summary.total, {"inference": "test", "training": "train"})
+        record._explain(_training_reasons(result, evaluation))
+        return record
+
+    @classmethod
+    def of_baseline(
+        cls,
+        experiment: BaselineExperiment,
+        splits: Splits,
+        prepared: Prepared,
+        evaluation: Evaluation | None,
+    ) -> RunRecord:
+        """Assemble the record of a baseline; `evaluation`: of the test split, None unless that ended well.
+
+        `config` also has the baseline and the protocol under `backbone` and `method`, so that tables hold
+        them beside the fine-tuned models.
+        """
+        summary = summarize(prepared.model)
+        env = prepared.environment
+        test = evaluation.window if evaluation else Window("test", reason="the test did not end well")
+        peaks = [prepared.peak_bytes, evaluation.peak_bytes if evaluation else 0]
+        record = cls(
+            run=_run_fields(experiment, prepared.status, prepared.error)
+            | {"started_at": prepared.started_at, "phase": "inference"},
+            config=experiment.to_dict()
+            | {"backbone": experiment.baseline, "method": experiment.protocol, "checkpointing": "none"},
+            data=_data_fields(splits),
+            quality={
+                **_test_fields(evaluation),
+                "val_top1_pct": prepared.val_top1_pct,
+                "unmatched_pct": prepared.unmatched_pct,
+                "selection_rule": prepared.selection_rule,
+                "weights_sha256": prepared.weights_sha256,
+                "params_total": summary.total,
+                "params_trainable": prepared.fitted,
+            },
+            time={
+                "prepare_seconds": prepared.window.seconds,
+                "test_seconds": evaluation and evaluation.seconds,
+                "features_cached": prepared.features_cached,
+            },
+            energy={
+                "energy_joules": total([prepared.window, test]).energy_joules,
+                "energy_source": _source([prepared.window, test]),
+                "prepare_joules": prepared.window.energy_joules,
+                "test_energy_joules": test.energy_joules,
+                "test_quantisation_joules": test.quantisation_joules,
+                "test_energy_flags": ", ".join(test.flags),
+            },
+            memory={
+                "prepare_peak_bytes": prepared.peak_bytes,
+                "test_peak_bytes": evaluation and evaluation.peak_bytes,
+                "host_peak_bytes": _host_peak_bytes(),
+                "memory_source": prepared.memory_source,
+                "budget_mode": _budget_mode(experiment, env["device_total_bytes"]),
+                "within_budget": max(peaks) <= experiment.budget_bytes if evaluation else None,
+                "predicted_peak_bytes": prepared.predicted_peak_bytes,
+                "micro_batch_images": prepared.batch_size,
+                "form": prepared.form,
+            },
+            flops={"inference_macs_per_image": evaluation and evaluation.macs_per_image},
+            env=env,
+            packages=installed_packages(),
+            curves={
+                "choices": prepared.choices,
+                "windows": {"prepare": prepared.window.to_dict()}
+                | ({"test": evaluation.window.to_dict()} if evaluation else {}),
+            },
+        )
+        record._score(summary.total, {"inference": "test"})
+        ended = f"the test ended with status {prepared.status}"
+        record._explain(
+            _common_reasons(test, ended, prepared.memory_source)
+            | {
+                "energy_joules": prepared.window.reason or test.reason,
+                "prepare_joules": prepared.window.reason,
+                "predicted_peak_bytes": "predictions are for the published weights, not for a folder",
+                "val_top1_pct": "nothing is chosen on validation images",
+                "test_top5_pct": ended if evaluation is None else "a generated answer names one class",
+                "test_loss": ended if evaluation is None else "a generated answer has no probabilities",
+                "unmatched_pct": ended
+                if experiment.protocol == "generate"
+                else "no answer has to be matched",
+                "features_cached": "this protocol keeps no features",
+            }
+        )
         return record
 
     def overview(self) -> pd.DataFrame:
@@ -167,13 +252,13 @@ class RunRecord:
         ]
         return pd.DataFrame(rows, columns=["", "value", "missing because"]).set_index("")
 
-    def _score(self, summary: Summary) -> None:
-        """Fill in the NetScore family: of the test pass, and with training's costs."""
+    def _score(self, params_total: int, phases: dict[str, str]) -> None:
+        """Fill in the NetScore family with each phase's costs; `phases`: name -> prefix of its fields."""
         accuracy = self.quality["test_top1_pct"]
         macs = self.flops["inference_macs_per_image"]
-        costs = {"params_m": summary.total / 1e6, "macs_g": macs and macs / 1e9}
+        costs = {"params_m": params_total / 1e6, "macs_g": macs and macs / 1e9}
         self.scores["units"] = "accuracy %, parameters M, MACs G per image, s, W, MiB"
-        for phase, part in (("inference", "test"), ("training", "train")):
+        for phase, part in phases.items():
             seconds, joules = self.time[f"{part}_seconds"], self.energy[f"{part}_energy_joules"]
             peak = self.memory[f"{part}_peak_bytes"]
             costs |= {
@@ -190,58 +275,23 @@ class RunRecord:
                     reason = why_no_score(kind, accuracy, **costs)
                     self.missing[column] = reason.replace("watts was", "energy was")
 
-    def _explain(self, result: FitResult, evaluation: Evaluation | None) -> None:
+    def _explain(self, reasons: dict[str, str | None]) -> None:
         """Give every null its reason."""
-        ended = f"training or test ended with status {result.status}"
-        train = _window(result, "train")
-        test = evaluation.window if evaluation else Window("test", reason=ended)
-        reasons = dict.fromkeys(
-            ("test_top1_pct", "test_top5_pct", "test_loss", "test_seconds", "test_peak_bytes"), ended
-        )
-        reasons |= dict.fromkeys(self.flops, "no training step was traced")
-        reasons |= {
-            "inference_macs_per_image": ended,
-            "within_budget": ended,
-            "val_top1_pct": "no epoch was completed",
-            "train_peak_bytes": "no training step was begun",
-            "predicted_peak_bytes": "only the strategy planned predicts",
-            "micro_batch_images": "no training step was begun",
-            "train_reserved_peak_bytes": "only CUDA's allocator reserves memory ahead",
-            "context_bytes": result.context_reason or "training was not begun",
-            "device_used_bytes": result.context_reason or "training was not begun",
-            "host_peak_bytes": "this operating system does not tell",
-            "energy_joules": _window(result, "fit").reason or test.reason,
-            "validation_energy_joules": _window(result, "validation").reason,
-            "test_energy_joules": test.reason,
-            "test_quantisation_joules": test.reason,
-            "train_cpu_joules": train.cpu_reason or train.reason,
-            "idle_watts": train.reason or "idle power was not measured",
-            "train_net_joules": train.reason or "idle power was not measured",
-            "train_disagreement_pct": train.reason or "counter and polling did not both work throughout",
-            "train_poll_joules": train.reason or "power could not be read throughout",
-        }
-        told = ("train_energy_joules", "train_quantisation_joules", "gpu_start_celsius", "gpu_end_celsius")
-        reasons |= dict.fromkeys(told, train.reason or "the sensor does not tell")
-        on_cuda = result.memory_source == "cuda_allocator"
-        reasons |= dict.fromkeys(
-            self.env, "the driver does not tell" if on_cuda else "the run was on the CPU"
-        )
-        reasons |= {"alloc_conf": "not set", "git_sha": "no git repository", "git_dirty": "no git repository"}
-        reasons |= {name: "not installed" for name in self.env if name.startswith("version_")}
         groups = (self.quality, self.time, self.energy, self.memory, self.flops, self.env)
         nulls = [name for group in groups for name, value in group.items() if value is None]
         self.missing |= {name: reasons[name] for name in nulls}
 
     @classmethod
-    def of_failure(cls, experiment: Experiment, error: str) -> RunRecord:
+    def of_failure(cls, experiment: Parameters, error: str, status: str = "failed") -> RunRecord:
         """The record of a run that ended without one of its own: its kernel died or a cell raised."""
         return cls(
-            run=_run_fields(experiment, "failed", error),
+            run=_run_fields(experiment, status, error),
             config=experiment.to_dict(),
             env=environment(experiment.device),
             packages=installed_packages(),
             missing=dict.fromkeys(
-                ("data", "quality", "time", "energy", "memory", "flops", "scores"), f"the run failed: {error}"
+                ("data", "quality", "time", "energy", "memory", "flops", "scores"),
+                f"the run ended with status {status}: {error}",
             ),
         )
 
@@ -260,15 +310,75 @@ class RunRecord:
         return path
 
 
-def _run_fields(experiment: Experiment, status: str, error: str | None) -> dict:
+def _run_fields(experiment: Parameters, status: str, error: str | None) -> dict:
     return {
         "schema_version": SCHEMA_VERSION,
         "run_id": str(uuid.uuid4()),
         "experiment_id": experiment.id,
         "status": status,
         "error": error,
+        "phase": "training",
         "ended_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _data_fields(splits: Splits) -> dict:
+    return {
+        "n_train": len(splits.train),
+        "n_val": len(splits.val),
+        "n_test": len(splits.test),
+        "n_classes": len(splits.classes),
+        "n_broken": len(splits.broken),
+        **{f"{split}_sha256": digest for split, digest in splits.hashes.items()},
+    }
+
+
+def _test_fields(evaluation: Evaluation | None) -> dict:
+    return {
+        "test_top1_pct": evaluation and evaluation.top1_pct,
+        "test_top5_pct": evaluation and evaluation.top5_pct,
+        "test_loss": evaluation and evaluation.loss,
+    }
+
+
+def _common_reasons(test: Window, ended: str, memory_source: str) -> dict[str, str | None]:
+    """Why fields that all records have may be null; `ended`: how a run ended that has no test."""
+    from_test = ("test_top1_pct", "test_top5_pct", "test_loss", "test_seconds", "test_peak_bytes")
+    reasons = dict.fromkeys((*from_test, "inference_macs_per_image", "within_budget"), ended)
+    reasons |= dict.fromkeys(("test_energy_joules", "test_quantisation_joules"), test.reason)
+    reasons["host_peak_bytes"] = "this operating system does not tell"
+    from_gpu = ("driver", "power_limit_watts", "gpu_uuid_sha256", "device_total_bytes", "cuda", "cudnn")
+    on_cuda = memory_source == "cuda_allocator"
+    reasons |= dict.fromkeys(from_gpu, "the driver does not tell" if on_cuda else "the run was on the CPU")
+    reasons |= {"alloc_conf": "not set", "git_sha": "no git repository", "git_dirty": "no git repository"}
+    return reasons | {f"version_{name}": "not installed" for name in PACKAGES}
+
+
+def _training_reasons(result: FitResult, evaluation: Evaluation | None) -> dict[str, str | None]:
+    ended = f"training or test ended with status {result.status}"
+    train = _window(result, "train")
+    test = evaluation.window if evaluation else Window("test", reason=ended)
+    untraced = (f"{phase}_flops_per_image" for phase in ("forward", "backward", "recompute"))
+    reasons = _common_reasons(test, ended, result.memory_source)
+    reasons |= dict.fromkeys(untraced, "no training step was traced")
+    reasons |= {
+        "val_top1_pct": "no epoch was completed",
+        "train_peak_bytes": "no training step was begun",
+        "predicted_peak_bytes": "only the strategy planned predicts",
+        "micro_batch_images": "no training step was begun",
+        "train_reserved_peak_bytes": "only CUDA's allocator reserves memory ahead",
+        "context_bytes": result.context_reason or "training was not begun",
+        "device_used_bytes": result.context_reason or "training was not begun",
+        "energy_joules": _window(result, "fit").reason or test.reason,
+        "validation_energy_joules": _window(result, "validation").reason,
+        "train_cpu_joules": train.cpu_reason or train.reason,
+        "idle_watts": train.reason or "idle power was not measured",
+        "train_net_joules": train.reason or "idle power was not measured",
+        "train_disagreement_pct": train.reason or "counter and polling did not both work throughout",
+        "train_poll_joules": train.reason or "power could not be read throughout",
+    }
+    told = ("train_energy_joules", "train_quantisation_joules", "gpu_start_celsius", "gpu_end_celsius")
+    return reasons | dict.fromkeys(told, train.reason or "the sensor does not tell")
 
 
 def _readable(name: str, value: object) -> str:
@@ -288,10 +398,9 @@ def _window(result: FitResult, name: str) -> Window:
 def _energy_fields(result: FitResult, evaluation: Evaluation | None) -> dict:
     train, validation = _window(result, "train"), _window(result, "validation")
     fit, test = _window(result, "fit"), evaluation.window if evaluation else total([], "test")
-    simulated = "fake" in {window.source for window in (fit, train, validation, test)}
     return {
         "energy_joules": total([fit, test]).energy_joules if evaluation else fit.energy_joules,
-        "energy_source": "fake" if simulated else fit.source,
+        "energy_source": _source([fit, train, validation, test]),
         "train_energy_joules": train.energy_joules,
         "validation_energy_joules": validation.energy_joules,
         "test_energy_joules": test.energy_joules,
@@ -309,7 +418,12 @@ def _energy_fields(result: FitResult, evaluation: Evaluation | None) -> dict:
     }
 
 
-def _budget_mode(experiment: Experiment, device_total_bytes: int | None) -> str:
+def _source(windows: list[Window]) -> str:
+    """The first window's energy source, or "fake" if any is a simulated GPU's."""
+    return "fake" if "fake" in {window.source for window in windows} else windows[0].source
+
+
+def _budget_mode(experiment: Parameters, device_total_bytes: int | None) -> str:
     """Whether the budget is the device itself (within 10 %: part of it is the driver's) or a share of it."""
     native = device_total_bytes is not None and device_total_bytes <= 1.1 * experiment.budget_bytes
     return "native" if native else "simulated"
@@ -325,7 +439,7 @@ def _host_peak_bytes() -> int | None:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def run_folder(experiment: Experiment, runs: Path = RUNS) -> Path:
+def run_folder(experiment: Parameters, runs: Path = RUNS) -> Path:
     """Where the run of `experiment` keeps its record, notebook and snapshots."""
     return Path(runs) / experiment.name
 

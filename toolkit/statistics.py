@@ -8,14 +8,18 @@ from collections.abc import Iterator, Mapping
 import pandas as pd
 import scipy.stats
 
+from toolkit.baselines.experiment import BaselineExperiment
+from toolkit.baselines.registry import PROTOCOLS
 from toolkit.budget import STRATEGIES
-from toolkit.errors import InputError
+from toolkit.errors import InputError, check_name
 from toolkit.experiment import Experiment
 from toolkit.methods import METHODS
 from toolkit.records import SIMULATED
 from toolkit.scores import hypervolume, pareto_rank
 
-PARAMETERS = [field.name for field in dataclasses.fields(Experiment) if field.name != "seed"]
+_FIELDS = [*dataclasses.fields(Experiment), *dataclasses.fields(BaselineExperiment)]
+# `baseline` and `protocol` stand under `backbone` and `method` in every record.
+PARAMETERS = list(dict.fromkeys(f.name for f in _FIELDS if f.name not in ("seed", "baseline", "protocol")))
 # Runs of one experiment that differ here were not measured alike.
 ALIKE = ["env_hash", "memory_source", "budget_mode", "energy_source", "alloc_conf"]
 DATA = ["train_sha256", "test_sha256"]
@@ -69,20 +73,21 @@ def _what_differs(group: pd.DataFrame) -> str:
 def compare(frame: pd.DataFrame, *, mix: bool = False) -> pd.DataFrame:
     """One row per group of runs that differ only in seed: mean, interval and n, as text for people.
 
-    Columns name the parameters in `SHOWN` and any other, or data hash, that varies in `frame`.  Runs
-    that did not end `ok` count under `not ok` and in no mean.  Raises `InputError` where runs were not
-    measured alike (`refuse_mixed`) unless `mix`.
+    Columns name the parameters in `SHOWN` and any other, or data hash, that varies among runs of one
+    phase.  Peak, seconds and joules are of training, and of a baseline of all that takes the place of it
+    (see `adaptation`).  Runs that did not end `ok` count under `not ok` and in no mean.  Raises
+    `InputError` where runs were not measured alike (`refuse_mixed`) unless `mix`.
     """
     if not mix:
         refuse_mixed(frame)
     rows = []
     for row, group in _groups(frame):
-        ok = _without_simulated(group[group.status == "ok"])
+        ok = adaptation(_without_simulated(group[group.status == "ok"]))
         row["test top-1 %"] = _text(ok.get("test_top1_pct"), 1, 2)
-        row["peak MiB"] = _text(ok.get("train_peak_bytes"), 2**20, 2)
+        row["peak MiB"] = _text(ok.get("peak_bytes"), 2**20, 2)
         row["in budget"] = "" if ok.empty else "yes" if ok.within_budget.astype(bool).all() else "no"
-        row["train s"] = _text(ok.get("train_seconds"), 1, 1)
-        row["train J"] = _energy(ok)
+        row["adapt s"] = _text(ok.get("adapt_seconds"), 1, 1)
+        row["adapt J"] = _energy(ok)
         row["trainable"] = "" if ok.empty else f"{int(ok.params_trainable.iloc[0]):,}"
         row["n"] = len(ok)
         row["not ok"] = ", ".join(group.status[group.status != "ok"])
@@ -90,26 +95,56 @@ def compare(frame: pd.DataFrame, *, mix: bool = False) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-SCORES = {"NS": "ns", "NS-E": "ns_e_training", "NS-M": "ns_m_training", "NS#": "ns_sharp_training"}
-COSTS = ["train_peak_bytes", "train_energy_joules", "train_seconds"]
+def adaptation(frame: pd.DataFrame) -> pd.DataFrame:
+    """`frame` with `peak_bytes`, `adapt_seconds`, `adapt_joules`: what it took to get the classifier.
+
+    Of a fine-tuned model these are training's; of a baseline the time and energy before the first test
+    image (text classifier, features and probe, choice of a scoring rule) and the highest moment of all.
+    """
+
+    def column(name: str) -> pd.Series:
+        return frame[name] if name in frame else pd.Series(index=frame.index, dtype=float)
+
+    highest = pd.concat([column("prepare_peak_bytes"), column("test_peak_bytes")], axis=1).max(axis=1)
+    prepared = column("phase") == "inference"
+    return frame.assign(
+        peak_bytes=column("train_peak_bytes").where(~prepared, highest),
+        adapt_seconds=column("train_seconds").where(~prepared, column("prepare_seconds")),
+        adapt_joules=column("train_energy_joules").where(~prepared, column("prepare_joules")),
+    )
 
 
-def standing(frame: pd.DataFrame, *, mix: bool = False) -> pd.DataFrame:
-    """Scores of the groups of `compare`: NetScores with training's costs, and what no unit can move.
+# By phase: scores, and the costs that ranks are of.
+SCORES = {
+    phase: {
+        "NS": "ns", "NS-E": f"ns_e_{phase}", "NS-M": f"ns_m_{phase}", "NS#": f"ns_sharp_{phase}"
+    }
+    for phase in ("training", "inference")
+}  # fmt: skip
+COSTS = {
+    "training": ["train_peak_bytes", "train_energy_joules", "train_seconds"],
+    "inference": ["test_peak_bytes", "test_energy_joules", "test_seconds"],
+}
 
-    NetScores are means over seeds of each run's score, with intervals.  `Pareto rank` and `dominated %`
-    (the group's hypervolume in the box up to 1.1 times the worst costs) are of mean accuracy, peak memory,
-    energy and time, among the groups of one data set; a cost that no run has is left out.  A group
+
+def standing(frame: pd.DataFrame, phase: str = "training", *, mix: bool = False) -> pd.DataFrame:
+    """Scores of the groups of `compare`: NetScores with a phase's costs, and what no unit can move.
+
+    `phase`: "training", or "inference", which baselines have too.  NetScores are means over seeds of each
+    run's score, with intervals.  `Pareto rank` and `dominated %` (the group's hypervolume in the box up to
+    1.1 times the worst costs) are of mean accuracy, peak memory, energy and time, among the groups of one
+    data set; a cost that no run has is left out.  A group
     without a finished run, or without a cost that others have, has neither.  Raises as `compare`, and
     where groups that would be ranked together were not measured alike.
     """
     if not mix:
         refuse_mixed(frame, rivals=True)
+    wanted = ("test_top1_pct", *COSTS[check_name("phase", phase, COSTS)])
     rows, points = [], []
     for row, group in _groups(frame):
         ok = _without_simulated(group[group.status == "ok"])
-        rows.append(row | {kind: _text(ok.get(column), 1, 2) for kind, column in SCORES.items()})
-        means = {name: mean_and_interval(ok[name])[0] for name in ("test_top1_pct", *COSTS) if name in ok}
+        rows.append(row | {kind: _text(ok.get(column), 1, 2) for kind, column in SCORES[phase].items()})
+        means = {name: mean_and_interval(ok[name])[0] for name in wanted if name in ok}
         points.append(pd.Series(means, dtype=float))
     table, points = pd.DataFrame(rows), pd.DataFrame(points)
     table["Pareto rank"], table["dominated %"] = pd.NA, pd.NA
@@ -128,9 +163,15 @@ def standing(frame: pd.DataFrame, *, mix: bool = False) -> pd.DataFrame:
 
 def _groups(frame: pd.DataFrame) -> Iterator[tuple[dict, pd.DataFrame]]:
     """Groups of runs that differ only in seed, with what they share; methods and strategies in order."""
-    vary = [name for name in (*PARAMETERS, *DATA) if name in frame and frame[name].nunique() > 1]
+    phases = frame.phase if "phase" in frame else pd.Series("training", index=frame.index)
+    vary = [
+        name
+        for name in (*PARAMETERS, *DATA)
+        if name in frame and (frame[name].groupby(phases).nunique() > 1).any()
+    ]
     by = [*SHOWN, *(name for name in vary if name not in SHOWN)]
-    order = {name: position for position, name in enumerate((*METHODS, *STRATEGIES))}
+    protocols = [protocol for family in PROTOCOLS.values() for protocol in family]
+    order = {name: position for position, name in enumerate((*METHODS, *protocols, *STRATEGIES))}
     frame = frame.sort_values(
         by, kind="stable", key=lambda column: column.map(lambda value: order.get(value, value))
     )
@@ -140,7 +181,7 @@ def _groups(frame: pd.DataFrame) -> Iterator[tuple[dict, pd.DataFrame]]:
 
 def _energy(ok: pd.DataFrame) -> str:
     simulated = "energy_source" in ok and (ok.energy_source == "fake").any()
-    return "simulated" if simulated else _text(ok.get("train_energy_joules"), 1, 0)
+    return "simulated" if simulated else _text(ok.get("adapt_joules"), 1, 0)
 
 
 def _without_simulated(frame: pd.DataFrame) -> pd.DataFrame:
@@ -179,6 +220,8 @@ def paired_differences(
         refuse_mixed(frame, rivals=True)
     ok = _without_simulated(frame[frame.status == "ok"])
     ok = ok[ok[value].notna()]
+    if "phase" in ok:  # a baseline has no seed to be paired by
+        ok = ok[ok.phase == "training"]
     by = list(dict.fromkeys([*SHOWN, *(n for n in (*PARAMETERS, *DATA) if n in ok and ok[n].nunique() > 1)]))
     if ok.duplicated([*by, "seed"]).any():
         raise InputError("a seed occurs twice in a group; select one run of each.")

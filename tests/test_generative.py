@@ -1,0 +1,247 @@
+"""Vision-language models behind one face: loading, what goes in, what class names become, fewer tokens."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from pathlib import Path
+
+import httpx
+import huggingface_hub
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from huggingface_hub import errors
+from PIL import Image
+
+from toolkit import InputError
+from toolkit.baselines.generative import KINDS, load, prune_vocabulary
+from toolkit.baselines.tiny_hub import tiny_generative
+from toolkit.baselines.tiny_mobilevlm import tiny_mobilevlm
+from toolkit.methods.low_rank import four_bit_layers
+
+NAMES = ["can", "candle", "maple tree", "cat"]
+QUESTION = "What type of object is in this photo?"
+CPU = {"dtype": torch.float32, "device": torch.device("cpu")}
+_noise = np.random.default_rng(0)
+IMAGES = [
+    Image.fromarray(_noise.integers(0, 255, (h, w, 3), dtype=np.uint8)) for h, w in ((32, 32), (90, 50))
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """`folder(kind)`: of a tiny random model."""
+
+    @functools.cache
+    def write(kind: str):
+        writer = tiny_mobilevlm if kind.startswith("mobilevlm") else tiny_generative
+        return writer(kind, tmp_path_factory.mktemp(kind), NAMES)
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    """`model(kind)`: one that the tests share and do not change."""
+    return functools.cache(lambda kind: load(folder(kind), kind, **CPU))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Loading
+
+
+def test_unknown_kinds_are_refused(tmp_path):
+    with pytest.raises(InputError, match="Did you mean 'smolvlm'"):
+        load(tmp_path, "smolvln", **CPU)
+
+
+def test_a_model_of_another_kind_is_refused(folder):
+    with pytest.raises(InputError, match=r"paligemma with gemma2, not 'paligemma'; pass kind 'paligemma2'"):
+        load(folder("paligemma2"), "paligemma", **CPU)
+
+
+def test_an_incomplete_folder_is_refused(tmp_path):
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load(tmp_path, "smolvlm", **CPU)
+
+
+def test_weights_that_are_not_all_there_are_refused(folder, tmp_path):
+    broken = Path(shutil.copytree(folder("smolvlm"), tmp_path / "broken"))
+    weights = safetensors.torch.load_file(broken / "model.safetensors")
+    del weights["model.connector.modality_projection.proj.weight"]
+    safetensors.torch.save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"lack model\.connector\.modality_projection\.proj\.weight"):
+        load(broken, "smolvlm", **CPU)
+
+
+def test_a_path_that_is_no_folder_is_refused(tmp_path):
+    with pytest.raises(
+        InputError, match="neither a folder nor the name of a hub repository; correct the path"
+    ):
+        load(tmp_path / "absent", "smolvlm", **CPU)
+
+
+def test_without_network_a_repository_is_refused():
+    with pytest.raises(InputError, match="connect to the Hugging Face hub once"):
+        load("HuggingFaceTB/absent", "smolvlm", **CPU)
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (errors.GatedRepoError, "accept the licence at https://huggingface.co/google/some and log in"),
+        (errors.RepositoryNotFoundError, "is not on the hub; check the name"),
+        (errors.RevisionNotFoundError, "has no revision 'v9'; name one"),
+    ],
+)
+def test_what_the_hub_refuses_comes_with_a_remedy(monkeypatch, error, remedy):
+    def refuse(repo, file, revision):
+        request = httpx.Request("GET", f"https://huggingface.co/{repo}/resolve/{revision}/{file}")
+        raise error("refused", response=httpx.Response(403, request=request))
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    with pytest.raises(InputError, match=remedy):
+        load("google/some", "paligemma", **CPU, revision="v9")
+
+
+def test_a_tiny_model_is_always_the_same(folder, model, tmp_path):
+    again = load(tiny_generative("smolvlm", tmp_path, NAMES), "smolvlm", **CPU)
+    for name, value in model("smolvlm").state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    assert again.inputs(IMAGES, QUESTION)["input_ids"].tolist() == (
+        model("smolvlm").inputs(IMAGES, QUESTION)["input_ids"].tolist()
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_come_in_the_type_asked_for_and_frozen(folder, dtype):
+    vlm = load(folder("idefics3"), "idefics3", dtype=dtype, device=torch.device("cpu"))
+    assert {parameter.dtype for parameter in vlm.parameters()} == {dtype}
+    assert not any(parameter.requires_grad for parameter in vlm.parameters())
+    assert not vlm.model.training
+
+
+def test_four_bits_are_for_all_linear_layers_but_the_last(folder):
+    vlm = load(folder("paligemma"), "paligemma", **CPU, four_bit=True)
+    linear = {name for name, layer in vlm.named_modules() if isinstance(layer, torch.nn.Linear)}
+    assert linear - four_bit_layers(vlm).keys() == {"model.lm_head"}
+    assert vlm.model.lm_head.weight is vlm.model.get_input_embeddings().weight  # still
+
+
+# ---------------------------------------------------------------------------------------------------
+# What goes in and what class names become
+
+
+@pytest.mark.parametrize(
+    ("kind", "beginning", "end"),
+    [
+        ("idefics3", "<|im_start|>User:<", f">{QUESTION}<end_of_utterance>\nAssistant:"),
+        ("smolvlm", "<|im_start|>User:<", f">{QUESTION}<end_of_utterance>\nAssistant:"),
+        ("paligemma", "<image><image>", f"<image><bos>answer en {QUESTION}\n"),
+        ("paligemma2", "<image><image>", f"<image><bos>answer en {QUESTION}\n"),
+    ],
+)
+def test_the_prompt_is_the_model_s_own(model, kind, beginning, end):
+    inputs = model(kind).inputs(IMAGES, QUESTION)
+    for row in inputs["input_ids"]:
+        text = model(kind).processor.tokenizer.decode(row)
+        assert text.startswith(beginning)
+        assert text.endswith(end)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_images_get_the_same_prefix(model, kind):
+    inputs = model(kind).inputs(IMAGES, QUESTION)
+    assert {len(value) for value in inputs.values()} == {2}
+    assert torch.equal(inputs["input_ids"][0], inputs["input_ids"][1])
+    assert inputs["attention_mask"].all()
+    assert "labels" not in inputs
+    assert not torch.equal(inputs["pixel_values"][0], inputs["pixel_values"][1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_those_of_the_model_as_a_whole(model, kind):
+    inputs = model(kind).inputs(IMAGES, QUESTION)
+    expected = model(kind).model(**inputs).logits
+    found = model(kind).logits(model(kind).hidden(inputs).last_hidden_state)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["idefics3", "smolvlm"])
+def test_an_image_is_one_tile(model, kind):
+    large = Image.fromarray(_noise.integers(0, 255, (200, 300, 3), dtype=np.uint8))
+    assert model(kind).inputs([large], QUESTION)["pixel_values"].shape == (1, 1, 3, 32, 32)
+    pixels = torch.tensor(np.asarray(IMAGES[0])).movedim(2, 0) / 127.5 - 1  # not enlarged and shrunk again
+    torch.testing.assert_close(model(kind).inputs(IMAGES[:1], QUESTION)["pixel_values"][0, 0], pixels)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_without_content_is_almost_zero_to_the_model(model, kind):
+    """But not quite: an image of zeros is padding to SmolVLM, which it leaves out."""
+    pixels = model(kind).null_inputs(QUESTION)["pixel_values"]
+    assert 0 < pixels.abs().max() < 0.01
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_candidates_are_the_names_as_they_follow_the_prompt(model, kind):
+    vlm = model(kind)
+    tokenizer = vlm.processor.tokenizer
+    prefix = vlm.inputs(IMAGES[:1], QUESTION)["input_ids"][0].tolist()
+    said = tokenizer.decode(prefix)
+    for name, ids in zip(NAMES, vlm.candidates(QUESTION, NAMES)):
+        assert ids[-1] == vlm.terminator == tokenizer.eos_token_id
+        assert vlm.terminator not in ids[:-1]
+        space = "" if kind.startswith("paligemma") else " "
+        assert tokenizer.decode(prefix + ids[:-1]) == said + space + name
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "no class names"),
+        (["can", "cat", "can"], "classes 'can' and 'can' are the same"),
+        (["maple  tree ", "maple tree"], "classes 'maple  tree ' and 'maple tree' are the same"),
+        (["can", " "], "class ' ' does not follow the prompt"),
+    ],
+)
+def test_names_that_cannot_be_told_apart_are_refused(model, names, message):
+    with pytest.raises(InputError, match=message):
+        model("idefics3").candidates(QUESTION, names)
+
+
+def test_a_name_that_merges_with_the_prompt_is_refused(folder):
+    vlm = load(folder("smolvlm"), "smolvlm", **CPU)
+    vlm.processor.tokenizer.add_tokens([": cat"])
+    with pytest.raises(InputError, match="class 'cat' does not follow the prompt as tokens of its own"):
+        vlm.candidates(QUESTION, NAMES)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Fewer tokens
+
+
+@pytest.mark.parametrize(("kind", "tied"), [("idefics3", False), ("paligemma", True)])
+def test_pruning_keeps_the_rows_of_the_tokens_used(folder, model, kind, tied):
+    vlm, whole = load(folder(kind), kind, **CPU), model(kind)
+    used = vlm.used_tokens(QUESTION, NAMES)
+    prompt = vlm.inputs(IMAGES, QUESTION)["input_ids"]
+    assert {*prompt.flatten().tolist(), *(t for ids in vlm.candidates(QUESTION, NAMES) for t in ids)} == {
+        *used
+    }
+    prune_vocabulary(vlm, used)
+    embedding, head = vlm.model.get_input_embeddings(), vlm.model.get_output_embeddings()
+    assert embedding.weight.shape[0] == head.weight.shape[0] == len(used)
+    assert (embedding.weight is head.weight) == tied
+    embedded = whole.model.get_input_embeddings()(prompt)
+    assert torch.equal(embedding(vlm.rows(prompt)), embedded)
+    hidden = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(vlm.logits(hidden), whole.logits(hidden)[:, used])
+
+
+def test_a_vocabulary_is_pruned_once(folder):
+    vlm = load(folder("smolvlm"), "smolvlm", **CPU)
+    prune_vocabulary(vlm, vlm.used_tokens(QUESTION, NAMES))
+    with pytest.raises(InputError, match="pruned already"):
+        prune_vocabulary(vlm, [0])

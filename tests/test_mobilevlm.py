@@ -1,0 +1,515 @@
+"""MobileVLM from files as they are published: names, projectors, tokens, and the whole computation."""
+
+from __future__ import annotations
+
+import functools
+import json
+import pickle
+import re
+import shutil
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from huggingface_hub import errors
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+from toolkit.baselines.mobilevlm import (
+    PROJECTORS,
+    MobileVLM,
+    convert_config,
+    convert_state_dict,
+    load_mobilevlm,
+    prompt,
+)
+from toolkit.baselines.tiny_mobilevlm import tiny_mobilevlm
+from toolkit.errors import InputError
+from toolkit.methods.low_rank import quantise
+
+KINDS = ("mobilevlm", "mobilevlm_v2")
+TEXTS = ["maple tree", "can", "candle", "What type of object is in this photo?"]
+QUESTION = TEXTS[-1]
+TOWER = "model.vision_tower.vision_tower.vision_model."
+PROJECTOR = "model.multi_modal_projector."
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {kind: tiny_mobilevlm(kind, tmp_path_factory.mktemp(kind), TEXTS) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def loaded(folders):
+    return {kind: load_mobilevlm(folder, dtype=torch.float32) for kind, folder in folders.items()}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def copy(folders, tmp_path):
+    """A copy of the V2 folder, to be damaged."""
+    return shutil.copytree(folders["mobilevlm_v2"], tmp_path / "copy")
+
+
+def published(folder) -> tuple[dict, dict[str, torch.Tensor]]:
+    weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    return json.loads((folder / "config.json").read_text()), weights
+
+
+def pictures(count: int = 3) -> list[Image.Image]:
+    """Noise, each of another shape."""
+    generator = torch.Generator().manual_seed(1)
+    sizes = [(20 + 9 * i, 30, 3) for i in range(count)]
+    return [Image.fromarray(torch.randint(256, s, generator=generator).byte().numpy()) for s in sizes]
+
+
+def batch(processor, count: int = 3):
+    return processor(images=pictures(count), text=[prompt(QUESTION)] * count)
+
+
+@torch.inference_mode()
+def logits(model, inputs) -> torch.Tensor:
+    return model(**inputs).logits
+
+
+# The files and names
+
+
+def test_tiny_is_the_same_each_time_and_in_published_names(kind, folders, tmp_path):
+    config, weights = published(folders[kind])
+    again = tiny_mobilevlm(kind, tmp_path, TEXTS)
+    assert (again / "tokenizer.model").read_bytes() == (folders[kind] / "tokenizer.model").read_bytes()
+    torch.testing.assert_close(published(again)[1], weights, rtol=0, atol=0)
+    assert config["model_type"] == "mobilevlm"
+    names = {"lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"}
+    names |= {"model.layers.1.self_attn.q_proj.weight"}
+    names |= {
+        "mobilevlm": {
+            "model.mm_projector.model.mlp.3.bias",
+            "model.mm_projector.model.mb_block.2.block.1.fc2.weight",
+        },
+        "mobilevlm_v2": {
+            "model.mm_projector.mlp.mlp.2.weight",
+            "model.mm_projector.peg.peg.0.bias",
+            f"{TOWER}encoder.layers.0.self_attn.out_proj.bias",
+        },
+    }[kind]
+    assert names <= weights.keys()
+
+
+def test_tiny_of_an_unknown_kind(tmp_path):
+    with pytest.raises(InputError, match="mobilevlm_v2"):
+        tiny_mobilevlm("mobilevlm_v3", tmp_path, TEXTS)
+
+
+@settings(max_examples=6)
+@given(st.data())
+def test_no_weight_may_be_missing_added_or_misshapen(folders, data):
+    config, weights = published(folders["mobilevlm_v2"])
+    config = convert_config(config)
+    name = data.draw(st.sampled_from([name for name in weights if not name.endswith("inv_freq")]))
+    others = {other: value for other, value in weights.items() if other != name}
+    with pytest.raises(InputError, match=rf"json: 1 missing \({re.escape(name)}\)\."):
+        convert_state_dict(others, config)
+    with pytest.raises(InputError, match=rf"json: 1 unexpected \({re.escape(name)}_\)\."):
+        convert_state_dict(weights | {f"{name}_": weights[name]}, config)
+    with pytest.raises(InputError, match=rf"json: 1 of another shape \({re.escape(name)}\)\."):
+        convert_state_dict(others | {name: weights[name][..., None]}, config)
+
+
+def test_what_is_no_weight_is_dropped(folders):
+    config, weights = published(folders["mobilevlm_v2"])
+    config = convert_config(config)
+    more = {f"{TOWER}embeddings.position_ids": torch.arange(577)[None]}
+    assert convert_state_dict(weights | more, config).keys() == convert_state_dict(weights, config).keys()
+    with pytest.raises(InputError, match=r"1 unexpected \(model.mm_projector.new\)"):
+        convert_state_dict(weights | {"model.mm_projector.new": torch.ones(1)}, config)
+
+
+@pytest.mark.parametrize(
+    ("width", "layers", "heads", "inner", "projector", "millions"),
+    [
+        (2048, 24, 16, 5632, "ldpnetv2", 1674),
+        (2560, 32, 32, 6912, "ldpnetv2", 3014),
+        # 3.37 GB and 6.07 GB of two-byte numbers are the sizes of the published files
+        (2048, 24, 16, 5632, "ldpnet", 1687),
+        (2560, 32, 32, 6912, "ldpnet", 3034),
+    ],
+)
+def test_parameters_of_the_published_models(folders, width, layers, heads, inner, projector, millions):
+    config, _ = published(folders["mobilevlm_v2"])
+    del config["vision_config"]
+    config |= {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": inner}
+    config |= {"num_attention_heads": heads, "num_key_value_heads": heads, "vocab_size": 32000}
+    with torch.device("meta"):
+        model = MobileVLM(convert_config(config | {"mm_projector_type": projector}))
+    assert round(model.num_parameters() / 1e6) == millions
+    assert round(model.model.vision_tower.num_parameters() / 1e6) == 304
+
+
+# The computation
+
+
+def linear(weights, name, x):
+    return F.linear(x, weights[f"{name}.weight"].float(), weights[f"{name}.bias"].float())
+
+
+def convolution(weights, name, x, **options):
+    bias = weights.get(f"{name}.bias")
+    return F.conv2d(x, weights[f"{name}.weight"].float(), None if bias is None else bias.float(), **options)
+
+
+def channel_norm(weights, name, x):
+    scale, shift = weights[f"{name}.weight"].float(), weights[f"{name}.bias"].float()
+    return F.layer_norm(x.movedim(1, -1), scale.shape, scale, shift, 1e-5).movedim(-1, 1)
+
+
+def ldp(weights, patches):
+    x = linear(weights, "model.mlp.3", F.gelu(linear(weights, "model.mlp.1", patches)))
+    x = x.transpose(1, 2).reshape(len(x), -1, 24, 24)
+    for index, stride in ((1, 1), (2, 2)):
+        block = f"model.mb_block.{index}.block"
+        y = convolution(weights, f"{block}.0.0", x, stride=stride, padding=1, groups=x.shape[1])
+        y = F.hardswish(channel_norm(weights, f"{block}.0.1", y))
+        squeezed = F.relu(convolution(weights, f"{block}.1.fc1", y.mean((2, 3), keepdim=True)))
+        y = y * F.hardsigmoid(convolution(weights, f"{block}.1.fc2", squeezed))
+        y = channel_norm(weights, f"{block}.2.1", convolution(weights, f"{block}.2.0", y))
+        x = x + y if stride == 1 else y
+    return x.flatten(2).transpose(1, 2)
+
+
+def ldpv2(weights, patches):
+    x = linear(weights, "mlp.mlp.2", F.gelu(linear(weights, "mlp.mlp.0", patches)))
+    x = F.avg_pool2d(x.transpose(1, 2).reshape(len(x), -1, 24, 24), 2)
+    x = x + convolution(weights, "peg.peg.0", x, padding=1, groups=x.shape[1])
+    return x.flatten(2).transpose(1, 2)
+
+
+def projected(kind, weights, patches):
+    own = {name.removeprefix("model.mm_projector."): value for name, value in weights.items()}
+    return (ldp if kind == "mobilevlm" else ldpv2)(own, patches)
+
+
+def test_projector_by_hand(kind, folders, loaded):
+    _, weights = published(folders[kind])
+    patches = torch.randn(2, 576, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        tokens = loaded[kind][0].model.multi_modal_projector(patches)
+    assert tokens.shape == (2, 144, 32)
+    torch.testing.assert_close(tokens, projected(kind, weights, patches), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("projector", PROJECTORS)
+def test_projector_changes_the_width(projector):
+    assert PROJECTORS[projector](16, 64)(torch.zeros(1, 576, 16)).shape == (1, 144, 64)
+
+
+@torch.inference_mode()
+def test_whole_model_is_tower_projector_and_language_model(kind, folders, loaded):
+    """From the published weights and transformers' parts, with embeddings put together here."""
+    model, processor = loaded[kind]
+    config, weights = published(folders[kind])
+    tower = CLIPVisionModel(CLIPVisionConfig(**config["vision_config"])).eval()
+    if kind == "mobilevlm":
+        tower = CLIPVisionModel.from_pretrained(config["mm_vision_tower"])
+    else:
+        tower.load_state_dict({n.removeprefix(TOWER): w for n, w in weights.items() if n.startswith(TOWER)})
+    keys = LlamaConfig().to_dict().keys() & config.keys() - {"architectures", "model_type"}
+    language = LlamaForCausalLM(LlamaConfig(**{key: config[key] for key in keys})).eval()
+    language.load_state_dict({name: weights[name] for name in language.state_dict()})
+    inputs = batch(processor, 1)
+    patches = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:]
+    before, after = prompt(QUESTION).split("<image>")
+    before, after = (
+        torch.tensor(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+        for text in (before, after)
+    )
+    words = language.get_input_embeddings()
+    embeddings = [words(torch.tensor([1])), words(before), projected(kind, weights, patches)[0], words(after)]
+    expected = language(inputs_embeds=torch.cat(embeddings)[None]).logits
+    torch.testing.assert_close(logits(model, inputs), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_answers_depend_on_the_image_and_not_on_the_batch(kind, loaded):
+    model, processor = loaded[kind]
+    together = logits(model, batch(processor))
+    assert (together[0, -1] - together[1, -1]).abs().max() > 0.01
+    for image, expected in zip(pictures(), together):
+        alone = logits(model, processor(images=[image], text=[prompt(QUESTION)]))
+        torch.testing.assert_close(alone[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_shorter_prompts_are_padded_without_effect(kind, loaded):
+    model, processor = loaded[kind]
+    text = [prompt("can"), prompt(QUESTION)]
+    inputs = processor(images=pictures(2), text=text)
+    padding = int((inputs["attention_mask"][0] == 0).sum())
+    assert padding > 0 and (inputs["input_ids"][0, :padding] == processor.tokenizer.eos_token_id).all()
+    assert inputs["attention_mask"][1].all()
+    alone = logits(model, processor(images=pictures(1), text=text[:1]))
+    torch.testing.assert_close(logits(model, inputs)[0, padding:], alone[0], rtol=1e-4, atol=1e-4)
+
+
+def test_generates_greedily(kind, loaded):
+    model, processor = loaded[kind]
+    inputs = batch(processor)
+    answers = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    new = answers[:, inputs["input_ids"].shape[1] :]
+    assert new.shape == (3, 3)
+    del inputs["attention_mask"]  # then transformers guesses it, and placeholders are no padding
+    assert torch.equal(model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False), answers)
+    longer = inputs | {
+        "input_ids": answers[:, :-1],
+        "attention_mask": torch.ones_like(answers[:, :-1]),
+    }
+    predicted = logits(model, longer)[:, -3:].clone()
+    predicted[..., processor.tokenizer.eos_token_id] = -torch.inf  # as three tokens are asked for
+    assert torch.equal(predicted.argmax(-1), new)
+
+
+@torch.inference_mode()
+def test_tokens_after_the_image_need_no_image(loaded):
+    """A pass over a cached prefix with a 4-D mask, in which two tokens do not see one another."""
+    model, processor = loaded["mobilevlm_v2"]
+    inputs = batch(processor, 1)
+    length = inputs["input_ids"].shape[1]
+    prefix = model(**inputs, use_cache=True, logits_to_keep=1)
+    assert prefix.logits.shape[1] == 1
+    mask = torch.zeros(1, 1, 2, length + 2)
+    mask[0, 0, [0, 1], [length + 1, length]] = torch.finfo(torch.float32).min
+    pair = torch.tensor([[40, 50]])
+    positions = torch.tensor([[length, length]])
+    siblings = model(
+        input_ids=pair,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=prefix.past_key_values,
+    ).logits
+    for index in (0, 1):
+        ids = torch.cat([inputs["input_ids"], pair[:, index : index + 1]], dim=1)
+        whole = model(input_ids=ids, pixel_values=inputs["pixel_values"], logits_to_keep=1).logits
+        torch.testing.assert_close(siblings[:, index : index + 1], whole, rtol=1e-4, atol=1e-4)
+
+
+# Loading
+
+
+def test_saved_and_reopened_gives_the_same_logits(kind, loaded, tmp_path):
+    model, processor = loaded[kind]
+    model.save_pretrained(tmp_path)
+    again = MobileVLM.from_pretrained(tmp_path)
+    assert again.config.projector == model.config.projector
+    assert torch.equal(logits(again, batch(processor)), logits(model, batch(processor)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_another_type(kind, folders, loaded, dtype):
+    model, processor = load_mobilevlm(folders[kind], dtype=dtype)
+    assert {weight.dtype for weight in model.parameters()} == {dtype}
+    assert not model.training
+    expected = logits(loaded[kind][0], batch(processor))[:, -1]
+    found = logits(model, batch(processor))[:, -1]
+    assert found.dtype == dtype
+    assert (found - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_first_version_takes_the_tower_of_its_checkpoint_if_there_is_one(folders, loaded, tmp_path):
+    model, processor = loaded["mobilevlm"]
+    folder = shutil.copytree(folders["mobilevlm"], tmp_path / "copy")
+    config, weights = published(folder)
+    tower = model.model.vision_tower.state_dict()
+    torch.save(weights | {TOWER + name: value for name, value in tower.items()}, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(config | {"mm_vision_tower": "nobody/nothing"}))
+    again, _ = load_mobilevlm(folder, dtype=torch.float32)
+    assert torch.equal(logits(again, batch(processor)), logits(model, batch(processor)))
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"vision tower nobody/nothing .* Connect"):
+        load_mobilevlm(folder, dtype=torch.float32)
+
+
+def test_shards(copy, loaded):
+    model, processor = loaded["mobilevlm_v2"]
+    _, weights = published(copy)
+    names, files = sorted(weights), {}
+    for number, part in enumerate((names[::2], names[1::2])):
+        files |= dict.fromkeys(part, f"pytorch_model-{number}.bin")
+        torch.save({name: weights[name] for name in part}, copy / f"pytorch_model-{number}.bin")
+    (copy / "pytorch_model.bin").unlink()
+    (copy / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+    again, _ = load_mobilevlm(copy, dtype=torch.float32)
+    assert torch.equal(logits(again, batch(processor)), logits(model, batch(processor)))
+    (copy / "pytorch_model-1.bin").unlink()
+    with pytest.raises(InputError, match=r"holds no pytorch_model-1\.bin"):
+        load_mobilevlm(copy, dtype=torch.float32)
+
+
+def test_in_four_bits(kind, folders, loaded):
+    model, processor = load_mobilevlm(folders[kind], dtype=torch.float32)
+    names = [
+        name for name, module in model.named_modules() if type(module) is nn.Linear and name != "lm_head"
+    ]
+    assert len(names) == 2 * 7 + 2 * 6 + 2  # language model, vision tower, projector
+    quantise(model, names, True)
+    found, expected = logits(model, batch(processor)), logits(loaded[kind][0], batch(processor))
+    assert not torch.equal(found, expected)
+    assert F.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.8
+
+
+# Images and prompts
+
+
+@functools.cache
+def sentence_piece(folder) -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+
+
+def test_prompt():
+    assert prompt("What is it?") == (
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+        "USER: <image>\nWhat is it?\nAnswer the question using a single word or phrase. ASSISTANT:"
+    )
+
+
+def test_text_around_the_image_is_tokenised_apart(folders, loaded):
+    _, processor = loaded["mobilevlm_v2"]
+    before, after = sentence_piece(folders["mobilevlm_v2"]).encode(prompt(QUESTION).split("<image>"))
+    inputs = batch(processor, 2)
+    assert inputs["input_ids"].tolist() == [[1, *before, *[0] * 144, *after]] * 2
+    assert inputs["attention_mask"].all()
+    assert 0 not in before + after
+
+
+@settings(max_examples=30)
+@given(
+    st.text(st.characters(codec="utf-8", exclude_characters="<> ▁", exclude_categories=["Cc"]), min_size=1)
+)
+def test_tokeniser_is_sentencepiece(folders, loaded, text):
+    found = loaded["mobilevlm"][1].tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert found == sentence_piece(folders["mobilevlm"]).encode(text)
+
+
+@pytest.mark.parametrize("size", [(40, 20), (20, 40), (30, 30)])
+def test_images_are_padded_with_the_mean_colour(loaded, size):
+    _, processor = loaded["mobilevlm_v2"]
+    inputs = processor(images=[Image.new("L", size, 255)], text=[prompt(QUESTION)])
+    pixels = inputs["pixel_values"]
+    assert pixels.shape == (1, 3, 48, 48) and pixels.dtype == torch.float32
+    white = ((pixels[0] - pixels[0, :, 24:25, 24:25]).abs() < 1e-4).all(0)
+    bars = (pixels[0].abs() < 0.02).all(0)  # zero up to the rounding of the colour
+    if size[0] == size[1]:
+        assert white.all()
+    else:  # a quarter on either side
+        rows = (lambda mask: mask) if size[0] > size[1] else (lambda mask: mask.T)
+        assert rows(bars)[:10].all() and rows(bars)[-10:].all()
+        assert rows(white)[14:-14].all()
+
+
+@pytest.mark.parametrize(
+    ("images", "text"), [(2, [prompt("?")]), (1, ["no image"]), (1, ["<image> and <image>"])]
+)
+def test_images_and_prompts_that_do_not_go_together(loaded, images, text):
+    with pytest.raises(InputError, match="one image per prompt"):
+        loaded["mobilevlm_v2"][1](images=pictures(images), text=text)
+
+
+# What can go wrong
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.model", "pytorch_model.bin"])
+def test_missing_file(copy, name):
+    (copy / name).unlink()
+    with pytest.raises(InputError, match=f"holds no {name}; download"):
+        load_mobilevlm(copy, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("config.json", "is not JSON"),
+        ("tokenizer.model", "SentencePiece"),
+        ("pytorch_model.bin", "delete it and download"),
+    ],
+)
+def test_damaged_file(copy, name, message):
+    (copy / name).write_bytes((copy / name).read_bytes()[:100])
+    with pytest.raises(InputError, match=f"{name} .*{message}"):
+        load_mobilevlm(copy, dtype=torch.float32)
+
+
+def test_code_in_a_pickle_is_not_run(copy, tmp_path):
+    class Code:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "written"), "w"))
+
+    torch.save({"lm_head.weight": Code()}, copy / "pytorch_model.bin", pickle_module=pickle)
+    with pytest.raises(InputError, match=r"pytorch_model\.bin .* holds more than tensors"):
+        load_mobilevlm(copy, dtype=torch.float32)
+    assert not (tmp_path / "written").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llava"}, "model_type 'llava'"),
+        ({"mm_projector_type": "mlp2x_gelu"}, "mm_projector_type 'mlp2x_gelu'"),
+        ({"image_aspect_ratio": "square"}, "image_aspect_ratio 'square'"),
+        ({"mm_projector_type": "ldpnet"}, "missing .*unexpected"),
+        ({"hidden_size": 64}, "of another shape"),
+    ],
+)
+def test_configuration_of_another_model(copy, change, message):
+    config, _ = published(copy)
+    (copy / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(InputError, match=message):
+        load_mobilevlm(copy, dtype=torch.float32)
+
+
+def test_incomplete_configuration(copy):
+    config, _ = published(copy)
+    del config["rope_theta"]
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="lacks rope_theta"):
+        load_mobilevlm(copy, dtype=torch.float32)
+
+
+def test_without_network_nothing_is_found():
+    with pytest.raises(InputError, match=r"mtgv/MobileVLM_V2-1\.7B cannot be fetched .* connect"):
+        load_mobilevlm("mtgv/MobileVLM_V2-1.7B", dtype=torch.float32)
+
+
+def test_neither_folder_nor_repository():
+    with pytest.raises(InputError, match="neither a folder nor the name"):
+        load_mobilevlm("/no/such/folder", dtype=torch.float32)
+
+
+def test_an_unknown_revision_is_named(monkeypatch):
+    def refuse(*_, **__):
+        raise errors.RevisionNotFoundError("404", response=SimpleNamespace(headers={}, request=None))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(InputError, match="nobody/nothing has no revision 'abc'; name one"):
+        load_mobilevlm("nobody/nothing", dtype=torch.float32, revision="abc")
+
+
+def test_repository_is_opened_where_the_hub_put_it(monkeypatch, folders, loaded):
+    asked = []
+
+    def download(repository, *, revision, allow_patterns):
+        asked.append((repository, revision))
+        return str(folders["mobilevlm_v2"])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    model, processor = load_mobilevlm("mtgv/MobileVLM_V2-1.7B", dtype=torch.float32, revision="abc")
+    assert asked == [("mtgv/MobileVLM_V2-1.7B", "abc")]
+    assert torch.equal(logits(model, batch(processor)), logits(loaded["mobilevlm_v2"][0], batch(processor)))

@@ -1,0 +1,258 @@
+"""What a baseline will take: the architectures, the bytes of every form, and choices within a budget."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+
+from toolkit import InputError
+from toolkit.baselines.architectures import architecture
+from toolkit.baselines.contrastive import PROMPTS_AT_ONCE
+from toolkit.baselines.generative import load, packed_layers, prune_vocabulary
+from toolkit.baselines.need import (
+    contrastive_need,
+    first_form_that_fits,
+    fits,
+    generative_need,
+    largest_batch,
+    need,
+    need_table,
+    nf4_bytes,
+    weights_bytes,
+)
+from toolkit.baselines.tiny_contrastive import tiny_contrastive
+from toolkit.baselines.tiny_hub import tiny_generative
+from toolkit.baselines.tiny_mobilevlm import tiny_mobilevlm
+from toolkit.baselines.trie import Trie, score_trie
+from toolkit.budget import TensorMemory, tensors_of
+from toolkit.methods.low_rank import four_bit_layers, quantise
+
+CPU = torch.device("cpu")
+NAMES = ["can", "candle", "maple tree", "cat"]
+QUESTION = "What type of object is in this photo?"
+IMAGES = [Image.fromarray(np.full((40, 30, 3), 10 * i, np.uint8)) for i in range(3)]
+
+
+def allocated(tensors) -> int:
+    memory = TensorMemory(CPU)
+    memory.track(tensors)
+    return memory.allocated_bytes
+
+
+def peak_of(model: nn.Module, inputs, run) -> int:
+    """Counted bytes of a real run at its highest moment, weights included.
+
+    Not in inference mode, where the counter does not see into composite operators.
+    """
+    memory = TensorMemory(CPU)
+    memory.track([*tensors_of(model), *inputs])
+    with torch.no_grad(), memory:
+        run()
+    return memory.peak_bytes
+
+
+def on_meta(model: nn.Module) -> nn.Module:
+    """The architecture of a model of transformers; moving it there would part tied weights."""
+    with torch.device("meta"):
+        return type(model)(copy.deepcopy(model.config)).eval()
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------
+# Architectures
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "vision_millions"),
+    [
+        ("smolvlm_256m", 256, 86),
+        ("smolvlm2_500m", 507, 86),
+        ("smolvlm", 2246, 413),
+        ("paligemma", 2923, 412),
+        ("paligemma2", 3032, 412),
+        ("mobilevlm_v2_1.7b", 1674, 304),
+        ("mobilevlm_v2_3b", 3014, 304),
+        ("clip_b32", 151, 88),
+        ("siglip_b16", 203, 93),
+        ("dinov2_s", 22, None),
+        ("dinov2_b", 86, None),
+    ],
+)
+def test_architectures_have_the_published_number_of_parameters(name, millions, vision_millions):
+    model = architecture(name)
+    assert round(parameters(model) / 1e6) == millions
+    assert {tensor.device.type for tensor in tensors_of(model)} == {"meta"}
+    if vision_millions:
+        inner = getattr(model, "model", model)
+        tower = next(
+            getattr(inner, name)
+            for name in ("vision_model", "vision_tower", "visual")
+            if hasattr(inner, name)
+        )
+        assert round(parameters(tower) / 1e6) == vision_millions
+
+
+def test_paligemma_is_exact():
+    # The published preset has no padding of the vocabulary; the checkpoint of transformers has 64 rows.
+    assert parameters(architecture("paligemma")) - 64 * 2048 == 2_923_335_408
+
+
+def test_unknown_baselines_are_refused():
+    with pytest.raises(InputError, match="Did you mean 'dinov2_s'"):
+        architecture("dinov2_z")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Weights
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 48), (96, 40), (512, 33), (128, 1)])
+def test_packed_weights_take_what_bitsandbytes_makes_of_them(inputs, outputs):
+    layer = nn.Sequential(nn.Linear(inputs, outputs, bias=False, dtype=torch.bfloat16))
+    predicted = nf4_bytes(layer[0].weight)
+    quantise(layer, ["0"], double_quantisation=True)
+    assert allocated(tensors_of(layer)) == predicted
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """`folder(kind)`: of a tiny random generative model."""
+
+    @functools.cache
+    def write(kind: str):
+        writer = tiny_mobilevlm if kind.startswith("mobilevlm") else tiny_generative
+        return writer(kind, tmp_path_factory.mktemp(kind), NAMES)
+
+    return write
+
+
+@pytest.mark.parametrize("kind", ["idefics3", "paligemma"])  # free and tied embeddings
+def test_weights_are_predicted_to_the_byte(folder, kind):
+    plain = load(folder(kind), kind, dtype=torch.float32, device=CPU)
+    packed = load(folder(kind), kind, dtype=torch.bfloat16, device=CPU, four_bit=True)
+    meta = on_meta(plain.model)
+    assert allocated(tensors_of(plain.model)) == weights_bytes(meta, "fp32")
+    assert allocated(tensors_of(packed.model)) == weights_bytes(meta, "nf4")
+    assert len(packed_layers(meta)) == len(four_bit_layers(packed.model)) > 0
+
+    tokens = packed.used_tokens(QUESTION, NAMES)
+    prune_vocabulary(packed, tokens)
+    assert allocated(tensors_of(packed.model)) == weights_bytes(meta, "nf4_pruned", len(tokens))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Activations, against real runs
+
+
+@pytest.mark.parametrize(
+    ("kind", "batch_size"),
+    [("idefics3", 3), ("smolvlm", 1), ("paligemma", 3), ("paligemma2", 3), ("mobilevlm_v2", 3)],
+)
+def test_generative_peaks_are_those_of_real_runs(folder, kind, batch_size):
+    vlm = load(folder(kind), kind, dtype=torch.float32, device=CPU)
+    deeper = copy.deepcopy(vlm.model.config)  # than the two blocks that run on fake tensors
+    deeper.text_config.num_hidden_layers = 5
+    if kind == "smolvlm":
+        deeper.text_config.vocab_size = 20_000  # logits are the highest moment; elsewhere a tower or a pass
+    if kind == "paligemma2":
+        deeper.text_config.layer_types = (["sliding_attention", "full_attention"] * 3)[:5]
+    vlm.model = type(vlm.model)(deeper).eval().requires_grad_(False)
+    inputs = vlm.inputs(IMAGES[:batch_size], QUESTION)
+    trie = Trie(vlm.candidates(QUESTION, NAMES))
+    real = peak_of(vlm.model, inputs.values(), lambda: score_trie(vlm, inputs, trie))
+
+    image_id = vlm.model.config.image_token_id
+    text_tokens = int((inputs["input_ids"][0] != image_id).sum())
+    predicted = generative_need(on_meta(vlm.model), "fp32", batch_size, text_tokens, len(trie.inner) - 1)
+    beside = real - predicted.weights_bytes
+    assert predicted.total_bytes - predicted.weights_bytes == pytest.approx(beside, rel=0.1)
+
+
+@pytest.mark.parametrize(("kind", "batch_size"), [("clip", 1), ("clip", 512), ("siglip", 1), ("siglip", 32)])
+def test_contrastive_peaks_are_those_of_real_runs(tmp_path, kind, batch_size):
+    folder = tiny_contrastive(tmp_path, NAMES, kind)
+    model, _ = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+    predicted = contrastive_need(copy.deepcopy(model).to("meta"), "fp32", batch_size, classes=10)
+
+    images = torch.rand(batch_size, 3, *model.visual.image_size)
+    classifying = peak_of(model.visual, [images], lambda: model.visual(images))
+    model.visual = nn.Identity()
+    tokens = torch.zeros(PROMPTS_AT_ONCE, model.context_length, dtype=torch.long)
+    writing = peak_of(model, [tokens], lambda: model.encode_text(tokens))
+    assert predicted.total_bytes == pytest.approx(max(classifying, writing), rel=0.1)
+
+
+def test_feature_peaks_are_those_of_real_runs(demo_model):
+    backbone = demo_model().eval()
+    backbone.reset_classifier(0)
+    images = torch.rand(16, 3, 32, 32)
+    real = peak_of(backbone, [images], lambda: backbone(images))
+    assert need("demo_vit", "fp32", batch_size=16).total_bytes == pytest.approx(real, rel=0.02)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Choices
+
+
+def test_paligemma_needs_a_pruned_vocabulary_in_two_gigabytes():
+    assert not fits("paligemma", "nf4", "2GB")
+    assert first_form_that_fits("paligemma", "2GB", "cuda") == "nf4_pruned"
+
+
+def test_the_smallest_smolvlm_fits_as_it_is():
+    assert first_form_that_fits("smolvlm_256m", "2GB", "cuda") == "bf16"
+    assert first_form_that_fits("smolvlm_256m", "2GB", "cpu") == "fp32"
+
+
+def test_what_does_not_fit_is_refused_with_its_need():
+    smallest = need("smolvlm_256m", "nf4_pruned").total_bytes
+    message = rf"'smolvlm_256m' needs {smallest / 2**20:.1f} MiB .* nf4_pruned .* budget of 47.7 MiB; raise"
+    with pytest.raises(InputError, match=message):
+        first_form_that_fits("smolvlm_256m", "50MB", "cuda")
+    with pytest.raises(InputError, match=r"'demo_vit' needs 1.9 MiB .* fp32 .* budget of 1.0 MiB"):
+        largest_batch("demo_vit", "fp32", "1MiB", at_most=64)
+
+
+def test_four_bits_are_for_generative_models():
+    with pytest.raises(InputError, match="'nf4' is for generative baselines and 'demo_vit' is not"):
+        need("demo_vit", "nf4")
+    with pytest.raises(InputError, match="Did you mean 'nf4_pruned'"):
+        need("demo_vit", "nf4_prune")
+
+
+@settings(max_examples=20)
+@given(st.lists(st.integers(2_100_000, 6_000_000), min_size=2, max_size=5).map(sorted))
+def test_more_memory_never_means_a_smaller_batch(budgets):
+    batches = [largest_batch("demo_vit", "fp32", budget, at_most=36) for budget in budgets]
+    assert batches == sorted(batches)
+    for budget, batch in zip(budgets, batches):
+        assert fits("demo_vit", "fp32", budget, batch_size=batch)
+        larger = {1: 2, 2: 4, 4: 9, 9: 18, 18: 36}.get(batch)
+        assert larger is None or not fits("demo_vit", "fp32", budget, batch_size=larger)
+
+
+def test_sizes_count():
+    assert need("dinov2_s", "bf16", image_size=448).total_bytes > need("dinov2_s", "bf16").total_bytes
+    few = need("smolvlm_256m", "bf16", classes=10)
+    assert few.cache_bytes < need("smolvlm_256m", "bf16").cache_bytes
+    assert few == need("smolvlm_256m", "bf16", class_tokens=20)
+
+
+def test_the_table_has_every_form_and_adds_up():
+    table = need_table("100MB", ["demo_vit", "smolvlm_256m"])
+    assert [*table.form] == ["fp32", "bf16", "fp16", "fp32", "bf16", "fp16", "nf4", "nf4_pruned"]
+    np.testing.assert_allclose(table.weights_GB + table.cache_GB + table.activations_GB, table.total_GB)
+    assert [*table.fits] == [*(table.total_GB <= 0.1)]
+    assert table.fits.nunique() == 2

@@ -1,0 +1,23 @@
+"""Foundation models as they are: zero-shot, frozen features, generative; nothing of them is trained.
+
+`evaluate_baseline` gives the record of one; `prepare`, `test` and `RunRecord.of_baseline` are its steps.
+"""
+
+from toolkit.baselines.evaluate import Prepared, evaluate_baseline, prepare, test
+from toolkit.baselines.experiment import BaselineExperiment
+from toolkit.baselines.need import FORMS, Need, need_table
+from toolkit.baselines.registry import BASELINES, PROTOCOLS, Baseline
+
+__all__ = [
+    "BASELINES",
+    "FORMS",
+    "PROTOCOLS",
+    "Baseline",
+    "BaselineExperiment",
+    "Need",
+    "Prepared",
+    "evaluate_baseline",
+    "need_table",
+    "prepare",
+    "test",
+]

@@ -1,0 +1,143 @@
+"""The architectures of all baselines on torch's meta device: shapes and types, no memory and no download.
+
+So what a model takes can be counted before its weights are fetched.  open_clip and timm know their
+architectures by name.  The configurations of generative models are files on the hub, some behind a licence;
+their published dimensions are written here, and the tests hold the parameter counts against published ones.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from toolkit.backbones import OWN, build_backbone
+from toolkit.baselines.registry import Baseline, baseline_named
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+FEATURES_PX = 224  # side of the images of frozen features, unless said otherwise
+
+
+def _sizes(width: int, inner: int, depth: int, heads: int, **others: object) -> dict:
+    """A transformer under the names that transformers' configurations have for its dimensions."""
+    return {
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        **others,
+    }
+
+
+_SIGLIP_BASE_512 = _sizes(768, 3072, 12, 12, image_size=512, patch_size=16)
+_SIGLIP_SO400M_384 = _sizes(1152, 4304, 27, 16, image_size=384, patch_size=14)
+_SIGLIP_SO400M_224 = _SIGLIP_SO400M_384 | {
+    "model_type": "siglip_vision_model",
+    "image_size": 224,
+    "vision_use_head": False,
+}
+
+_SMOL_256M = _sizes(576, 1536, 30, 9, num_key_value_heads=3, vocab_size=49280)
+_SMOL_500M = _sizes(960, 2560, 32, 15, num_key_value_heads=5, vocab_size=49280)
+_SMOL_2B = _sizes(2048, 8192, 24, 32, num_key_value_heads=32)
+# Vision tower, language model, and how many patches by as many become one image token.
+_SMOL = {
+    "smolvlm_256m": (_SIGLIP_BASE_512, _SMOL_256M, 4),
+    "smolvlm_500m": (_SIGLIP_BASE_512, _SMOL_500M, 4),
+    "smolvlm": (_SIGLIP_SO400M_384, _SMOL_2B | {"vocab_size": 49155}, 3),
+    "smolvlm2_256m": (_SIGLIP_BASE_512, _SMOL_256M, 4),
+    "smolvlm2_500m": (_SIGLIP_BASE_512, _SMOL_500M, 4),
+    "smolvlm2": (_SIGLIP_SO400M_384, _SMOL_2B | {"vocab_size": 49280}, 3),
+}
+_GEMMA = {
+    "paligemma": _sizes(2048, 16384, 18, 8, num_key_value_heads=1, head_dim=256, model_type="gemma"),
+    "paligemma2": _sizes(2304, 9216, 26, 8, num_key_value_heads=4, head_dim=256, model_type="gemma2"),
+}
+_GEMMA_VOCABULARY = 257216  # with 1024 locations, 128 segments and 64 rows of padding
+_MOBILE_LLAMA = {
+    "1.7b": _sizes(2048, 5632, 24, 16, vocab_size=32000),
+    "3b": _sizes(2560, 6912, 32, 32, vocab_size=32000),
+}
+
+
+def architecture(name: str, image_size: int = FEATURES_PX) -> nn.Module:
+    """The model of the baseline `name`, float32 on the meta device; shared, not to be changed.
+
+    contrastive: open_clip's model with both towers; features: timm's without head, for images of
+    `image_size` pixels a side (demo_vit has its own); generative: the class that `from_pretrained` makes.
+    Raises `InputError` for an unknown name.
+    """
+    baseline = baseline_named(name)
+    resizable = baseline.family == "features" and baseline.source not in OWN
+    return _build(baseline, image_size if resizable else None)
+
+
+@functools.cache
+def _build(baseline: Baseline, image_size: int | None) -> nn.Module:
+    with torch.device("meta"):
+        if baseline.family == "features":
+            sizes = {"img_size": image_size} if image_size else {}
+            model = build_backbone(baseline.source, 0, pretrained=False, **sizes)
+        elif baseline.family == "contrastive":
+            model = _contrastive(baseline)
+        else:
+            model = _generative(baseline)
+    return model.eval().requires_grad_(False)
+
+
+def _contrastive(baseline: Baseline) -> nn.Module:
+    """Not by `create_model`, which warns on the log that there are no weights."""
+    import open_clip
+
+    config = open_clip.get_model_config(baseline.source.partition(":")[0])
+    separate_text = config.pop("custom_text", False)
+    return (open_clip.CustomTextCLIP if separate_text else open_clip.CLIP)(**config)
+
+
+def _generative(baseline: Baseline) -> nn.Module:
+    import transformers
+
+    config = configuration(baseline.name)
+    if baseline.kind in ("mobilevlm", "mobilevlm_v2"):
+        from toolkit.baselines.mobilevlm import MobileVLM
+
+        return MobileVLM(config)
+    return transformers.AutoModelForImageTextToText.from_config(config)
+
+
+def configuration(name: str) -> PreTrainedConfig:
+    """The published dimensions of a generative baseline.  Token ids other than the image's are defaults."""
+    import transformers
+
+    baseline = baseline_named(name)
+    if name in _SMOL:
+        vision, language, scale = _SMOL[name]
+        kind = {"idefics3": transformers.Idefics3Config, "smolvlm": transformers.SmolVLMConfig}[baseline.kind]
+        return kind(
+            vision_config=vision,
+            text_config={"model_type": "llama", "pad_token_id": 2, **language},
+            scale_factor=scale,
+            image_token_id=49190,
+        )
+    if name in _GEMMA:
+        language = _GEMMA[name]
+        return transformers.PaliGemmaConfig(
+            vision_config=_SIGLIP_SO400M_224,
+            text_config={"vocab_size": _GEMMA_VOCABULARY, **language},
+            projection_dim=language["hidden_size"],
+            hidden_size=language["hidden_size"],
+            image_token_index=257152,
+        )
+    from toolkit.baselines.mobilevlm import CLIP_VIT_L_14_336, MobileVLMConfig
+
+    language = _MOBILE_LLAMA[name.rpartition("_")[2]]
+    return MobileVLMConfig(
+        projector="ldpv2" if baseline.kind == "mobilevlm_v2" else "ldp",
+        vision_config=transformers.CLIPVisionConfig(**CLIP_VIT_L_14_336),
+        text_config=transformers.LlamaConfig(**language),
+        tie_word_embeddings=False,
+    )

@@ -1,0 +1,243 @@
+"""Zero-shot classification by CLIP and SigLIP, through open_clip.
+
+The classifier is written by the text tower: a class is the mean direction of its prompts (Radford et al.
+2021, arXiv 2103.00020, sec. 3.1.4).  That happens once.  What is timed afterwards, and stays on the
+device, is the image tower and one matrix: 93 of the 375 million parameters of SigLIP 2 base.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from toolkit.baselines.prompts import check_classes, check_templates
+from toolkit.budget import DeviceMemory, tensors_of
+from toolkit.errors import InputError, check_name
+from toolkit.files import write_atomically
+from toolkit.paths import DATA
+from toolkit.weights import weights_sha256
+
+_LOCAL = "local-dir:"  # open_clip's prefix of a folder
+_QUICK = "-quickgelu"  # open_clip's suffix of architectures that have OpenAI's approximate GELU
+PROMPTS_AT_ONCE = 64  # bounds what encoding takes: activations of 64 short texts
+
+# What open_clip and transformers raise where the hub is out of reach, or a file is missing or damaged.
+_UNREADABLE = (
+    *(OSError, RuntimeError, ValueError, KeyError, TypeError),
+    *(safetensors.SafetensorError, pickle.UnpicklingError),
+)
+
+
+@dataclass
+class ContrastiveModel:
+    """Both towers, on the host, and what belongs to them."""
+
+    source: str
+    model: nn.Module  # open_clip's: `visual(images)`, `encode_text(tokens)`
+    tokenizer: Callable[[list[str]], torch.Tensor]  # texts -> int64 (texts, context length)
+    preprocess: Callable[[Image.Image], torch.Tensor]  # image -> float (3, H, W), as for evaluation
+    scale: torch.Tensor  # float32 (), factor of the cosine
+    bias: torch.Tensor  # float32 (), added to the scaled cosine; 0 where the model has none
+
+
+def load(source: str, *, dtype: torch.dtype) -> ContrastiveModel:
+    """Load `ARCHITECTURE:TAG`, as `open_clip.list_pretrained(as_str=True)` lists them, or `local-dir:/path`.
+
+    A folder holds `open_clip_config.json` with `open_clip_model.safetensors`, as open_clip saves for the
+    hub, and the tokenizer's files if the configuration names one.  The weights are in `dtype`, on the host;
+    scale and bias stay float32, for in bfloat16 a scale of 100 is off by 1 %.
+
+    Raises `InputError`, before anything is downloaded, for an unknown architecture or tag and for weights
+    that were trained with another activation than the architecture's; and where the tokenizer or the
+    weights cannot be had.
+    """
+    import open_clip
+
+    architecture, tag = _checked(source)
+    try:
+        tokenizer = open_clip.get_tokenizer(architecture)  # first, for it is small: SigLIP's is on the hub
+        model, preprocess = open_clip.create_model_from_pretrained(architecture, tag)
+    except _UNREADABLE as error:
+        remedy = (
+            "The folder must be whole: configuration, open_clip_model.safetensors and tokenizer."
+            if tag is None
+            else "Connect to the Hugging Face hub once, so that tokenizer and weights are cached."
+        )
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise InputError(f"{source} could not be loaded: {reason}. {remedy}") from error
+    scale = model.logit_scale.detach().exp().squeeze()
+    bias = torch.zeros(()) if model.logit_bias is None else model.logit_bias.detach().squeeze().clone()
+    model.eval().requires_grad_(False)
+    return ContrastiveModel(source, model.to(dtype), tokenizer, preprocess, scale, bias)
+
+
+def _checked(source: str) -> tuple[str, str | None]:
+    """open_clip's arguments `model_name` and `pretrained`, if `source` is right."""
+    import open_clip
+
+    if source.startswith(_LOCAL):
+        if not (Path(source.removeprefix(_LOCAL)) / "open_clip_config.json").is_file():
+            raise InputError(f"{source} holds no open_clip_config.json; name a folder that open_clip saved.")
+        return source, None
+    architecture, separator, tag = source.partition(":")
+    if not separator:
+        raise InputError(f"{source!r} names no weights; write ARCHITECTURE:TAG or {_LOCAL}/path.")
+    plain = architecture.removesuffix(_QUICK)
+    fitting = [name for name in (plain, plain + _QUICK) if _fits(name, tag)]
+    if architecture not in fitting:
+        if fitting:
+            raise InputError(f"{source}: these weights have another activation; write {fitting[0]}:{tag}.")
+        usable = [name for name in open_clip.list_models() if _fitting_tags(name)]
+        check_name("contrastive architecture", architecture, usable)
+        check_name(f"weights of {architecture}", tag, _fitting_tags(architecture))
+    return architecture, tag
+
+
+def _fitting_tags(architecture: str) -> list[str]:
+    import open_clip
+
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    return [tag for tag in tags if _fits(architecture, tag)]
+
+
+def _fits(architecture: str, tag: str) -> bool:
+    """Whether there are such weights, trained with the activation that the architecture has.
+
+    open_clip lists weights that were trained with OpenAI's approximate GELU under the plain architecture
+    too, loads them there, and only warns.  CoCa's towers return more than an embedding and are left out.
+    """
+    import open_clip
+
+    weights = open_clip.get_pretrained_cfg(architecture, tag)
+    if not weights:
+        return False
+    config = open_clip.get_model_config(architecture)
+    same_activation = weights.get("quick_gelu", False) == config.get("quick_gelu", False)
+    return same_activation and "multimodal_cfg" not in config
+
+
+class ZeroShot(nn.Module):
+    """Image tower and classifier: all that is needed once the classes are written.
+
+    Scores are scaled cosines (plus SigLIP's bias).  CLIP's are logits of a softmax over the classes; SigLIP
+    was trained with a sigmoid per class (Zhai et al. 2023, arXiv 2303.15343), so that a cross-entropy of
+    its scores compares models but is not what it was trained for.
+    """
+
+    classifier: torch.Tensor  # float32 (D, C), columns of unit length
+    scale: torch.Tensor
+    bias: torch.Tensor
+
+    def __init__(self, visual: nn.Module, classifier: torch.Tensor, contrastive: ContrastiveModel):
+        super().__init__()
+        self.visual, self.preprocess = visual, contrastive.preprocess
+        self.register_buffer("classifier", classifier)
+        self.register_buffer("scale", contrastive.scale)
+        self.register_buffer("bias", contrastive.bias)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Preprocessed `images` (B, 3, H, W) to float32 scores (B, C)."""
+        dtype = next(self.visual.parameters()).dtype
+        directions = F.normalize(self.visual(images.to(dtype)).float(), dim=-1)
+        return self.scale * (directions @ self.classifier) + self.bias
+
+
+def zero_shot(
+    contrastive: ContrastiveModel,
+    names: Sequence[str],
+    templates: Sequence[str],
+    *,
+    memory: DeviceMemory,
+    device: torch.device,
+    cache_folder: Path | None = None,
+) -> ZeroShot:
+    """What `load` gave as a classifier of `names`, each written into every template; uses `contrastive` up.
+
+    Only one tower is ever on the device: the text tower while it encodes, and not even then where the
+    classifier is in `cache_folder` (default `data/cache/classifiers`), which holds one for every
+    combination of text tower and prompts; a damaged file is made again.  Both are announced to `memory`.
+
+    Raises `InputError` for unusable names or templates, and for classes that the tokenizer cannot tell
+    apart.
+    """
+    check_classes(names)
+    check_templates(templates)
+    text, visual = contrastive.model, contrastive.model.visual
+    text.visual = nn.Identity()
+    tokens = _tokens(contrastive, names, templates)
+    folder = cache_folder or DATA / "cache" / "classifiers"
+    file = folder / f"{_key(contrastive.source, text, tokens)}.safetensors"
+    classifier = _remembered(file)
+    if classifier is None:
+        memory.track(tensors_of(text.to(device)))
+        with memory:
+            classifier = _encoded(text, tokens)
+        content = safetensors.torch.save({"classifier": classifier}, {"sha256": _digest(classifier)})
+        write_atomically(file, content)
+    del text, contrastive.model  # the text tower leaves the device before the image tower enters it
+    model = ZeroShot(visual, classifier, contrastive).eval().to(device)
+    memory.track(tensors_of(model))
+    return model
+
+
+def _tokens(contrastive: ContrastiveModel, names: Sequence[str], templates: Sequence[str]) -> torch.Tensor:
+    """The prompts, int64 (C, templates, context length)."""
+    prompts = [template.replace("{}", name) for name in names for template in templates]
+    tokens = contrastive.tokenizer(prompts).unflatten(0, (len(names), len(templates)))
+    seen: dict[bytes, str] = {}
+    for name, rows in zip(names, tokens.numpy()):
+        twin = seen.setdefault(rows.tobytes(), name)
+        if twin != name:  # punctuation, which SigLIP drops, or too long
+            raise InputError(
+                f"classes {twin!r} and {name!r} read alike to {contrastive.source}; rename one of them."
+            )
+    return tokens
+
+
+@torch.no_grad()
+def _encoded(text: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """The classifier, float32 (D, C) on the host: normalised mean of each class's normalised prompts."""
+    device = next(text.parameters()).device
+    directions = torch.cat(
+        [
+            F.normalize(text.encode_text(prompts.to(device)).float(), dim=-1).cpu()
+            for prompts in tokens.flatten(0, 1).split(PROMPTS_AT_ONCE)
+        ]
+    )
+    means = directions.unflatten(0, tokens.shape[:2]).mean(1)  # (C, D)
+    return F.normalize(means, dim=-1).T.contiguous()
+
+
+def _key(source: str, text: nn.Module, tokens: torch.Tensor) -> str:
+    """Digest of all that a classifier depends on: tokens tell names and templates, weights their dtype."""
+    import open_clip
+
+    architecture = source if source.startswith(_LOCAL) else source.partition(":")[0]
+    config = open_clip.get_model_config(architecture)
+    facts = [source, open_clip.__version__, config, weights_sha256(text), list(tokens.shape)]
+    return hashlib.sha256(json.dumps(facts).encode() + tokens.numpy().tobytes()).hexdigest()
+
+
+def _remembered(file: Path) -> torch.Tensor | None:
+    """The classifier in the file; None where there is none, or not the one that was written."""
+    try:
+        with safetensors.safe_open(file, "pt") as content:
+            classifier = content.get_tensor("classifier")
+            return classifier if content.metadata()["sha256"] == _digest(classifier) else None
+    except (OSError, KeyError, TypeError, safetensors.SafetensorError):
+        return None
+
+
+def _digest(classifier: torch.Tensor) -> str:
+    return hashlib.sha256(classifier.numpy().tobytes()).hexdigest()

@@ -1,0 +1,59 @@
+"""`BaselineExperiment`: the validated parameters of evaluating one foundation model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from toolkit.baselines.need import FORMS
+from toolkit.baselines.registry import baseline_named
+from toolkit.budget import format_bytes
+from toolkit.errors import InputError, check_name
+from toolkit.parameters import Parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaselineExperiment(Parameters):
+    """One evaluation of a foundation model.  Raises `InputError` for a value that cannot be run."""
+
+    baseline: str = "demo_vit"  # a name of `baselines.BASELINES`
+    dataset: str = "digits"  # digits | textures | cifar100 | dtd | folder:PATH
+    protocol: str = ""  # see `baselines.PROTOCOLS`; empty: the first of the family
+    source: str = ""  # a folder with the files of the hub repository; empty: the hub
+    form: str = "auto"  # of the weights: fp32 | bf16 | fp16 | nf4 | nf4_pruned; auto: the first that fits
+    budget: str = "2GB"  # device memory that it may take; stored as whole bytes
+    batch_size: int = 64  # images at a time at most; fewer where the budget wants it
+    image_size: int = 224  # pixels, of frozen features (demo_vit: always 32)
+    seed: int = 0  # of the linear grid
+    device: str = "auto"  # stored as cpu or cuda
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        family = baseline_named(self.baseline).family
+        protocols = baseline_named(self.baseline).protocols
+        self._set("protocol", self.protocol or protocols[0])
+        check_name(f"protocol of {self.baseline!r}", self.protocol, protocols)
+        check_name("form of the weights", self.form, ("auto", *FORMS))
+        if self.form.startswith("nf4") and family != "generative":
+            raise InputError(f"form {self.form!r} is for generative baselines; use fp32, bf16 or fp16.")
+        if self.form == "nf4_pruned" and self.protocol == "generate":
+            raise InputError("a pruned vocabulary cannot generate answers; use protocol 'likelihood'.")
+        if self.form == "fp16" and self.device == "cpu":
+            raise InputError("form 'fp16' needs a GPU; on the CPU use 'fp32' or 'bf16'.")
+        if self.source:
+            self._set("source", str(Path(self.source).expanduser().resolve()))
+            if not Path(self.source).is_dir():
+                raise InputError(f"source {self.source}: there is no such folder.")
+        self._check_ranges(batch_size=(1, 1_000_000), image_size=(16, 4096), seed=(0, 2**31 - 1))
+
+    @property
+    def name(self) -> str:
+        """A readable folder name that ends in the `id`."""
+        return self._folder_name(self.baseline, self.protocol)
+
+    def describe(self) -> str:
+        """One line for people."""
+        return (
+            f"{self.baseline} by {self.protocol} on {self.dataset}, "
+            f"budget {format_bytes(self.budget_bytes)}, weights {self.form}, on {self.device}"
+        )

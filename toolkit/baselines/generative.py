@@ -1,0 +1,273 @@
+"""Generative vision-language models behind one face: prompt in, states and logits out.
+
+What differs between them is here: how a question is put, where an answer begins and ends, from which number
+positions are counted.  What is done with them is elsewhere: likelihoods of class names in `trie`, free
+answers in `matching`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub
+import torch
+from PIL import Image
+from torch import nn
+
+from toolkit.baselines import hub
+from toolkit.errors import InputError, check_name
+from toolkit.methods.low_rank import BLOCK_SIZES, quantise
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a family of models agrees on."""
+
+    architecture: tuple[str, str]  # `model_type` of the whole configuration and of its text part
+    style: str  # of the prompt: chat | paligemma | mobilevlm
+    terminator: str  # the token that ends an answer
+    space: str  # between prompt and answer
+    first_position: int = 0
+
+
+_CHAT = {"style": "chat", "terminator": "<end_of_utterance>", "space": " "}
+_GEMMA = {"style": "paligemma", "terminator": "<eos>", "space": "", "first_position": 1}
+_VICUNA = {"style": "mobilevlm", "terminator": "</s>", "space": " "}
+KINDS = {
+    "idefics3": Kind(("idefics3", "llama"), **_CHAT),
+    "smolvlm": Kind(("smolvlm", "llama"), **_CHAT),
+    "paligemma": Kind(("paligemma", "gemma"), **_GEMMA),
+    "paligemma2": Kind(("paligemma", "gemma2"), **_GEMMA),
+    "mobilevlm": Kind(("mobilevlm", "llama"), **_VICUNA),
+    "mobilevlm_v2": Kind(("mobilevlm", "llama"), **_VICUNA),
+}
+
+
+def load(
+    source: str | Path,
+    kind: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    four_bit: bool = False,
+    revision: str | None = None,
+) -> VisionLanguageModel:
+    """The model of a local folder or a hub repository, with weights in `dtype`, frozen, on `device`.
+
+    `kind`: one of `KINDS`.  With `four_bit` the linear layers but the last are packed as NF4 before they
+    reach the device; embeddings, norms and arithmetic stay in `dtype`.  `revision`: a commit, branch or tag
+    of the repository.
+
+    Raises `InputError` where the repository asks for consent, does not exist, has no such revision or
+    cannot be reached, or where its model is not of this kind.
+    """
+    check_name("kind of vision-language model", kind, KINDS)
+    source = str(source)
+    _reach(source, revision)
+    try:
+        if KINDS[kind].style == "mobilevlm":
+            from toolkit.baselines.mobilevlm import load_mobilevlm
+
+            model, processor = load_mobilevlm(source, dtype=dtype, revision=revision)
+        else:
+            model, processor = _from_pretrained(source, kind, dtype, revision)
+    except InputError:
+        raise
+    except (OSError, ValueError, ImportError) as error:  # files, their content, packages that read them
+        raise InputError(f"the vision-language model {source} cannot be loaded: {error}") from error
+    model.requires_grad_(False)
+    if four_bit:
+        quantise(model, list(packed_layers(model)), double_quantisation=True)
+    return VisionLanguageModel(model.eval(), processor, kind).to(device)
+
+
+def _reach(source: str, revision: str | None) -> None:
+    """Ask the hub for the smallest file, so that what hinders the rest is known, by type, at once."""
+    if not Path(source).is_dir():
+        with hub.reading(source, revision):
+            huggingface_hub.hf_hub_download(source, "config.json", revision=revision)
+
+
+def _from_pretrained(source: str, kind: str, dtype: torch.dtype, revision: str | None):
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(source, revision=revision)
+    found = (config.model_type, config.get_text_config().model_type)
+    if found != KINDS[kind].architecture:
+        fitting = [name for name, known in KINDS.items() if known.architecture == found]
+        raise InputError(
+            f"{source} holds a model of type {' with '.join(found)}, not {kind!r}; "
+            + (f"pass kind {fitting[0]!r}." if fitting else f"supported kinds: {', '.join(KINDS)}.")
+        )
+    processor = transformers.AutoProcessor.from_pretrained(source, revision=revision)
+    images = processor.image_processor
+    if hasattr(images, "max_image_size"):
+        # SmolVLM's, of one tile: otherwise even a thumbnail is enlarged and cut into 17, each a pass of the
+        # vision tower.
+        images.size = images.max_image_size
+    model, loading = transformers.AutoModelForImageTextToText.from_pretrained(
+        source, revision=revision, dtype=dtype, output_loading_info=True
+    )
+    if loading["missing_keys"]:  # which would stay random
+        raise InputError(
+            f"the weights in {source} lack {sorted(loading['missing_keys'])[0]}; download them again."
+        )
+    return model, processor
+
+
+def packed_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers to pack, by name: all but the last, whose rows are tokens rather than features, and
+    those that no block size divides, as bitsandbytes unpacks these wrongly on the CPU."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear
+        and module is not model.get_output_embeddings()
+        and module.in_features % min(BLOCK_SIZES) == 0
+    }
+
+
+class VisionLanguageModel(nn.Module):
+    """A model of transformers with its processor, and what its kind agrees on.
+
+    `first_position`: number of the first position.  `terminator`: id of the token that ends an answer.
+    """
+
+    def __init__(self, model: nn.Module, processor, kind: str):
+        super().__init__()
+        self.model, self.processor, self.conventions = model, processor, KINDS[kind]
+        self.first_position = self.conventions.first_position
+        self.terminator = processor.tokenizer.convert_tokens_to_ids(self.conventions.terminator)
+        self.register_buffer("row_of_token", None)  # (vocabulary,) once it is pruned; -1: gone
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def pruned(self) -> bool:
+        """Whether `prune_vocabulary` took tokens away."""
+        return self.row_of_token is not None
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens that have a logit."""
+        return self.model.get_output_embeddings().weight.shape[0]
+
+    def prompt(self, question: str) -> str:
+        """The text for the processor, with `<image>` where the image goes."""
+        if self.conventions.style == "paligemma":
+            return f"<image>answer en {question}"
+        if self.conventions.style == "mobilevlm":
+            from toolkit.baselines import mobilevlm
+
+            return mobilevlm.prompt(question)
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        messages = [{"role": "user", "content": content}]
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True)
+
+    def inputs(self, images: list[Image.Image], question: str):
+        """The `BatchFeature` for the same question about each image, on the host.
+
+        All tensors have a leading batch dimension; `input_ids` (B, prefix) are the same for all images.
+        """
+        text = [self.prompt(question)] * len(images)
+        if self.conventions.style == "chat":  # where a message can have several
+            images = [[image] for image in images]
+        inputs = self.processor(images=images, text=text, return_tensors="pt")
+        inputs.pop("labels", None)  # PaliGemma's processor prepares for training
+        return inputs
+
+    def null_inputs(self, question: str):
+        """`inputs` of one image without content: the mean colour that the processor subtracts."""
+        colour = tuple(round(255 * mean) for mean in self.processor.image_processor.image_mean)
+        return self.inputs([Image.new("RGB", (32, 32), colour)], question)
+
+    def candidates(self, question: str, names: list[str]) -> list[list[int]]:
+        """Token ids of each name as the answer to `question`, terminator included.
+
+        Raises `InputError` for no names, for a name without text, for two that are the same tokens, and
+        for one that the tokenizer merges with the end of the prompt, so that it does not follow it.
+        """
+        if not names:
+            raise InputError("there are no class names to choose among; give at least one.")
+        tail = self._tail(question)
+        before = self.null_inputs(question)["input_ids"][0, -len(self._encode(tail)) :].tolist()
+        candidates: dict[tuple[int, ...], str] = {}
+        for name in names:
+            text = " ".join(name.split())
+            whole = self._encode(tail + self.conventions.space + text)
+            if not text or whole[: len(before)] != before or len(whole) == len(before):
+                raise InputError(
+                    f"class {name!r} does not follow the prompt as tokens of its own; rename it, or end the "
+                    f"question {question!r} in another way."
+                )
+            ids = (*whole[len(before) :], self.terminator)
+            if ids in candidates:
+                raise InputError(
+                    f"classes {candidates[ids]!r} and {name!r} are the same to the model; rename one."
+                )
+            candidates[ids] = name
+        return [list(ids) for ids in candidates]
+
+    def used_tokens(self, question: str, names: list[str]) -> list[int]:
+        """Ids of all tokens that scoring these names needs, for `prune_vocabulary`."""
+        prompt = self.null_inputs(question)["input_ids"].flatten().tolist()
+        return sorted({*prompt, *(token for ids in self.candidates(question, names) for token in ids)})
+
+    def _tail(self, question: str) -> str:
+        """The prompt after the image, where special tokens part it from what comes before."""
+        tail = self.prompt(question).rpartition("<image>")[2]
+        if self.conventions.style == "paligemma":  # what its processor adds
+            return f"{self.processor.tokenizer.bos_token}{tail}\n"
+        return tail
+
+    def _encode(self, text: str) -> list[int]:
+        return self.processor.tokenizer.encode(text, add_special_tokens=False)
+
+    def rows(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Rows of embedding and logits that stand for these token ids."""
+        return self.row_of_token[tokens.to(self.row_of_token.device)] if self.pruned else tokens
+
+    def cast(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What the model takes: images in its type, tokens as rows."""
+        dtype = self.model.get_input_embeddings().weight.dtype  # which is never packed
+        cast = {
+            name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()
+        }
+        return cast | {"input_ids": self.rows(inputs["input_ids"])}
+
+    def hidden(self, inputs: Mapping[str, torch.Tensor], **options):
+        """Last states (B, length, width) and the cache, as transformers returns them, without logits."""
+        return self.model.model(**self.cast(inputs), use_cache=True, **options)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., vocabulary) of the states `hidden` (..., width), in the model's type."""
+        logits = self.model.get_output_embeddings()(hidden)
+        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)  # Gemma 2
+
+
+def prune_vocabulary(vlm: VisionLanguageModel, tokens: Iterable[int]) -> None:
+    """Keep, in place, only these tokens' rows of embedding and logits (see `vlm.used_tokens`).
+
+    Of PaliGemma's 2.3 GB in four bits the embedding is 1.05 GB.  `vlm` goes on taking the tokenizer's ids.
+    Probabilities over the vocabulary are gone; those among siblings in a trie are exact.  On a device with
+    little memory, prune before moving to it.
+
+    Raises `InputError` if it was done already.
+    """
+    if vlm.pruned:
+        raise InputError("the vocabulary is pruned already; load the model again.")
+    kept = torch.tensor(sorted(set(tokens)), device=vlm.device)
+    embedding, head = vlm.model.get_input_embeddings(), vlm.model.get_output_embeddings()
+    tied = head.weight is embedding.weight
+    rows = torch.full((embedding.num_embeddings,), -1, device=vlm.device)
+    rows[kept] = torch.arange(len(kept), device=vlm.device)
+    embedding.weight = nn.Parameter(embedding.weight[kept], requires_grad=False)
+    head.weight = embedding.weight if tied else nn.Parameter(head.weight[kept], requires_grad=False)
+    embedding.num_embeddings, embedding.padding_idx, head.out_features = len(kept), None, len(kept)
+    vlm.model.config.image_token_id = int(rows[vlm.model.config.image_token_id])
+    vlm.row_of_token = rows

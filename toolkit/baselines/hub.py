@@ -1,0 +1,48 @@
+"""What can go wrong between here and the Hugging Face hub, as one error that says what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from toolkit.errors import InputError
+
+
+@contextmanager
+def reading(source: str, revision: str | None) -> Iterator[None]:
+    """Raise `InputError` for whatever keeps the repository `source` from being read in the with statement:
+    consent to its licence, its name, the `revision`, the network."""
+    page = f"https://huggingface.co/{source}"
+    try:
+        yield
+    except GatedRepoError as error:  # a RepositoryNotFoundError, too
+        cause = error
+        problem, remedy = "asks for consent", f"accept the licence at {page} and log in with `hf auth login`"
+    except RepositoryNotFoundError as error:
+        cause = error
+        problem, remedy = "is not on the hub", "check the name, or log in if the repository is private"
+    except RevisionNotFoundError as error:
+        cause = error
+        problem, remedy = f"has no revision {revision!r}", f"name one that is listed at {page}/commits/main"
+    except HFValidationError as error:
+        cause = error
+        problem, remedy = "is neither a folder nor the name of a hub repository", "correct the path"
+    except (OSError, RuntimeError) as error:  # what hub clients raise offline differs by version
+        cause = error
+        problem = f"cannot be fetched ({first_line(error)})"
+        remedy = "connect to the Hugging Face hub once so that it is cached, or name a local folder"
+    else:
+        return
+    raise InputError(f"{source} {problem}; {remedy}.") from cause
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without the advice that follows."""
+    return str(error).partition("\n")[0].rstrip(".")

@@ -1,0 +1,102 @@
+"""Free answers as classes: what a vision-language model says, looked up among the class names.
+
+The protocol that asks least of a model and loses most: an answer that names no class counts as wrong.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from toolkit.errors import InputError
+
+if TYPE_CHECKING:
+    from toolkit.baselines.generative import VisionLanguageModel
+
+NEW_TOKENS = 16  # a name and a few words around it
+_ARTICLES = {"a", "an", "the"}
+# Singular and plural take one form, which need be neither: rose, roses -> ros; bus, buses -> bus;
+# berry, berries -> berrie; glass, glasses -> glass.
+_ENDINGS = ((r"(?<=..[^su])s$", ""), (r"(?<=s|x|z)e$|(?<=[cs]h)e$", ""), (r"y$", "ie"))
+
+
+@functools.cache
+def normalise(text: str) -> str:
+    """Lower case, one space between words, no punctuation, no articles, regular plurals as singulars."""
+    words = []
+    for word in re.findall(r"[^\W_]+", text.lower()):
+        if word not in _ARTICLES:
+            for pattern, ending in _ENDINGS:
+                word = re.sub(pattern, ending, word)
+            words.append(word)
+    return " ".join(words)
+
+
+def match(answer: str, classes: list[str]) -> int | None:
+    """Index of the class that `answer` names; None if it names none.
+
+    Answer and classes are compared as `normalise` has them.  The longest class that occurs in the answer as
+    whole words counts, which is the answer itself where that is a class; among equally long ones the first.
+    """
+    said = f" {normalise(answer)} "
+    found = []
+    for index, name in enumerate(classes):
+        words = f" {normalise(name)} "
+        if words in said:
+            found.append((-len(words), said.index(words), index))
+    return min(found)[-1] if found else None
+
+
+class GenerationClassifier(nn.Module):
+    """Classifies by the answer that greedy decoding gives to `question`.
+
+    `forward`: `vlm.inputs` of B images, on the model's device -> float32 (B, classes + 1): 1 at the class
+    that `match` finds, or at the last column if it finds none, and 0 elsewhere.
+
+    Raises `InputError` for class names that `match` cannot tell apart and for a pruned vocabulary.
+    """
+
+    def __init__(self, vlm: VisionLanguageModel, names: list[str]):
+        super().__init__()
+        if vlm.pruned:
+            raise InputError("a model with a pruned vocabulary cannot answer freely; load it again.")
+        _check_distinct(names)
+        self.vlm, self.names = vlm, names
+
+    def answers(self, inputs: Mapping[str, torch.Tensor]) -> list[str]:
+        """What the model says about each image, at most `NEW_TOKENS` tokens."""
+        tokens = self.vlm.model.generate(
+            **self.vlm.cast(inputs),
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
+            eos_token_id=self.vlm.terminator,
+            pad_token_id=self.vlm.terminator,
+        )
+        new = tokens[:, inputs["input_ids"].shape[1] :]
+        return self.vlm.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+
+    def forward(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        found = [match(answer, self.names) for answer in self.answers(inputs)]
+        columns = [len(self.names) if index is None else index for index in found]
+        scores = nn.functional.one_hot(torch.tensor(columns), len(self.names) + 1)
+        return scores.float().to(self.vlm.device)
+
+
+def _check_distinct(names: list[str]) -> None:
+    if not names:
+        raise InputError("there are no class names to match answers with; give at least one.")
+    seen: dict[str, str] = {}
+    for name in names:
+        form = normalise(name)
+        if not form:
+            raise InputError(f"class {name!r} has no words to match answers with; rename it.")
+        if form in seen:
+            raise InputError(
+                f"classes {seen[form]!r} and {name!r} cannot be told apart in answers; rename one."
+            )
+        seen[form] = name

@@ -1,0 +1,395 @@
+"""MobileVLM on transformers' own classes: no code from the hub is run.
+
+MobileVLM (Chu et al. 2023, arXiv 2312.16886) and V2 (2024, arXiv 2402.03766) are a CLIP ViT-L/14 at
+336 px, a projector that turns its 24 x 24 patches into 12 x 12 tokens, and a LLaMA of 1.7 or 3 billion
+parameters.  Their repositories hold pickled weights and a configuration that transformers does not know;
+but for the projector it is LLaVA.  So the weights are renamed and loaded into LLaVA with that projector.
+
+Importing this module imports transformers: do it where the model is needed.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import huggingface_hub
+import torch
+from PIL import Image
+from torch import nn
+from torchvision.models.convnext import LayerNorm2d
+from torchvision.models.mobilenetv3 import InvertedResidual, InvertedResidualConfig
+from transformers import (
+    BatchFeature,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+from toolkit.baselines import hub
+from toolkit.baselines.hub import first_line
+from toolkit.errors import InputError
+
+IMAGE_TOKENS = 144
+IMAGE_TOKEN_ID = 0  # `<unk>`, which byte fallback keeps out of texts, so that no row is added for it
+MEAN_COLOUR = (122, 116, 104)  # CLIP's mean, in the rounding of the published preparation
+
+# openai/clip-vit-large-patch14-336
+CLIP_VIT_L_14_336 = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+
+# What this module builds, in the words of the repositories' config.json ...
+_EXPECTED = {
+    "model_type": "mobilevlm",
+    "mm_vision_select_layer": -2,
+    "mm_vision_select_feature": "patch",
+    "mm_use_im_start_end": False,
+    "mm_use_im_patch_token": False,
+    "image_aspect_ratio": "pad",
+}
+# ... and what it takes from there.
+_PROJECTOR_TYPES = {"ldpnet": "ldp", "ldpnetv2": "ldpv2"}
+_TEXT_KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+)
+
+_VISION_TOWER = "model.vision_tower.vision_tower.vision_model."
+_PREFIXES = {  # of weights: here, and in the repositories
+    "lm_head.": "lm_head.",
+    "model.language_model.": "model.",
+    "model.vision_tower.": _VISION_TOWER,
+}
+_PROJECTOR_PREFIXES = {  # likewise, after `model.multi_modal_projector.` and `model.mm_projector.`
+    "ldp": {
+        "mlp.0.": "model.mlp.1.",
+        "mlp.2.": "model.mlp.3.",
+        "blocks.0.": "model.mb_block.1.",
+        "blocks.1.": "model.mb_block.2.",
+    },
+    "ldpv2": {"mlp.": "mlp.mlp.", "position.": "peg.peg.0."},
+}
+_NOT_WEIGHTS = (".rotary_emb.inv_freq", ".position_ids")  # computed, not learnt
+
+
+class LDP(nn.Module):
+    """Lightweight downsample projector of MobileVLM: (B, 576, inputs) -> (B, 144, outputs).
+
+    Two linear layers, then two MobileNetV3 blocks without expansion, the second of stride 2
+    (arXiv 2312.16886, figure 4).
+    """
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.mlp = _mlp(inputs, outputs)
+        self.blocks = nn.Sequential(
+            *(
+                InvertedResidual(
+                    InvertedResidualConfig(outputs, 3, outputs, outputs, True, "HS", stride, 1, 1.0),
+                    norm_layer=partial(LayerNorm2d, eps=1e-5),
+                )
+                for stride in (1, 2)
+            )
+        )
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        return _tokens(self.blocks(_image(self.mlp(patches))))
+
+
+class LDPv2(nn.Module):
+    """Projector of MobileVLM V2: (B, 576, inputs) -> (B, 144, outputs).
+
+    Two linear layers, average pooling to 12 x 12, and a depthwise convolution with a shortcut for the
+    positions (arXiv 2402.03766, section 3.3).
+    """
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.mlp = _mlp(inputs, outputs)
+        self.pool = nn.AdaptiveAvgPool2d(12)
+        self.position = nn.Conv2d(outputs, outputs, 3, padding=1, groups=outputs)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        pooled = self.pool(_image(self.mlp(patches)))
+        return _tokens(pooled + self.position(pooled))
+
+
+PROJECTORS = {"ldp": LDP, "ldpv2": LDPv2}
+
+
+def _mlp(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, outputs), nn.GELU(), nn.Linear(outputs, outputs))
+
+
+def _image(tokens: torch.Tensor) -> torch.Tensor:
+    """(B, side * side, C) -> (B, C, side, side)."""
+    side = int(tokens.shape[1] ** 0.5)
+    return tokens.transpose(1, 2).unflatten(2, (side, side))
+
+
+def _tokens(image: torch.Tensor) -> torch.Tensor:
+    return image.flatten(2).transpose(1, 2)
+
+
+class MobileVLMConfig(LlavaConfig):
+    """LLaVA's configuration and the name of the projector.
+
+    Of a type of its own: as `llava` it would be opened with LLaVA's projector and random weights.
+    """
+
+    model_type = "mobilevlm_llava"
+
+    projector: str = "ldpv2"  # of PROJECTORS
+    image_token_index: int = IMAGE_TOKEN_ID
+    image_seq_length: int = IMAGE_TOKENS
+
+
+class MobileVLM(LlavaForConditionalGeneration):
+    """LLaVA with MobileVLM's projector; forward and generation are LLaVA's."""
+
+    config_class = MobileVLMConfig
+
+    def __init__(self, config: MobileVLMConfig):
+        super().__init__(config)
+        self.model.multi_modal_projector = PROJECTORS[config.projector](
+            config.vision_config.hidden_size, config.text_config.hidden_size
+        )
+
+
+def convert_config(upstream: dict) -> MobileVLMConfig:
+    """The configuration for a repository's config.json.
+
+    That names the vision tower only; its dimensions are those of `CLIP_VIT_L_14_336`, unless the file has
+    a `vision_config`.  Raises `InputError` for what is missing or belongs to another kind of model.
+    """
+    wrong = [key for key, value in _EXPECTED.items() if upstream.get(key) != value]
+    if upstream.get("mm_projector_type") not in _PROJECTOR_TYPES:
+        wrong.append("mm_projector_type")
+    if wrong:
+        found = ", ".join(f"{key} {upstream.get(key)!r}" for key in wrong)
+        raise InputError(f"config.json is not of a MobileVLM that can be built here: it has {found}.")
+    missing = [key for key in _TEXT_KEYS if key not in upstream]
+    if missing:
+        raise InputError(f"config.json of MobileVLM lacks {', '.join(missing)}; download it again.")
+    text = {key: upstream[key] for key in _TEXT_KEYS}
+    # Padding is `</s>`: with `<unk>` transformers would take the image's placeholders for padding.
+    return MobileVLMConfig(
+        projector=_PROJECTOR_TYPES[upstream["mm_projector_type"]],
+        text_config=LlamaConfig(**text, pad_token_id=text["eos_token_id"]),
+        vision_config=CLIPVisionConfig(**upstream.get("vision_config", CLIP_VIT_L_14_336)),
+        tie_word_embeddings=text["tie_word_embeddings"],
+    )
+
+
+def convert_state_dict(upstream: dict[str, torch.Tensor], config: MobileVLMConfig) -> dict[str, torch.Tensor]:
+    """A repository's weights under the names that `MobileVLM(config)` has for them.
+
+    Tensors that are no weights (rotary frequencies, position indices) are dropped.  Raises `InputError`
+    that names what else is unexpected, missing or of another shape.
+    """
+    with torch.device("meta"):
+        own = MobileVLM(config).state_dict()
+    names = {_published_name(name, config.projector): name for name in own}
+    given = {name for name in upstream if not name.endswith(_NOT_WEIGHTS)}
+    problems = {
+        "missing": sorted(names.keys() - given),
+        "unexpected": sorted(given - names.keys()),
+        "of another shape": sorted(
+            name for name in names.keys() & given if upstream[name].shape != own[names[name]].shape
+        ),
+    }
+    found = [f"{len(wrong)} {kind} ({', '.join(wrong[:3])})" for kind, wrong in problems.items() if wrong]
+    if found:
+        raise InputError(
+            f"the weights are not those of the MobileVLM in config.json: {'; '.join(found)}. "
+            "Use both files of one published revision."
+        )
+    return {own_name: upstream[name] for name, own_name in names.items()}
+
+
+def _published_name(name: str, projector: str) -> str:
+    prefixes = _PREFIXES | {
+        f"model.multi_modal_projector.{here}": f"model.mm_projector.{there}"
+        for here, there in _PROJECTOR_PREFIXES[projector].items()
+    }
+    prefix = next(prefix for prefix in prefixes if name.startswith(prefix))
+    return prefixes[prefix] + name.removeprefix(prefix)
+
+
+class MobileVLMProcessor:
+    """Images and prompts to what `MobileVLM` takes; `tokenizer` is the LLaMA tokeniser.
+
+    A prompt is split at `<image>` and its parts are tokenised one by one, as in the model's training:
+    each part is a text of its own, before which the tokeniser puts a space.  `<s>` comes first, once.
+    """
+
+    def __init__(self, tokenizer: LlamaTokenizer, image_size: int):
+        self.tokenizer = tokenizer
+        # Resizing by Pillow, as the published models were trained and tested.
+        self.image_processor = CLIPImageProcessorPil(
+            size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
+        )
+
+    def __call__(
+        self, images: list[Image.Image], text: list[str], return_tensors: str = "pt"
+    ) -> BatchFeature:
+        """Input ids and mask (B, tokens), pixel values (B, 3, size, size) float32.
+
+        Each prompt has `<image>` once, for which it gets 144 placeholders.  Shorter prompts are padded on
+        the left with `</s>`.  Raises `InputError` where images and prompts do not go together.
+        """
+        if len(images) != len(text) or any(prompt.count("<image>") != 1 for prompt in text):
+            raise InputError(
+                f"MobileVLM takes one image per prompt and <image> once in each; got {len(images)} images "
+                f"and {len(text)} prompts with {[prompt.count('<image>') for prompt in text]} of them."
+            )
+        rows = [self._ids(prompt) for prompt in text]
+        longest = max(map(len, rows))
+        padding = [longest - len(row) for row in rows]
+        pixels = self.image_processor([_square(image) for image in images], return_tensors=return_tensors)
+        return BatchFeature(
+            {
+                "input_ids": [[self.tokenizer.eos_token_id] * n + row for n, row in zip(padding, rows)],
+                "attention_mask": [[0] * n + [1] * len(row) for n, row in zip(padding, rows)],
+                "pixel_values": pixels["pixel_values"],
+            },
+            tensor_type=return_tensors,
+        )
+
+    def _ids(self, prompt: str) -> list[int]:
+        before, after = self.tokenizer(prompt.split("<image>"), add_special_tokens=False)["input_ids"]
+        return [self.tokenizer.bos_token_id, *before, *[IMAGE_TOKEN_ID] * IMAGE_TOKENS, *after]
+
+
+def _square(image: Image.Image) -> Image.Image:
+    """In RGB, with bars of the mean colour on the short sides."""
+    image = image.convert("RGB")
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), MEAN_COLOUR)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def prompt(question: str) -> str:
+    """The conversation in which the models were trained, asking for a short answer.
+
+    An answer is tokenised as a text of its own, which puts the space before its first word.
+    """
+    return (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+        "helpful, detailed, and polite answers to the user's questions. "
+        f"USER: <image>\n{question}\nAnswer the question using a single word or phrase. ASSISTANT:"
+    )
+
+
+def load_mobilevlm(
+    source: str | Path, *, dtype: torch.dtype, revision: str | None = None
+) -> tuple[MobileVLM, MobileVLMProcessor]:
+    """A published MobileVLM or MobileVLM V2, on the host, in evaluation mode.
+
+    `source` is a repository of the Hugging Face hub, there at `revision`, or a folder with the same files.
+    The weights of the vision tower are the checkpoint's; a checkpoint of MobileVLM (not V2) without them
+    gets those that its config.json names as `mm_vision_tower`, with which it was trained.
+
+    Raises one `InputError` where the repository, the revision, the network or a file is missing, or a file
+    is not what it should be.
+    """
+    folder = _folder(str(source), revision)
+    upstream = _read_json(_file(folder, "config.json"))
+    tokenizer_file = _file(folder, "tokenizer.model")
+    config = convert_config(upstream)
+    weights = _read_weights(folder)
+    if config.projector == "ldp" and not any(name.startswith(_VISION_TOWER) for name in weights):
+        weights |= _tower_weights(upstream["mm_vision_tower"], dtype)
+    state = convert_state_dict(weights, config)
+    model = MobileVLM.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    return model, MobileVLMProcessor(_tokenizer(tokenizer_file), config.vision_config.image_size)
+
+
+def _folder(source: str, revision: str | None) -> Path:
+    """`source` if it is a folder, else the repository's files in the hub's cache."""
+    if Path(source).is_dir():
+        return Path(source)
+    patterns = ["*.json", "*.bin", "tokenizer.model"]
+    with hub.reading(source, revision):
+        return Path(huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=patterns))
+
+
+def _file(folder: Path, name: str) -> Path:
+    if not (folder / name).is_file():
+        raise InputError(f"{folder} holds no {name}; download the repository again, with all its files.")
+    return folder / name
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}); download it again.") from error
+
+
+def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors by name, mapped into memory: they are read when they are first used."""
+    index = folder / "pytorch_model.bin.index.json"
+    names = (
+        sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else ["pytorch_model.bin"]
+    )
+    weights = {}
+    for path in [_file(folder, name) for name in names]:
+        try:
+            weights |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # damaged files raise anything
+            raise InputError(
+                f"{path} is damaged or holds more than tensors by name, so it is not opened "
+                f"({type(error).__name__}: {first_line(error)}); delete it and download it again."
+            ) from error
+    return weights
+
+
+def _tower_weights(tower: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Weights of a published CLIP's vision tower under the names that checkpoints of MobileVLM V2 use."""
+    try:
+        model, loading = CLIPVisionModel.from_pretrained(tower, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"the vision tower {tower} could not be loaded: {first_line(error)}. Connect to the "
+            "Hugging Face hub once so that it is cached, or name a folder with its files as mm_vision_tower "
+            "in config.json."
+        ) from error
+    if loading["missing_keys"]:
+        raise InputError(f"the vision tower {tower} lacks {sorted(loading['missing_keys'])[0]}.")
+    return {_VISION_TOWER + name: value for name, value in model.state_dict().items()}
+
+
+def _tokenizer(path: Path) -> LlamaTokenizer:
+    try:
+        return LlamaTokenizer.from_pretrained(path.parent)
+    except Exception as error:  # damaged files raise anything
+        raise InputError(
+            f"{path} cannot be opened as a SentencePiece model ({first_line(error)}); download it "
+            "again, and see that the packages sentencepiece and protobuf are installed."
+        ) from error

@@ -1,0 +1,225 @@
+"""Exact likelihoods of all class names in two passes through a generative vision-language model.
+
+Class names share prefixes, so their tokens form a trie.  One forward pass of image and prompt fills the
+cache; one more holds every inner node of the trie at once, packed into one sequence in which a node sees the
+prompt, its ancestors and itself, at the position that its depth gives.  The log-probability of every token of
+every class is then in the logits: the same numbers as one pass per class, for hardly more than the price of
+the prompt's pass, and without copying the cache for each class.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from toolkit.budget.memory import WORKSPACES, rounded
+from toolkit.errors import InputError, check_name
+
+if TYPE_CHECKING:
+    from toolkit.baselines.generative import VisionLanguageModel
+
+# Of logits, which are among the largest tensors: it exponentiates into a copy.
+WORKSPACES[torch.ops.aten.logsumexp.default] = lambda x, dim, keepdim=False: rounded(x.nbytes)
+
+AGGREGATIONS = ("sum", "mean", "pmi", "sibling")
+LOGITS_BYTES = 64 * 2**20  # of float32 logits at a time: 257,000 tokens take 1 MiB per node and image
+
+
+class Trie:
+    """Token sequences, merged where they begin alike.
+
+    Node 0 is the root; the others, each a token after its parent, are ordered by depth and, within one, by
+    parent, so that the children of consecutive parents are consecutive.
+
+    `tokens`, `parents`, `depths`: int64 (nodes,), 0 at the root.  `inner`: int64, the nodes with children,
+    the root first.  `paths`: int64 (classes, longest), each class's nodes from the first token to the
+    last, then zeros.  `lengths`: int64 (classes,), in tokens.
+
+    Raises `InputError` if there are no candidates or if one begins with another: then the two are not
+    alternatives (end all with the same terminator, which occurs nowhere else).
+    """
+
+    def __init__(self, candidates: list[list[int]]):
+        if not candidates:
+            raise InputError("there are no candidates to choose among; give at least one.")
+        tokens, parents, depths, paths = [0], [0], [0], [[] for _ in candidates]
+        ends = [0] * len(candidates)  # the node where each candidate has arrived
+        for depth in range(max(map(len, candidates))):
+            arrivals: dict[tuple[int, int], list[int]] = {}
+            for index, candidate in enumerate(candidates):
+                if depth < len(candidate):
+                    arrivals.setdefault((ends[index], candidate[depth]), []).append(index)
+            for (parent, token), indices in sorted(arrivals.items()):
+                for index in indices:
+                    ends[index] = len(tokens)
+                    paths[index].append(len(tokens))
+                tokens.append(token)
+                parents.append(parent)
+                depths.append(depth + 1)
+        inner = sorted(set(parents[1:]))
+        if len(set(ends)) < len(ends) or not set(ends).isdisjoint({0, *inner}):
+            raise InputError("a candidate begins with another; end each with the same terminator.")
+        self.tokens, self.parents, self.depths = map(torch.tensor, (tokens, parents, depths))
+        self.inner = torch.tensor(inner)
+        self.lengths = torch.tensor([len(path) for path in paths])
+        longest = int(self.lengths.max())
+        self.paths = torch.tensor([path + [0] * (longest - len(path)) for path in paths])
+
+    def sees(self) -> torch.Tensor:
+        """bool (n, n) for the n inner nodes but the root: the row's node follows the column's, or is it."""
+        packed = self.inner[1:].tolist()
+        column = {node: index for index, node in enumerate(packed)}
+        sees = torch.eye(len(packed), dtype=torch.bool)
+        for row, node in enumerate(packed):
+            parent = int(self.parents[node])
+            if parent:
+                sees[row] |= sees[column[parent]]  # an earlier row, complete by now
+        return sees
+
+
+def score_trie(vlm: VisionLanguageModel, inputs: Mapping[str, torch.Tensor], trie: Trie) -> torch.Tensor:
+    """Log-probability of every node's token after its parents and each image: float32 (B, nodes).
+
+    0 at the root.  `inputs`: what `vlm.inputs` returns, on the model's device.
+    """
+    prefill = vlm.hidden(inputs)
+    hidden = prefill.last_hidden_state[:, -1:]  # (B, 1, width), the root's
+    packed = trie.inner[1:]
+    if len(packed):
+        batch, prefix = inputs["input_ids"].shape
+        device, dtype = hidden.device, hidden.dtype
+        sees = torch.cat([torch.ones(len(packed), prefix, dtype=torch.bool), trie.sees()], dim=1).to(device)
+        # As an additive mask: the eager attention of Gemma 2 adds what it is given.
+        mask = torch.zeros(sees.shape, dtype=dtype, device=device)
+        mask.masked_fill_(~sees, torch.finfo(dtype).min)
+        positions = vlm.first_position + prefix + trie.depths[packed] - 1
+        after = vlm.hidden(
+            {"input_ids": trie.tokens[packed].expand(batch, -1).to(device)},
+            attention_mask=mask.expand(batch, 1, -1, -1),
+            position_ids=positions.expand(batch, -1).to(device),
+            past_key_values=prefill.past_key_values,  # grows; nobody uses it again
+        )
+        hidden = torch.cat([hidden, after.last_hidden_state], dim=1)  # (B, inner, width)
+    return _log_probabilities(vlm, hidden, trie)
+
+
+def _log_probabilities(vlm: VisionLanguageModel, hidden: torch.Tensor, trie: Trie) -> torch.Tensor:
+    """The table of `score_trie` from the inner nodes' last states (B, inner, width), a few at a time."""
+    slots = torch.searchsorted(trie.inner, trie.parents[1:])  # of each node's parent in `hidden`
+    tokens = vlm.rows(trie.tokens[1:]).to(hidden.device)
+    step = max(1, LOGITS_BYTES // (4 * hidden.shape[0] * vlm.vocabulary))
+    columns = [hidden.new_zeros(hidden.shape[0], 1, dtype=torch.float32)]
+    for start in range(0, hidden.shape[1], step):
+        logits = vlm.logits(hidden[:, start : start + step]).float()  # (B, step, vocabulary)
+        first, last = torch.searchsorted(slots, torch.tensor([start, start + step])).tolist()
+        parents = slots[first:last].to(hidden.device) - start
+        chosen = logits[:, parents, tokens[first:last]]
+        columns.append(chosen - logits.logsumexp(-1)[:, parents])
+    return torch.cat(columns, dim=1)
+
+
+def score_naive(
+    vlm: VisionLanguageModel, inputs: Mapping[str, torch.Tensor], candidates: list[list[int]]
+) -> list[torch.Tensor]:
+    """Log-probabilities of each candidate's tokens, float32 (B, its length), by one full pass per candidate.
+
+    The reference for `score_trie`, for tests and benchmarks: slow.
+    """
+    prefix = inputs["input_ids"]
+    tables = []
+    for candidate in candidates:
+        answer = torch.tensor(candidate, device=prefix.device).expand(len(prefix), -1)
+        given = answer[:, :-1]
+        whole = dict(inputs) | {"input_ids": torch.cat([prefix, given], 1)}
+        whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+        if "token_type_ids" in inputs:  # 1: sees what is before it only
+            whole["token_type_ids"] = torch.cat([inputs["token_type_ids"], torch.ones_like(given)], 1)
+        hidden = vlm.hidden(whole).last_hidden_state[:, -answer.shape[1] :]
+        log_p = vlm.logits(hidden).float().log_softmax(-1)
+        tables.append(log_p.gather(2, vlm.rows(answer)[..., None])[..., 0])
+    return tables
+
+
+def aggregate(table: torch.Tensor, trie: Trie, how: str, null: torch.Tensor | None = None) -> torch.Tensor:
+    """Scores float32 (B, classes) from the table (B, nodes) of `score_trie`.
+
+    `sum`: log-probability of the whole name, terminator included.  `mean`: that per token.  `pmi`: the sum
+    minus the same after `null`, the table (1, nodes) of an image without content, which takes out how likely
+    a name is by itself (Holtzman et al. 2021, arXiv 2104.08315, eq. 2).  `sibling`: the sum where each step
+    chooses among the trie's continuations only, as constrained decoding does; these are probabilities of
+    the classes, so exp sums to 1.
+    """
+    check_name("aggregation", how, AGGREGATIONS)
+    if how == "pmi":
+        if null is None:
+            raise InputError("aggregation 'pmi' needs the table of an image without content; pass null.")
+        return aggregate(table, trie, "sum") - aggregate(null, trie, "sum")
+    if how == "sibling":
+        table = _among_siblings(table, trie)
+    total = table[:, trie.paths.to(table.device)].sum(-1)  # the root's zeros pad short names
+    return total / trie.lengths.to(table.device) if how == "mean" else total
+
+
+def _among_siblings(table: torch.Tensor, trie: Trie) -> torch.Tensor:
+    """The table with each node's probability divided by that of all children of its parent."""
+    parents = trie.parents[1:].to(table.device).expand(len(table), -1)
+    children = table[:, 1:]
+    largest = torch.full_like(table, -torch.inf).scatter_reduce(1, parents, children, "amax")
+    shares = (children - largest.gather(1, parents)).exp()
+    total = torch.zeros_like(table).scatter_add(1, parents, shares).gather(1, parents)
+    among = children - largest.gather(1, parents) - total.log()
+    return torch.cat([torch.zeros_like(table[:, :1]), among], dim=1)
+
+
+class TrieClassifier(nn.Module):
+    """Classifies by the likelihood of each class name as the answer to `question`.
+
+    `forward`: `vlm.inputs` of B images, on the model's device -> float32 scores (B, classes), combined as
+    `aggregation` says (see `aggregate`).  `choices`: accuracy in % of each aggregation that `choose` tried.
+
+    Raises `InputError` for names that cannot be told apart (see `vlm.candidates`), and, if the vocabulary was
+    pruned, for names that need other tokens and for an aggregation other than `sibling`: the others need the
+    probabilities of the tokens that are gone.
+    """
+
+    def __init__(
+        self, vlm: VisionLanguageModel, question: str, names: list[str], aggregation: str = "sibling"
+    ):
+        super().__init__()
+        self.vlm, self.question = vlm, question
+        self.trie = Trie(vlm.candidates(question, names))
+        self.offered = ("sibling",) if vlm.pruned else AGGREGATIONS
+        self.aggregation = check_name("aggregation", aggregation, self.offered)
+        self.choices: dict[str, float] = {}
+        if (vlm.rows(torch.tensor(vlm.used_tokens(question, names))) < 0).any():
+            raise InputError(
+                "the vocabulary was pruned to another question or other classes; load the model again."
+            )
+
+    def forward(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return self._aggregated(score_trie(self.vlm, inputs, self.trie), self.aggregation)
+
+    def choose(self, batches: Iterable) -> None:
+        """Take the aggregation that is right most often on validation `batches` of `(inputs, labels)`.
+
+        Among equals the first of `offered`.  One pass serves all.
+        """
+        hits, total = dict.fromkeys(self.offered, 0), 0
+        for inputs, labels in batches:
+            table = score_trie(self.vlm, inputs.to(self.vlm.device), self.trie)
+            for how in self.offered:
+                hits[how] += int((self._aggregated(table, how).argmax(1).cpu() == labels).sum())
+            total += len(labels)
+        self.choices = {how: 100 * count / total for how, count in hits.items()}
+        self.aggregation = max(self.choices, key=self.choices.get)
+
+    def _aggregated(self, table: torch.Tensor, how: str) -> torch.Tensor:
+        return aggregate(table, self.trie, how, self._null if how == "pmi" else None)
+
+    @functools.cached_property
+    def _null(self) -> torch.Tensor:
+        return score_trie(self.vlm, self.vlm.null_inputs(self.question).to(self.vlm.device), self.trie)
