@@ -1,18 +1,21 @@
-"""`python -m toolkit run`: experiments in batch; `python -m toolkit plan`: what one takes, before it runs.
+"""`run`: experiments in batch; `plan`: what one takes, before it runs; `baselines`: what fits a budget.
 
-Each flag is a parameter of `Experiment`.  `run` without flags runs the default comparison on the embedded
-data; its flags take one value or several, and their product is run.  `plan` needs no GPU and no weights.
+Each flag is a parameter of `Experiment`, or with `--baseline` of `BaselineExperiment`.  `run` without flags
+runs the default comparison on the embedded data; its flags take one value or several, and their product is
+run.  `plan` and `baselines` need no GPU and no weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import typing
-from dataclasses import fields
+from collections.abc import Iterable
+from dataclasses import Field, fields
 from pathlib import Path
 
-from toolkit.errors import InputError
+from toolkit.baselines.experiment import BaselineExperiment
+from toolkit.baselines.need import need_table
+from toolkit.errors import InputError, check_name
 from toolkit.experiment import Experiment
 from toolkit.paths import FIGURES, RUNS
 from toolkit.records import load_records
@@ -46,29 +49,44 @@ def main(arguments: list[str] | None = None) -> int:
         allow_abbrev=False,
     )
     plan.add_argument("--num-classes", type=int, default=100, metavar="VALUE", help="default: 100")
-    types = typing.get_type_hints(Experiment)
-    for field in fields(Experiment):
-        for command, several in ((run, {"nargs": "+"}), (plan, {})):
-            command.add_argument(
-                f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, metavar="VALUE",
-                type=_to_bool if types[field.name] is bool else types[field.name],
-                help=f"default: {field.default!r}", **several,
-            )  # fmt: skip
+    needs = commands.add_parser(
+        "baselines", help="what evaluating each foundation model takes, and whether it fits a budget"
+    )
+    needs.add_argument("--budget", default="2GB", metavar="VALUE", help="default: 2GB")
+    both = {field.name: field for field in (*fields(BaselineExperiment), *fields(Experiment))}
+    _add_parameters(run, both.values(), nargs="+")
+    _add_parameters(plan, fields(Experiment))
     options = vars(parser.parse_args(arguments))
-    values = {field.name: options[field.name] for field in fields(Experiment) if field.name in options}
+    values = {name: options[name] for name in both if name in options}
     try:
+        if options["command"] == "baselines":
+            print(need_table(options["budget"]).round(2).to_string(index=False))
+            return 0
         if options["command"] == "plan":
             print(_plan(Experiment(**values), options["num_classes"]))
             return 0
         runs = options["runs"].resolve()
         figures = options["figures"] or (runs if values else FIGURES)
-        return _run(grid(**(values or DEFAULT_COMPARISON)), runs, figures.resolve())
+        kind = BaselineExperiment if "baseline" in values else Experiment
+        for name in values:
+            check_name(f"parameter of {kind.__name__}", name, [field.name for field in fields(kind)])
+        return _run(grid(kind, **(values or DEFAULT_COMPARISON)), runs, figures.resolve())
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
+
+
+def _add_parameters(command: argparse.ArgumentParser, parameters: Iterable[Field], **options: object) -> None:
+    """A flag for each of these fields of a dataclass."""
+    types = {"str": str, "int": int, "float": float, "bool": _to_bool}
+    for field in parameters:
+        command.add_argument(
+            f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, metavar="VALUE",
+            type=types[field.type], help=f"default: {field.default!r}", **options,
+        )  # fmt: skip
 
 
 def _plan(experiment: Experiment, num_classes: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from toolkit.budget import STRATEGIES, format_bytes
 from toolkit.errors import InputError, check_name
@@ -16,6 +17,8 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 @dataclass(frozen=True, kw_only=True)
 class Experiment(Parameters):
     """One fine-tuning run.  Raises `InputError` for a value that cannot be run."""
+
+    notebook: ClassVar = "finetune"  # that runs it
 
     dataset: str = "digits"  # digits | textures | cifar100 | dtd | folder:PATH
     backbone: str = (

@@ -46,11 +46,13 @@ SIMULATED = (
     "prepare_joules", "idle_watts", "ns_e_inference", "ns_sharp_inference", "ns_e_training",
     "ns_sharp_training",
 )  # fmt: skip
-OVERVIEW = (
-    "test_top1_pct", "train_seconds", "train_energy_joules", "train_net_joules", "train_cpu_joules",
-    "energy_source", "train_peak_bytes", "train_reserved_peak_bytes", "context_bytes", "within_budget",
+OVERVIEW = (  # of these, what a run's phase has
+    "test_top1_pct", "unmatched_pct", "prepare_seconds", "prepare_joules", "prepare_peak_bytes",
+    "train_seconds", "train_energy_joules", "train_net_joules", "train_cpu_joules", "energy_source",
+    "train_peak_bytes", "train_reserved_peak_bytes", "context_bytes", "within_budget",
     "forward_flops_per_image", "backward_flops_per_image", "recompute_flops_per_image",
-    "inference_macs_per_image", "ns", "ns_e_inference", "ns_m_inference", "ns_sharp_inference",
+    "test_seconds", "test_energy_joules", "test_peak_bytes", "inference_macs_per_image",
+    "ns", "ns_e_inference", "ns_m_inference", "ns_sharp_inference",
     "ns_e_training", "ns_m_training", "ns_sharp_training",
 )  # fmt: skip
 GROUPS = ("run", "config", "data", "quality", "time", "energy", "memory", "flops", "scores", "env")
@@ -249,6 +251,7 @@ class RunRecord:
                 self.missing.get(name, ""),
             )
             for name in OVERVIEW
+            if name in values
         ]
         return pd.DataFrame(rows, columns=["", "value", "missing because"]).set_index("")
 

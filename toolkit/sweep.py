@@ -18,11 +18,14 @@ from papermill.exceptions import PapermillExecutionError
 from tqdm.auto import tqdm
 
 from toolkit.backbones import build_backbone
+from toolkit.baselines.evaluate import form_and_batch
+from toolkit.baselines.experiment import BaselineExperiment
 from toolkit.budget import find_blocks
 from toolkit.datasets import Splits, load_dataset
 from toolkit.errors import InputError, check_name
 from toolkit.experiment import Experiment
 from toolkit.methods import adapt
+from toolkit.parameters import Parameters
 from toolkit.paths import NOTEBOOKS, RUNS
 from toolkit.records import RunRecord, is_finished, run_folder
 from toolkit.training import check_fits_weights
@@ -35,14 +38,12 @@ DEFAULT_COMPARISON = {
 }
 
 
-def grid(**values: Iterable) -> list[Experiment]:
-    """The experiments of all combinations, the last parameter varying fastest."""
-    return [
-        Experiment(**dict(zip(values, combination))) for combination in itertools.product(*values.values())
-    ]
+def grid(kind: type[Parameters] = Experiment, **values: Iterable) -> list[Parameters]:
+    """The experiments of all combinations, the last parameter varying fastest; `kind`: of which class."""
+    return [kind(**dict(zip(values, combination))) for combination in itertools.product(*values.values())]
 
 
-def check_runnable(experiments: Iterable[Experiment], runs: Path = RUNS) -> dict[str, Splits]:
+def check_runnable(experiments: Iterable[Parameters], runs: Path = RUNS) -> dict[str, Splits]:
     """Find out before any long work that the data exist and the models build, adapt and fit the budget.
 
     Returns the data sets by name.  Raises `InputError`.
@@ -51,23 +52,26 @@ def check_runnable(experiments: Iterable[Experiment], runs: Path = RUNS) -> dict
         raise InputError(f"runs cannot be kept in {runs}: a file is in the way.")
     data, checked = {}, set()
     for experiment in experiments:
-        if experiment.dataset not in data:
-            data[experiment.dataset] = load_dataset(experiment.dataset)
         e = experiment
+        if isinstance(e, BaselineExperiment):
+            form_and_batch(e)
+        if e.dataset not in data:
+            data[e.dataset] = load_dataset(e.dataset)
+        if isinstance(e, BaselineExperiment):
+            continue
         key = (e.dataset, e.backbone, e.pretrained, e.method, e.checkpointing, e.budget)
         if key in checked:
             continue
         checked.add(key)
-        classes = len(data[experiment.dataset].classes)
-        model = build_backbone(experiment.backbone, classes, experiment.pretrained)
-        check_fits_weights(model, experiment.budget_bytes)
-        adapt(model, experiment.method, **experiment.method_options)
-        if experiment.checkpointing != "none":
+        model = build_backbone(e.backbone, len(data[e.dataset].classes), e.pretrained)
+        check_fits_weights(model, e.budget_bytes)
+        adapt(model, e.method, **e.method_options)
+        if e.checkpointing != "none":
             find_blocks(model)
     return data
 
 
-def run_experiments(experiments: list[Experiment], runs: Path = RUNS) -> list[Experiment]:
+def run_experiments(experiments: list[Parameters], runs: Path = RUNS) -> list[Parameters]:
     """Run what has no finished record under `runs`, with one progress bar; returns what failed.
 
     A failure leaves a record with status `failed` and does not stop the others.  What another process
@@ -77,7 +81,7 @@ def run_experiments(experiments: list[Experiment], runs: Path = RUNS) -> list[Ex
     failed = []
     with tqdm(experiments, unit="run", dynamic_ncols=True) as bar:
         for experiment in bar:
-            bar.set_description(f"{experiment.method} / {experiment.checkpointing} / seed {experiment.seed}")
+            bar.set_description(experiment.name)
             folder = run_folder(experiment, runs)
             folder.mkdir(parents=True, exist_ok=True)
             try:
@@ -88,17 +92,23 @@ def run_experiments(experiments: list[Experiment], runs: Path = RUNS) -> list[Ex
                 continue
             if error:
                 failed.append(experiment)
-                bar.write(f"failed: {experiment.describe()}: {error} (notebook: {folder / 'finetune.ipynb'})")
+                bar.write(
+                    f"failed: {experiment.describe()}: {error} (notebook: {_notebook(experiment, folder)})"
+                )
     return failed
 
 
-def _run(experiment: Experiment, folder: Path, runs: Path, train_sha256: str) -> str | None:
+def _notebook(experiment: Parameters, folder: Path) -> Path:
+    return folder / f"{experiment.notebook}.ipynb"
+
+
+def _run(experiment: Parameters, folder: Path, runs: Path, train_sha256: str) -> str | None:
     """Run one experiment unless it is finished; returns what went wrong."""
     if is_finished(folder, train_sha256):
         return None
     parameters = {**experiment.to_dict(), "runs": str(runs)}
     try:
-        execute_notebook("finetune", folder / "finetune.ipynb", parameters)
+        execute_notebook(experiment.notebook, _notebook(experiment, folder), parameters)
         error = "the notebook ended without a finished record"
     except Exception as problem:  # a kernel that dies, a cell that raises, a full disk: on to the next
         error = _one_line(problem)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from toolkit.baselines.need import FORMS
 from toolkit.baselines.registry import baseline_named
@@ -15,6 +16,8 @@ from toolkit.parameters import Parameters
 @dataclass(frozen=True, kw_only=True)
 class BaselineExperiment(Parameters):
     """One evaluation of a foundation model.  Raises `InputError` for a value that cannot be run."""
+
+    notebook: ClassVar = "foundation_baselines"  # that runs it
 
     baseline: str = "demo_vit"  # a name of `baselines.BASELINES`
     dataset: str = "digits"  # digits | textures | cifar100 | dtd | folder:PATH
