@@ -53,7 +53,7 @@ def images() -> torch.Tensor:
 
 
 def of_demo(few_digits, folder: Path, split: str = "train", **options):
-    demo = options.pop("demo", None) or extractor("demo_vit", device=CPU)
+    demo = options.pop("demo", None) or extractor("demo_vit")
     options = {"batch_size": 32, "policy": few_digits.policy, **options}
     policy = options.pop("policy")
     return features(
@@ -71,7 +71,7 @@ def of_demo(few_digits, folder: Path, split: str = "train", **options):
 
 
 def test_demo_features_are_what_its_classifier_sees():
-    demo, model = extractor("demo_vit", device=CPU), build_backbone("demo_vit", 10).eval()
+    demo, model = extractor("demo_vit"), build_backbone("demo_vit", 10).eval()
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     expected = model.forward_head(model.forward_features(images), pre_logits=True)
     torch.testing.assert_close(demo(images), expected)
@@ -79,14 +79,14 @@ def test_demo_features_are_what_its_classifier_sees():
 
 
 def test_nothing_of_an_extractor_can_be_trained():
-    demo = extractor("demo_vit", device=CPU).train()
+    demo = extractor("demo_vit").train()
     assert not any(module.training for module in demo.modules())
     assert not any(parameter.requires_grad for parameter in demo.parameters())
 
 
 @pytest.mark.parametrize(("name", "size"), [("dinov2", 56), ("dinov3", 64)])
 def test_the_normed_class_token_is_the_feature_even_where_timm_would_pool_patches(hub, name, size):
-    extract = extractor(hub[name], device=CPU, image_size=size)
+    extract = extractor(hub[name], image_size=size)
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     last = []
     handle = extract.model.blocks[-1].register_forward_hook(
@@ -101,7 +101,7 @@ def test_the_normed_class_token_is_the_feature_even_where_timm_would_pool_patche
 
 @pytest.mark.parametrize("name", ["dinov2", "dinov3"])
 def test_layers_are_four_class_tokens_and_the_mean_patch(hub, name):
-    extract = extractor(hub[name], device=CPU, image_size=112)
+    extract = extractor(hub[name], image_size=112)
     images = torch.randn(2, 3, 112, 112, generator=torch.Generator().manual_seed(0))
     tokens = []
     for block in extract.model.blocks:
@@ -117,13 +117,13 @@ def test_layers_are_four_class_tokens_and_the_mean_patch(hub, name):
 def test_position_embeddings_are_resized_as_on_loading(hub, images):
     sizes = MODELS["dinov2"][1] | {"img_size": 56}
     loaded = timm.create_model(hub["dinov2"], pretrained=True, num_classes=0, **sizes).eval()
-    extract = extractor(hub["dinov2"], device=CPU, image_size=56)
+    extract = extractor(hub["dinov2"], image_size=56)
     torch.testing.assert_close(extract(images), loaded(images))
     assert extract.data_config["input_size"] == (3, 56, 56)
 
 
 def test_a_model_without_sizes_keeps_its_own_and_gives_its_pooled_features(hub):
-    extract = extractor(hub["convolutional"], device=CPU, image_size=56)
+    extract = extractor(hub["convolutional"], image_size=56)
     side = extract.data_config["input_size"][-1]
     assert side == build_side("test_convnext")
     images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
@@ -137,8 +137,8 @@ def build_side(name: str) -> int:
 
 
 def test_half_precision_weights_give_single_precision_features(hub, images):
-    single = extractor(hub["dinov2"], device=CPU, image_size=56)
-    half = extractor(hub["dinov2"], device=CPU, dtype=torch.bfloat16, image_size=56)
+    single = extractor(hub["dinov2"], image_size=56)
+    half = extractor(hub["dinov2"], dtype=torch.bfloat16, image_size=56)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
     for got, expected in ((half(images), single(images)), (half.layers(images), single.layers(images))):
         assert got.dtype == torch.float32
@@ -147,7 +147,7 @@ def test_half_precision_weights_give_single_precision_features(hub, images):
 
 @pytest.mark.parametrize("name", ["convolutional", "shallow"])
 def test_layers_that_a_model_lacks_are_refused(hub, name):
-    extract = extractor(hub[name], device=CPU, image_size=28)
+    extract = extractor(hub[name], image_size=28)
     with pytest.raises(
         InputError, match=r"reads class tokens of 4 blocks, which 'local-dir:.*another protocol"
     ):
@@ -157,20 +157,20 @@ def test_layers_that_a_model_lacks_are_refused(hub, name):
 def test_sizes_that_do_not_divide_into_patches_are_refused(hub):
     for size in (60, 0):
         with pytest.raises(InputError, match=f"patches of 14 pixels: set image_size to .* instead of {size}"):
-            extractor(hub["dinov2"], device=CPU, image_size=size)
+            extractor(hub["dinov2"], image_size=size)
 
 
 def test_sources_that_cannot_be_had_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"unknown backbone 'demo_vot'\. Did you mean 'demo_vit'"):
-        extractor("demo_vot", device=CPU)
+        extractor("demo_vot")
     with pytest.raises(
         InputError, match=r"local-dir:.*cannot be loaded: .*must be a folder with config\.json"
     ):
-        extractor(f"local-dir:{tmp_path}", device=CPU)
+        extractor(f"local-dir:{tmp_path}")
 
 
 def test_images_are_taken_whole_or_from_their_centre():
-    demo = extractor("demo_vit", device=CPU)
+    demo = extractor("demo_vit")
     image = torch.zeros(3, 32, 64, dtype=torch.uint8)
     image[:, :, :16] = 255  # a margin that the centre does not have
     squeezed, centre = (
@@ -187,22 +187,22 @@ def test_images_are_taken_whole_or_from_their_centre():
 
 def test_features_are_those_of_the_images_in_order(few_digits, tmp_path):
     found = of_demo(few_digits, tmp_path)
-    demo = extractor("demo_vit", device=CPU)
+    demo = extractor("demo_vit")
     [(images, labels)] = loader(few_digits.train, demo.data_config, few_digits.policy, batch_size=96)
     torch.testing.assert_close(found.x, demo(images), rtol=1e-4, atol=1e-5)
     assert torch.equal(found.y, labels)
-    assert not found.cached and found.window.seconds > 0
-    assert found.peak_bytes > sum(4 * parameter.numel() for parameter in demo.parameters())
+    assert not found.cost.cached and found.cost.window.seconds > 0
+    assert found.cost.peak_bytes > sum(4 * parameter.numel() for parameter in demo.parameters())
 
 
 def test_a_second_run_reads_the_same_and_reports_what_the_first_one_cost(few_digits, tmp_path):
     first = of_demo(few_digits, tmp_path)
     again = of_demo(few_digits, tmp_path)
-    assert again.cached and not first.cached
+    assert again.cost.cached and not first.cost.cached
     assert torch.equal(again.x, first.x) and torch.equal(again.y, first.y)
     assert again.x.dtype == first.x.dtype == torch.float32
-    assert again.window.to_dict() == first.window.to_dict()
-    assert again.peak_bytes == first.peak_bytes
+    assert again.cost.window.to_dict() == first.cost.window.to_dict()
+    assert again.cost.peak_bytes == first.cost.peak_bytes
 
 
 def test_a_given_meter_measures(few_digits, tmp_path):
@@ -210,20 +210,20 @@ def test_a_given_meter_measures(few_digits, tmp_path):
     with meter.window("prepare") as whole:
         found = of_demo(few_digits, tmp_path, meter=meter)
     assert [child.name for child in whole.children] == ["features"]
-    assert found.window is whole.children[0]
+    assert found.cost.window is whole.children[0]
 
 
 def test_half_precision_features_are_kept_as_such(few_digits, tmp_path):
-    demo = extractor("demo_vit", device=CPU, dtype=torch.float16)
+    demo = extractor("demo_vit", dtype=torch.float16)
     first = of_demo(few_digits, tmp_path, "val", demo=demo)
     again = of_demo(few_digits, tmp_path, "val", demo=demo)
     assert first.x.dtype == again.x.dtype == torch.float16
-    assert again.cached and torch.equal(first.x, again.x)
+    assert again.cost.cached and torch.equal(first.x, again.x)
 
 
 def test_whatever_features_depend_on_is_in_the_key(hub):
     policy = POLICIES["digits"]
-    options = {"device": CPU, "image_size": 56}
+    options = {"image_size": 56}
 
     def key(extract=None, split="a", policy=policy, batch_size=8, layers=False) -> str:
         extract = extract or extractor(hub["dinov2"], **options)
@@ -234,7 +234,7 @@ def test_whatever_features_depend_on_is_in_the_key(hub):
     other_weights.model.norm.bias[0] += 1
     others = [
         key(other_weights),
-        key(extractor(hub["dinov2"], device=CPU, image_size=70)),
+        key(extractor(hub["dinov2"], image_size=70)),
         key(extractor(hub["dinov2"], **options, dtype=torch.bfloat16)),
         key(extractor(hub["shallow"], **options)),
         key(split="b"),
@@ -249,8 +249,8 @@ def test_whatever_features_depend_on_is_in_the_key(hub):
 def test_splits_have_files_of_their_own(few_digits, tmp_path):
     of_demo(few_digits, tmp_path)
     val = of_demo(few_digits, tmp_path, "val")
-    assert not val.cached and len(val.x) == 32
-    assert of_demo(few_digits, tmp_path).cached
+    assert not val.cost.cached and len(val.x) == 32
+    assert of_demo(few_digits, tmp_path).cost.cached
     assert len([*tmp_path.iterdir()]) == 4
 
 
@@ -284,9 +284,9 @@ def test_a_damaged_cache_is_computed_anew(few_digits, tmp_path, suffix, damage):
     [path] = tmp_path.glob(f"*.{suffix}")
     damage(path)
     again = of_demo(few_digits, tmp_path, "val")
-    assert not again.cached
+    assert not again.cost.cached
     assert torch.equal(again.x, first.x)
-    assert of_demo(few_digits, tmp_path, "val").cached  # mended
+    assert of_demo(few_digits, tmp_path, "val").cost.cached  # mended
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -295,7 +295,7 @@ def test_a_damaged_cache_is_computed_anew(few_digits, tmp_path, suffix, damage):
 
 @pytest.fixture(scope="module")
 def digit_features(digits, tmp_path_factory):
-    demo, folder = extractor("demo_vit", device=CPU), tmp_path_factory.mktemp("cache")
+    demo, folder = extractor("demo_vit"), tmp_path_factory.mktemp("cache")
 
     def of(split: str, layers: bool = False):
         return features(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
-import httpx
 import huggingface_hub
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from huggingface_hub import errors
 from PIL import Image
 
 from toolkit import InputError
+from toolkit.baselines import hub
 from toolkit.baselines.generative import KINDS, load, prune_vocabulary
 from toolkit.baselines.tiny_hub import tiny_generative
 from toolkit.baselines.tiny_mobilevlm import tiny_mobilevlm
@@ -98,12 +100,63 @@ def test_without_network_a_repository_is_refused():
 )
 def test_what_the_hub_refuses_comes_with_a_remedy(monkeypatch, error, remedy):
     def refuse(repo, file, revision):
-        request = httpx.Request("GET", f"https://huggingface.co/{repo}/resolve/{revision}/{file}")
-        raise error("refused", response=httpx.Response(403, request=request))
+        raise error("refused", response=SimpleNamespace(headers={}, request=None))
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
     with pytest.raises(InputError, match=remedy):
         load("google/some", "paligemma", **CPU, revision="v9")
+
+
+def test_a_connection_that_breaks_is_one_clear_error(monkeypatch):
+    def breaks(*_, **__):
+        raise hub.NETWORK[-1]("peer closed connection")  # of the client's own kind, which is no OSError
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", breaks)
+    with pytest.raises(InputError, match=r"cannot be fetched \(peer closed connection"):
+        load("google/some", "paligemma", **CPU)
+
+
+def cut(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def other_sizes(folder):
+    file = folder / "config.json"
+    file.write_text(file.read_text().replace('"intermediate_size": ', '"intermediate_size": 1'))
+
+
+def bad_value(folder):
+    file = folder / "config.json"
+    file.write_text(file.read_text().replace('"scale_factor": ', '"scale_factor": "x", "old": '))
+
+
+def foreign_code(folder):
+    (folder / "config.json").write_text('{"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}')
+    (folder / "evil.py").write_text("raise SystemExit('ran')")
+
+
+def no_template(folder):
+    for file in folder.glob("*chat_template*"):
+        file.unlink()
+    config = folder / "tokenizer_config.json"
+    content = json.loads(config.read_text())
+    content.pop("chat_template", None)
+    config.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("damage", [cut, other_sizes, bad_value, foreign_code, no_template])
+def test_a_damaged_or_foreign_folder_is_refused(folder, tmp_path, monkeypatch, damage):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run foreign code"))
+    shutil.copytree(folder("smolvlm"), tmp_path / "copy")
+    damage(tmp_path / "copy")
+    with pytest.raises(InputError, match="copy"):
+        load(tmp_path / "copy", "smolvlm", **CPU)
+
+
+def test_a_special_token_is_no_class(model):
+    with pytest.raises(InputError, match="'can<image>' holds a special token"):
+        model("smolvlm").candidates(QUESTION, ["can<image>", "can"])
 
 
 def test_a_tiny_model_is_always_the_same(folder, model, tmp_path):

@@ -477,9 +477,9 @@ def test_configuration_of_another_model(copy, change, message):
 
 def test_incomplete_configuration(copy):
     config, _ = published(copy)
-    del config["rope_theta"]
+    del config["hidden_size"]
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="lacks rope_theta"):
+    with pytest.raises(InputError, match="lacks hidden_size"):
         load_mobilevlm(copy, dtype=torch.float32)
 
 

@@ -510,7 +510,8 @@ class SmallBlock(nn.Module):
         return x + self.drop(F.relu(self.norm(self.conv(x)), inplace=True))
 
 
-def test_a_hundred_injected_out_of_memory_errors_are_recovered_or_reported(few_digits, monkeypatch):
+@pytest.mark.parametrize("errors", [24, pytest.param(100, marks=pytest.mark.long)])
+def test_injected_out_of_memory_errors_are_recovered_or_reported(few_digits, monkeypatch, errors):
     planned = experiment(method="full", checkpointing="planned", budget="1GB", epochs=4)
     original = training._Run._passes
 
@@ -531,7 +532,7 @@ def test_a_hundred_injected_out_of_memory_errors_are_recovered_or_reported(few_d
     gc.collect()
     alive = sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
     random, injected, recovered = torch.Generator().manual_seed(0), 0, 0
-    while injected < 100:
+    while injected < errors:
         at = (torch.randperm(operators, generator=random)[:6] + 1).tolist()
         result, trained, _ = train(at)
         injected += len(at)
@@ -540,7 +541,7 @@ def test_a_hundred_injected_out_of_memory_errors_are_recovered_or_reported(few_d
             recovered += result.out_of_memory_retries
         else:
             assert result.status == "oom" and "injected" in result.error
-    assert recovered >= 90
+    assert recovered >= 0.9 * errors
     del result, trained
     gc.collect()
     assert sum(isinstance(o, torch.Tensor) for o in gc.get_objects()) <= alive + 5

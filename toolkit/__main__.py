@@ -15,7 +15,7 @@ from pathlib import Path
 
 from toolkit.baselines.experiment import BaselineExperiment
 from toolkit.baselines.need import need_table
-from toolkit.errors import InputError, check_name
+from toolkit.errors import InputError
 from toolkit.experiment import Experiment
 from toolkit.paths import FIGURES, RUNS
 from toolkit.records import load_records
@@ -69,7 +69,10 @@ def main(arguments: list[str] | None = None) -> int:
         figures = options["figures"] or (runs if values else FIGURES)
         kind = BaselineExperiment if "baseline" in values else Experiment
         for name in values:
-            check_name(f"parameter of {kind.__name__}", name, [field.name for field in fields(kind)])
+            if name not in {field.name for field in fields(kind)}:
+                flag = f"--{name.replace('_', '-')}"
+                needs = "needs --baseline" if kind is Experiment else "is not for baselines"
+                raise InputError(f"{flag} {needs}; see `python -m toolkit run --help`.")
         return _run(grid(kind, **(values or DEFAULT_COMPARISON)), runs, figures.resolve())
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -28,7 +28,7 @@ def environment(device: str) -> dict:
     A GPU field is None on the CPU, and where the driver does not tell.
     """
     fields = {
-        "device_name": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "device_name": device_name(device),
         "cpu_name": _cpu_name(),  # loads the data, inside the time and energy of a run
         **_gpu(device),
         "cuda": torch.version.cuda if device == "cuda" else None,
@@ -48,6 +48,11 @@ def environment(device: str) -> dict:
     hashed = {name: value for name, value in fields.items() if name not in _NOT_IN_HASH}
     digest = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
     return fields | {"env_hash": digest[:16]}
+
+
+def device_name(device: str) -> str:
+    """The GPU's or the CPU's name; `device`: cuda or cpu."""
+    return torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from toolkit.backbones import data_config
-from toolkit.budget import device_memory, format_bytes, is_out_of_memory, tensors_of
+from toolkit.budget import DeviceMemory, device_memory, format_bytes, is_out_of_memory, tensors_of
 from toolkit.budget.step import autocast
 from toolkit.datasets import Splits, loader
 from toolkit.experiment import Experiment
@@ -35,7 +35,7 @@ class Evaluation:
     peak_bytes: int | None  # None where costs were not asked for
     macs_per_image: float | None  # multiply-adds; likewise
     predictions: torch.Tensor
-    confidences: torch.Tensor
+    confidences: torch.Tensor | None  # None where its scores give no probabilities
     labels: torch.Tensor
 
     @property
@@ -65,12 +65,13 @@ def evaluate(
 
     `images`: what the model takes, a tensor or anything with `.to(device)`; it returns scores (B, classes).
 
-    With `costs`, memory and multiply-adds are counted on the first batch, which no other exceeds, before
-    the clock starts.
+    With `costs`, memory and multiply-adds are counted on the first batch, before the clock starts.  No
+    other exceeds it, unless the model's work depends on what it sees, as that of generated answers does;
+    on CUDA the peak is of all batches.
     """
     device = next(model.parameters()).device
     model.eval()
-    peak_bytes, macs_per_image = _costs(model, batches, precision) if costs else (None, None)
+    memory, macs_per_image = _costs(model, batches, precision) if costs else (None, None)
     logits, labels = [], []
     with torch.inference_mode(), (meter or Meter(device)).window("evaluate") as window:
         for images, batch_labels in batches:
@@ -85,7 +86,7 @@ def evaluate(
         top5_pct=100 * hits.any(1).double().mean().item(),
         loss=F.cross_entropy(scores, labels).item(),
         window=window,
-        peak_bytes=peak_bytes,
+        peak_bytes=memory and memory.peak_bytes,
         macs_per_image=macs_per_image,
         predictions=ranked[:, 0].clone(),
         confidences=scores.softmax(1).amax(1),
@@ -94,8 +95,8 @@ def evaluate(
 
 
 @torch.no_grad()  # in inference mode the CPU's counter does not see into composite operators
-def _costs(model: nn.Module, batches: DataLoader, precision: str) -> tuple[int, float]:
-    """Peak bytes, and multiply-adds per image, of the first batch."""
+def _costs(model: nn.Module, batches: DataLoader, precision: str) -> tuple[DeviceMemory, float]:
+    """The memory whose peak is of the first batch, and that batch's multiply-adds per image."""
     device = next(model.parameters()).device
     memory, counter = device_memory(device), FlopCounter()
     memory.track(tensors_of(model))
@@ -105,7 +106,7 @@ def _costs(model: nn.Module, batches: DataLoader, precision: str) -> tuple[int, 
     memory.track(images.values() if isinstance(images, Mapping) else [images])
     with memory, counter, autocast(device, precision):
         model(images)
-    return memory.peak_bytes, counter.flops.macs / len(labels)
+    return memory, counter.flops.macs / len(labels)
 
 
 def evaluate_split(

@@ -19,6 +19,7 @@ class Experiment(Parameters):
     """One fine-tuning run.  Raises `InputError` for a value that cannot be run."""
 
     notebook: ClassVar = "finetune"  # that runs it
+    phase: ClassVar = "training"
 
     dataset: str = "digits"  # digits | textures | cifar100 | dtd | folder:PATH
     backbone: str = (

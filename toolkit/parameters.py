@@ -68,6 +68,11 @@ class Parameters:
         return dataclasses.asdict(self)
 
     @property
+    def config(self) -> dict:
+        """What a record keeps of them."""
+        return self.to_dict()
+
+    @property
     def id(self) -> str:
         """First 12 hex digits of the sha256 of the canonical JSON of all parameters."""
         canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))

@@ -214,7 +214,7 @@ def accuracy_against(frame: pd.DataFrame, cost: str) -> Figure:
 
 def method_grid(frame: pd.DataFrame) -> Figure:
     """Methods by strategies: peak memory in per cent of the budget, training time, and test accuracy."""
-    data = frame[frame.status == "ok"].assign(
+    data = frame[(frame.status == "ok") & (frame.phase == "training")].assign(
         used_pct=lambda runs: 100 * runs.train_peak_bytes / runs.budget.astype(float)
     )
     best = data.test_top1_pct.max()
@@ -253,10 +253,14 @@ def learning_rates(table: pd.DataFrame) -> Figure:
 def gallery(split: Dataset, evaluation: Evaluation, classes: list[str], count: int = 12) -> Figure:
     """Images of `split` with the predicted class and its confidence; half of them, if there are, mistakes.
 
-    A mistake is marked by ✗ and the true class.  The most confident of each kind come first.
+    A mistake is marked by ✗ and the true class.  The most confident of each kind, where there are
+    confidences; otherwise the first.
     """
     right = evaluation.predictions == evaluation.labels
-    order = evaluation.confidences.argsort(descending=True, stable=True)
+    confidences = evaluation.confidences
+    order = (
+        torch.arange(len(right)) if confidences is None else confidences.argsort(descending=True, stable=True)
+    )
     wrong = order[~right[order]][: count // 2]
     shown = torch.cat([order[right[order]][: count - len(wrong)], wrong]).tolist()
     names = [name.replace("$", r"\$") for name in [*classes, "no class"]]  # "no class": an unmatched answer
@@ -270,9 +274,8 @@ def gallery(split: Dataset, evaluation: Evaluation, classes: list[str], count: i
     for axes, row in zip(all_axes.flat, shown):
         image, label = split[row]
         said = names[evaluation.predictions[row]]
-        title = f"{said}\n{100 * evaluation.confidences[row]:.0f} %"
-        if not right[row]:
-            title = f"✗ {said} {100 * evaluation.confidences[row]:.0f} %\ntrue: {names[label]}"
+        share = "" if confidences is None else f"{100 * confidences[row]:.0f} %"
+        title = f"{said}\n{share}" if right[row] else f"✗ {said} {share}\ntrue: {names[label]}"
         axes.imshow(image.permute(1, 2, 0))
         axes.set_title(title, fontsize=9, color="black" if right[row] else "#b30000")
     return figure

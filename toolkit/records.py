@@ -169,29 +169,29 @@ class RunRecord:
         `config` also has the baseline and the protocol under `backbone` and `method`, so that tables hold
         them beside the fine-tuned models.
         """
-        summary = summarize(prepared.model)
+        ended = f"the run ended with status {prepared.status}"
+        params_total = summarize(prepared.model).total if prepared.model else None
         env = prepared.environment
-        test = evaluation.window if evaluation else Window("test", reason="the test did not end well")
-        peaks = [prepared.peak_bytes, evaluation.peak_bytes if evaluation else 0]
+        test = evaluation.window if evaluation else Window("test", reason=ended)
+        within = evaluation and max(prepared.peak_bytes, evaluation.peak_bytes) <= experiment.budget_bytes
         record = cls(
             run=_run_fields(experiment, prepared.status, prepared.error)
-            | {"started_at": prepared.started_at, "phase": "inference"},
-            config=experiment.to_dict()
-            | {"backbone": experiment.baseline, "method": experiment.protocol, "checkpointing": "none"},
+            | {"started_at": prepared.started_at},
+            config=experiment.config,
             data=_data_fields(splits),
             quality={
                 **_test_fields(evaluation),
                 "val_top1_pct": prepared.val_top1_pct,
                 "unmatched_pct": prepared.unmatched_pct,
                 "selection_rule": prepared.selection_rule,
-                "weights_sha256": prepared.weights_sha256,
-                "params_total": summary.total,
+                "weights_sha256": prepared.weights_sha256 or None,
+                "params_total": params_total,
                 "params_trainable": prepared.fitted,
             },
             time={
                 "prepare_seconds": prepared.window.seconds,
                 "test_seconds": evaluation and evaluation.seconds,
-                "features_cached": prepared.features_cached,
+                "prepare_cached": prepared.cached,
             },
             energy={
                 "energy_joules": total([prepared.window, test]).energy_joules,
@@ -207,10 +207,10 @@ class RunRecord:
                 "host_peak_bytes": _host_peak_bytes(),
                 "memory_source": prepared.memory_source,
                 "budget_mode": _budget_mode(experiment, env["device_total_bytes"]),
-                "within_budget": max(peaks) <= experiment.budget_bytes if evaluation else None,
+                "within_budget": within,
                 "predicted_peak_bytes": prepared.predicted_peak_bytes,
                 "micro_batch_images": prepared.batch_size,
-                "form": prepared.form,
+                "weights_form": prepared.form,
             },
             flops={"inference_macs_per_image": evaluation and evaluation.macs_per_image},
             env=env,
@@ -221,21 +221,24 @@ class RunRecord:
                 | ({"test": evaluation.window.to_dict()} if evaluation else {}),
             },
         )
-        record._score(summary.total, {"inference": "test"})
-        ended = f"the test ended with status {prepared.status}"
+        record._score(params_total, {"inference": "test"})
         record._explain(
             _common_reasons(test, ended, prepared.memory_source)
             | {
                 "energy_joules": prepared.window.reason or test.reason,
                 "prepare_joules": prepared.window.reason,
+                "prepare_seconds": ended,
+                "prepare_peak_bytes": ended,
+                "params_total": ended,
+                "weights_sha256": ended,
                 "predicted_peak_bytes": "predictions are for the published weights, not for a folder",
-                "val_top1_pct": "nothing is chosen on validation images",
+                "val_top1_pct": "nothing was chosen on validation images",
                 "test_top5_pct": ended if evaluation is None else "a generated answer names one class",
                 "test_loss": ended if evaluation is None else "a generated answer has no probabilities",
                 "unmatched_pct": ended
                 if experiment.protocol == "generate"
                 else "no answer has to be matched",
-                "features_cached": "this protocol keeps no features",
+                "prepare_cached": "nothing of this is kept",
             }
         )
         return record
@@ -243,7 +246,7 @@ class RunRecord:
     def overview(self) -> pd.DataFrame:
         """The figures that people look at first, as text, with the reason where there is none."""
         values = {name: value for group in GROUPS for name, value in getattr(self, group).items()}
-        simulated = SIMULATED if values["energy_source"] == "fake" else ()
+        simulated = SIMULATED if values.get("energy_source") == "fake" else ()
         rows = [
             (
                 name,
@@ -259,7 +262,7 @@ class RunRecord:
         """Fill in the NetScore family with each phase's costs; `phases`: name -> prefix of its fields."""
         accuracy = self.quality["test_top1_pct"]
         macs = self.flops["inference_macs_per_image"]
-        costs = {"params_m": params_total / 1e6, "macs_g": macs and macs / 1e9}
+        costs = {"params_m": params_total and params_total / 1e6, "macs_g": macs and macs / 1e9}
         self.scores["units"] = "accuracy %, parameters M, MACs G per image, s, W, MiB"
         for phase, part in phases.items():
             seconds, joules = self.time[f"{part}_seconds"], self.energy[f"{part}_energy_joules"]
@@ -285,16 +288,16 @@ class RunRecord:
         self.missing |= {name: reasons[name] for name in nulls}
 
     @classmethod
-    def of_failure(cls, experiment: Parameters, error: str, status: str = "failed") -> RunRecord:
+    def of_failure(cls, experiment: Parameters, error: str) -> RunRecord:
         """The record of a run that ended without one of its own: its kernel died or a cell raised."""
         return cls(
-            run=_run_fields(experiment, status, error),
-            config=experiment.to_dict(),
+            run=_run_fields(experiment, "failed", error),
+            config=experiment.config,
             env=environment(experiment.device),
             packages=installed_packages(),
             missing=dict.fromkeys(
                 ("data", "quality", "time", "energy", "memory", "flops", "scores"),
-                f"the run ended with status {status}: {error}",
+                f"the run failed: {error}",
             ),
         )
 
@@ -320,7 +323,7 @@ def _run_fields(experiment: Parameters, status: str, error: str | None) -> dict:
         "experiment_id": experiment.id,
         "status": status,
         "error": error,
-        "phase": "training",
+        "phase": experiment.phase,
         "ended_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -422,8 +425,9 @@ def _energy_fields(result: FitResult, evaluation: Evaluation | None) -> dict:
 
 
 def _source(windows: list[Window]) -> str:
-    """The first window's energy source, or "fake" if any is a simulated GPU's."""
-    return "fake" if "fake" in {window.source for window in windows} else windows[0].source
+    """The first energy source that there is, or "fake" if any window is a simulated GPU's."""
+    sources = [window.source for window in windows if window.source != "none"]
+    return "fake" if "fake" in sources else next(iter(sources), "none")
 
 
 def _budget_mode(experiment: Parameters, device_total_bytes: int | None) -> str:
@@ -470,6 +474,7 @@ def load_records(folder: Path = RUNS) -> pd.DataFrame:
         try:
             record = json.loads(path.read_text())
             row = {name: value for group in GROUPS for name, value in record[group].items()}
+            row.setdefault("phase", "training")  # before there were baselines
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             warnings.warn(f"{path} is no record and was left out: {error!r}", stacklevel=2)
             continue

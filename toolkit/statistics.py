@@ -106,12 +106,20 @@ def adaptation(frame: pd.DataFrame) -> pd.DataFrame:
         return frame[name] if name in frame else pd.Series(index=frame.index, dtype=float)
 
     highest = pd.concat([column("prepare_peak_bytes"), column("test_peak_bytes")], axis=1).max(axis=1)
-    prepared = column("phase") == "inference"
+    prepared = _phase(frame) == "inference"
     return frame.assign(
+        phase=_phase(frame),
         peak_bytes=column("train_peak_bytes").where(~prepared, highest),
         adapt_seconds=column("train_seconds").where(~prepared, column("prepare_seconds")),
         adapt_joules=column("train_energy_joules").where(~prepared, column("prepare_joules")),
     )
+
+
+def _phase(frame: pd.DataFrame) -> pd.Series:
+    """Phase of each run; a frame without is of fine-tuned models."""
+    if "phase" not in frame:
+        return pd.Series("training", index=frame.index)
+    return frame.phase.fillna("training")
 
 
 # By phase: scores, and the costs that ranks are of.
@@ -163,12 +171,11 @@ def standing(frame: pd.DataFrame, phase: str = "training", *, mix: bool = False)
 
 def _groups(frame: pd.DataFrame) -> Iterator[tuple[dict, pd.DataFrame]]:
     """Groups of runs that differ only in seed, with what they share; methods and strategies in order."""
-    phases = frame.phase if "phase" in frame else pd.Series("training", index=frame.index)
+    phases = _phase(frame)
     vary = [
-        name
-        for name in (*PARAMETERS, *DATA)
-        if name in frame and (frame[name].groupby(phases).nunique() > 1).any()
+        name for name in PARAMETERS if name in frame and (frame[name].groupby(phases).nunique() > 1).any()
     ]
+    vary += [name for name in DATA if name in frame and frame[name].nunique() > 1]
     by = [*SHOWN, *(name for name in vary if name not in SHOWN)]
     protocols = [protocol for family in PROTOCOLS.values() for protocol in family]
     order = {name: position for position, name in enumerate((*METHODS, *protocols, *STRATEGIES))}
@@ -220,8 +227,7 @@ def paired_differences(
         refuse_mixed(frame, rivals=True)
     ok = _without_simulated(frame[frame.status == "ok"])
     ok = ok[ok[value].notna()]
-    if "phase" in ok:  # a baseline has no seed to be paired by
-        ok = ok[ok.phase == "training"]
+    ok = ok[_phase(ok) == "training"]  # a baseline's seed is of other things
     by = list(dict.fromkeys([*SHOWN, *(n for n in (*PARAMETERS, *DATA) if n in ok and ok[n].nunique() > 1)]))
     if ok.duplicated([*by, "seed"]).any():
         raise InputError("a seed occurs twice in a group; select one run of each.")

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from toolkit.backbones import build_backbone
 from toolkit.baselines.evaluate import form_and_batch
 from toolkit.baselines.experiment import BaselineExperiment
+from toolkit.baselines.prompts import class_names
 from toolkit.budget import find_blocks
 from toolkit.datasets import Splits, load_dataset
 from toolkit.errors import InputError, check_name
@@ -58,6 +59,7 @@ def check_runnable(experiments: Iterable[Parameters], runs: Path = RUNS) -> dict
         if e.dataset not in data:
             data[e.dataset] = load_dataset(e.dataset)
         if isinstance(e, BaselineExperiment):
+            form_and_batch(e, class_names(data[e.dataset]))
             continue
         key = (e.dataset, e.backbone, e.pretrained, e.method, e.checkpointing, e.budget)
         if key in checked:

@@ -18,6 +18,7 @@ import open_clip
 import torch
 import transformers
 
+from toolkit.baselines.architectures import configuration
 from toolkit.baselines.generative import VisionLanguageModel
 from toolkit.baselines.trie import Trie, aggregate, score_naive, score_trie
 
@@ -37,28 +38,7 @@ train, trout, tulip, turtle, wardrobe, whale, willow tree, wolf, woman, worm
 
 def smolvlm_256m() -> VisionLanguageModel:
     torch.manual_seed(0)
-    config = transformers.Idefics3Config(
-        text_config={
-            "model_type": "llama",
-            "vocab_size": 49280,
-            "hidden_size": 576,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 30,
-            "num_attention_heads": 9,
-            "num_key_value_heads": 3,
-            "pad_token_id": 2,
-        },
-        vision_config={
-            "hidden_size": 768,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "image_size": 512,
-            "patch_size": 16,
-        },
-        scale_factor=4,
-        image_token_id=IMAGE_TOKEN,
-    )
+    config = configuration("smolvlm_256m")
     model = transformers.Idefics3ForConditionalGeneration(config).eval().requires_grad_(False)
     tokenizer = SimpleNamespace(convert_tokens_to_ids=lambda token: TERMINATOR)
     return VisionLanguageModel(model, SimpleNamespace(tokenizer=tokenizer), "idefics3")

@@ -15,6 +15,7 @@ from torch import nn
 
 from toolkit.backbones import OWN, build_backbone
 from toolkit.baselines.registry import Baseline, baseline_named
+from toolkit.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -69,7 +70,7 @@ def architecture(name: str, image_size: int = FEATURES_PX) -> nn.Module:
 
     contrastive: open_clip's model with both towers; features: timm's without head, for images of
     `image_size` pixels a side (demo_vit has its own); generative: the class that `from_pretrained` makes.
-    Raises `InputError` for an unknown name.
+    Raises `InputError` for an unknown name or an impossible `image_size`.
     """
     baseline = baseline_named(name)
     resizable = baseline.family == "features" and baseline.source not in OWN
@@ -80,13 +81,25 @@ def architecture(name: str, image_size: int = FEATURES_PX) -> nn.Module:
 def _build(baseline: Baseline, image_size: int | None) -> nn.Module:
     with torch.device("meta"):
         if baseline.family == "features":
-            sizes = {"img_size": image_size} if image_size else {}
-            model = build_backbone(baseline.source, 0, pretrained=False, **sizes)
+            model = build_backbone(baseline.source, 0, pretrained=False)
+            if image_size:
+                check_image_size(baseline.name, model, image_size)
+                model = build_backbone(baseline.source, 0, pretrained=False, img_size=image_size)
         elif baseline.family == "contrastive":
             model = _contrastive(baseline)
         else:
             model = _generative(baseline)
     return model.eval().requires_grad_(False)
+
+
+def check_image_size(name: str, model: nn.Module, image_size: int) -> None:
+    """Raise `InputError` if timm's `model` cannot cut images of `image_size` pixels into its patches."""
+    patch = model.patch_embed.patch_size[0]
+    if image_size < patch or image_size % patch:
+        raise InputError(
+            f"{name!r} cuts images into patches of {patch} pixels: set image_size to a multiple of that "
+            f"instead of {image_size}."
+        )
 
 
 def _contrastive(baseline: Baseline) -> nn.Module:

@@ -8,35 +8,28 @@ device, is the image tower and one matrix: 93 of the 375 million parameters of S
 from __future__ import annotations
 
 import hashlib
-import json
-import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from toolkit.baselines import cache
+from toolkit.baselines.cache import Cost
+from toolkit.baselines.hub import UNREADABLE
 from toolkit.baselines.prompts import check_classes, check_templates
-from toolkit.budget import DeviceMemory, tensors_of
+from toolkit.budget import device_memory, tensors_of
 from toolkit.errors import InputError, check_name
-from toolkit.files import write_atomically
+from toolkit.measure import Meter
 from toolkit.paths import DATA
 from toolkit.weights import weights_sha256
 
 _LOCAL = "local-dir:"  # open_clip's prefix of a folder
 _QUICK = "-quickgelu"  # open_clip's suffix of architectures that have OpenAI's approximate GELU
 PROMPTS_AT_ONCE = 64  # bounds what encoding takes: activations of 64 short texts
-
-# What open_clip and transformers raise where the hub is out of reach, or a file is missing or damaged.
-_UNREADABLE = (
-    *(OSError, RuntimeError, ValueError, KeyError, TypeError),
-    *(safetensors.SafetensorError, pickle.UnpicklingError),
-)
 
 
 @dataclass
@@ -68,7 +61,7 @@ def load(source: str, *, dtype: torch.dtype) -> ContrastiveModel:
     try:
         tokenizer = open_clip.get_tokenizer(architecture)  # first, for it is small: SigLIP's is on the hub
         model, preprocess = open_clip.create_model_from_pretrained(architecture, tag)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         remedy = (
             "The folder must be whole: configuration, open_clip_model.safetensors and tokenizer."
             if tag is None
@@ -158,37 +151,34 @@ def zero_shot(
     names: Sequence[str],
     templates: Sequence[str],
     *,
-    memory: DeviceMemory,
     device: torch.device,
+    meter: Meter | None = None,
     cache_folder: Path | None = None,
-) -> ZeroShot:
+) -> tuple[ZeroShot, Cost]:
     """What `load` gave as a classifier of `names`, each written into every template; uses `contrastive` up.
 
-    Only one tower is ever on the device: the text tower while it encodes, and not even then where the
-    classifier is in `cache_folder` (default `data/cache/classifiers`), which holds one for every
-    combination of text tower and prompts; a damaged file is made again.  Both are announced to `memory`.
+    Also what writing the classifier cost.  Only one tower is ever on the device: the text tower while it
+    encodes, and not even then where the classifier is in `cache_folder` (default
+    `data/cache/classifiers`), which holds one for every combination of text tower and prompts.
 
     Raises `InputError` for unusable names or templates, and for classes that the tokenizer cannot tell
     apart.
     """
     check_classes(names)
     check_templates(templates)
+    meter = meter or Meter(device)
     text, visual = contrastive.model, contrastive.model.visual
     text.visual = nn.Identity()
     tokens = _tokens(contrastive, names, templates)
     folder = cache_folder or DATA / "cache" / "classifiers"
-    file = folder / f"{_key(contrastive.source, text, tokens)}.safetensors"
-    classifier = _remembered(file)
-    if classifier is None:
-        memory.track(tensors_of(text.to(device)))
-        with memory:
-            classifier = _encoded(text, tokens)
-        content = safetensors.torch.save({"classifier": classifier}, {"sha256": _digest(classifier)})
-        write_atomically(file, content)
+    key = _key(contrastive.source, text, tokens) | cache.machine(device, meter)
+    if (known := cache.read(folder, key)) is not None:
+        classifier, cost = known[0]["classifier"], known[1]
+    else:
+        classifier, cost = _encoded(text.to(device), tokens, meter)
+        cache.write(folder, key, {"classifier": classifier}, cost)
     del text, contrastive.model  # the text tower leaves the device before the image tower enters it
-    model = ZeroShot(visual, classifier, contrastive).eval().to(device)
-    memory.track(tensors_of(model))
-    return model
+    return ZeroShot(visual, classifier, contrastive).eval().to(device), cost
 
 
 def _tokens(contrastive: ContrastiveModel, names: Sequence[str], templates: Sequence[str]) -> torch.Tensor:
@@ -206,38 +196,35 @@ def _tokens(contrastive: ContrastiveModel, names: Sequence[str], templates: Sequ
 
 
 @torch.no_grad()
-def _encoded(text: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+def _encoded(text: nn.Module, tokens: torch.Tensor, meter: Meter) -> tuple[torch.Tensor, Cost]:
     """The classifier, float32 (D, C) on the host: normalised mean of each class's normalised prompts."""
     device = next(text.parameters()).device
-    directions = torch.cat(
-        [
-            F.normalize(text.encode_text(prompts.to(device)).float(), dim=-1).cpu()
-            for prompts in tokens.flatten(0, 1).split(PROMPTS_AT_ONCE)
-        ]
-    )
-    means = directions.unflatten(0, tokens.shape[:2]).mean(1)  # (C, D)
-    return F.normalize(means, dim=-1).T.contiguous()
+
+    def directions(prompts: torch.Tensor) -> torch.Tensor:
+        return F.normalize(text.encode_text(prompts.to(device)).float(), dim=-1)
+
+    parts = tokens.flatten(0, 1).split(PROMPTS_AT_ONCE)
+    memory = device_memory(device)
+    memory.track(tensors_of(text))
+    memory.reset_peak()
+    with memory:  # on the largest part, before the clock starts: counting takes time
+        directions(parts[0])
+    with meter.window("prompts") as window:
+        encoded = torch.cat([directions(part).cpu() for part in parts])
+        means = encoded.unflatten(0, tokens.shape[:2]).mean(1)  # (C, D)
+        classifier = F.normalize(means, dim=-1).T.contiguous()
+    return classifier, Cost(window, memory.peak_bytes)
 
 
-def _key(source: str, text: nn.Module, tokens: torch.Tensor) -> str:
-    """Digest of all that a classifier depends on: tokens tell names and templates, weights their dtype."""
+def _key(source: str, text: nn.Module, tokens: torch.Tensor) -> dict:
+    """All that a classifier depends on; names and templates are in the tokens."""
     import open_clip
 
     architecture = source if source.startswith(_LOCAL) else source.partition(":")[0]
-    config = open_clip.get_model_config(architecture)
-    facts = [source, open_clip.__version__, config, weights_sha256(text), list(tokens.shape)]
-    return hashlib.sha256(json.dumps(facts).encode() + tokens.numpy().tobytes()).hexdigest()
-
-
-def _remembered(file: Path) -> torch.Tensor | None:
-    """The classifier in the file; None where there is none, or not the one that was written."""
-    try:
-        with safetensors.safe_open(file, "pt") as content:
-            classifier = content.get_tensor("classifier")
-            return classifier if content.metadata()["sha256"] == _digest(classifier) else None
-    except (OSError, KeyError, TypeError, safetensors.SafetensorError):
-        return None
-
-
-def _digest(classifier: torch.Tensor) -> str:
-    return hashlib.sha256(classifier.numpy().tobytes()).hexdigest()
+    return {
+        "source": source,
+        "open_clip": open_clip.__version__,
+        "config": open_clip.get_model_config(architecture),
+        "text_tower": weights_sha256(text),
+        "tokens": [list(tokens.shape), hashlib.sha256(tokens.numpy().tobytes()).hexdigest()],
+    }

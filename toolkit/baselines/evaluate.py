@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -24,7 +24,7 @@ from toolkit.baselines.experiment import BaselineExperiment
 from toolkit.baselines.matching import GenerationClassifier
 from toolkit.baselines.registry import Baseline, baseline_named
 from toolkit.baselines.trie import TrieClassifier
-from toolkit.budget import device_memory, is_out_of_memory, tensors_of
+from toolkit.budget import DeviceMemory, device_memory, is_out_of_memory, tensors_of
 from toolkit.datasets import Splits, load_dataset, loader
 from toolkit.environment import environment
 from toolkit.evaluation import Evaluation, evaluate
@@ -39,22 +39,27 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class Prepared:
-    """A baseline ready for its test pass, and what that took.  `status`: ok | oom | nan."""
+    """A baseline ready for its test pass, and what that took.
 
-    model: nn.Module  # forward(inputs) -> scores, float32 (B, classes)
-    batches: DataLoader  # of the test split
-    window: Window  # everything before the first test image, without loading the weights
-    peak_bytes: int  # device memory, highest moment of that time
-    memory_source: str
+    `status`: ok, or oom or nan; then there is no `model`.
+    """
+
     form: str  # of the weights
     batch_size: int
+    predicted_peak_bytes: int | None
+    memory_source: str
     environment: dict
     started_at: str  # UTC
-    predicted_peak_bytes: int | None = None
-    choices: dict = field(default_factory=dict)  # what was chosen, and the validation accuracies behind it
+    model: nn.Module | None = None  # forward(inputs) -> scores, float32 (B, classes)
+    batches: DataLoader | None = None  # of the test split
+    # Everything before the first test image, without loading the weights; on the CPU, fitting a probe and
+    # choosing a scoring rule take longer than they would without their memory being counted.
+    window: Window = field(default_factory=lambda: Window("prepare", reason="it did not end well"))
+    peak_bytes: int | None = None  # device memory, highest moment of that time
+    choices: dict = field(default_factory=dict)  # what was chosen, or validation accuracies to choose by
     val_top1_pct: float | None = None  # of the choice
     selection_rule: str = "nothing to choose"
-    features_cached: bool | None = None  # then `window` holds what they cost when they were computed
+    cached: bool | None = None  # features or classifier: then `window` is of the run that computed them
     fitted: int = 0  # numbers that were fitted to training images
     unmatched_pct: float | None = None  # test images whose generated answer names no class
     weights_sha256: str = ""
@@ -85,26 +90,30 @@ def evaluate_baseline(
     experiment = BaselineExperiment(baseline=name, dataset=dataset.name if own else dataset, **parameters)
     form_and_batch(experiment)  # raises before the data are downloaded, too
     splits = dataset if own else load_dataset(experiment.dataset)
-    try:
-        prepared = prepare(experiment, splits)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return RunRecord.of_failure(experiment, f"before the test: {str(error).splitlines()[0]}", "oom")
+    prepared = prepare(experiment, splits)
     return RunRecord.of_baseline(experiment, splits, prepared, test(experiment, prepared))
 
 
-def form_and_batch(experiment: BaselineExperiment, classes: int = 100) -> tuple[str, int, int | None]:
+def form_and_batch(
+    experiment: BaselineExperiment, classes: Sequence[str] = ("a", "b")
+) -> tuple[str, int, int | None]:
     """Form of the weights, images at a time and predicted peak bytes, from the architecture alone.
 
-    Weights from a folder are what they are: nothing is predicted for them (None).  Raises `InputError`
-    where no form, or not the one that was asked for, fits the budget.
+    `classes`: names; without them a lower bound.  The prediction is of the passes over images and class
+    names: features that a probe is fitted to, and kNN's, come on top.  Weights from a folder are what they
+    are: nothing is predicted for them (None), and `auto` is fp32 on the CPU and bf16 on a GPU.
+
+    Raises `InputError` for unusable names, and where no form, or not the one that was asked for, fits the
+    budget.
     """
+    prompts.check_classes(classes)
     auto = experiment.form == "auto"
     if experiment.source:
         first = "fp32" if experiment.device == "cpu" else "bf16"
         return first if auto else experiment.form, experiment.batch_size, None
-    sizes = {"classes": classes, "image_size": experiment.image_size}
+    sizes = {"classes": len(classes), "image_size": experiment.image_size}
+    if baseline_named(experiment.baseline).family == "generative":
+        sizes["class_tokens"] = sum(map(need.estimated_tokens, classes))
     name, budget, form = experiment.baseline, experiment.budget_bytes, experiment.form
     if auto:
         form = need.first_form_that_fits(name, budget, experiment.device, **sizes)
@@ -117,23 +126,42 @@ def form_and_batch(experiment: BaselineExperiment, classes: int = 100) -> tuple[
 def prepare(experiment: BaselineExperiment, splits: Splits, meter: Meter | None = None) -> Prepared:
     """Load the model and get it ready for the test images of `splits`.
 
-    Raises as `evaluate_baseline`, and what torch raises where memory runs out.
+    Raises as `evaluate_baseline`; out of memory and features that are not finite are statuses.
     """
     baseline = baseline_named(experiment.baseline)
-    prompts.check_classes(prompts.class_names(splits))
-    form, batch_size, predicted = form_and_batch(experiment, len(splits.classes))
+    form, batch_size, predicted = form_and_batch(experiment, prompts.class_names(splits))
     seed_everything(experiment.seed)
-    task = _Task(experiment, baseline, splits, form, batch_size, meter or Meter(experiment.device))
-    family = {"contrastive": _contrastive, "features": _features, "generative": _generative}[baseline.family]
-    prepared = family(task)
-    check_fits_weights(prepared.model, experiment.budget_bytes)
-    prepared.predicted_peak_bytes = predicted
-    prepared.weights_sha256 = weights_sha256(prepared.model)
+    device = torch.device(experiment.device)
+    memory = device_memory(device)
+    memory.reset_peak()
+    prepared = Prepared(
+        form,
+        batch_size,
+        predicted,
+        memory.kind,
+        environment(device.type),
+        datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    task = _Task(experiment, baseline, splits, prepared, meter or Meter(device), device, memory)
+    try:
+        {"contrastive": _contrastive, "features": _features, "generative": _generative}[baseline.family](task)
+    except FloatingPointError as error:
+        prepared.status, prepared.error = "nan", str(error)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        prepared.status, prepared.error = "oom", f"before the test: {str(error).splitlines()[0]}"
+    else:
+        prepared.weights_sha256 = weights_sha256(prepared.model)
+        return prepared
+    prepared.model = None
     return prepared
 
 
 def test(experiment: BaselineExperiment, prepared: Prepared, meter: Meter | None = None) -> Evaluation | None:
-    """One pass over the test images; None if it did not end well, which `prepared.status` says then."""
+    """One pass over the test images; None if that or the preparation did not end well, see its status."""
+    if prepared.status != "ok":
+        return None
     try:
         evaluation = evaluate(prepared.model, prepared.batches, meter=meter or Meter(experiment.device))
     except (RuntimeError, MemoryError) as error:
@@ -147,142 +175,131 @@ def test(experiment: BaselineExperiment, prepared: Prepared, meter: Meter | None
     if experiment.protocol == "generate":
         unmatched = evaluation.predictions == len(prepared.model.names)
         prepared.unmatched_pct = 100 * unmatched.double().mean().item()
-        evaluation.top5_pct = evaluation.loss = None
+        evaluation.top5_pct = evaluation.loss = evaluation.confidences = None
     return evaluation
 
 
 @dataclass
 class _Task:
-    """What a family needs to prepare itself."""
+    """What a family needs to complete `prepared`."""
 
     experiment: BaselineExperiment
     baseline: Baseline
     splits: Splits
-    form: str
-    batch_size: int
+    prepared: Prepared
     meter: Meter
-
-    def __post_init__(self):
-        self.device = torch.device(self.experiment.device)
-        self.memory = device_memory(self.device)
-        self.started_at = datetime.now(UTC).isoformat(timespec="seconds")
-        self.environment = environment(self.device.type)
+    device: torch.device
+    memory: DeviceMemory
 
     @property
     def dtype(self) -> torch.dtype:
-        return DTYPES.get(self.form, torch.bfloat16)  # of what NF4 leaves as it is
+        return DTYPES.get(self.prepared.form, torch.bfloat16)  # of what NF4 leaves as it is
 
     @property
     def names(self) -> list[str]:
         return prompts.class_names(self.splits)
+
+    def check_fits(self, model: nn.Module) -> None:
+        """Raise `InputError` for weights that are larger than the budget, before they go to the device."""
+        check_fits_weights(model, self.experiment.budget_bytes)
 
     def batches(self, split: Dataset, inputs: Callable, workers: bool = False) -> DataLoader:
         """Of `(inputs(images), labels)`; `images`: a list of PIL images.
 
         With `workers`, up to four processes prepare them, if the model does not compute on the same cores.
         """
-        rows = [
-            list(range(start, min(start + self.batch_size, len(split))))
-            for start in range(0, len(split), self.batch_size)
-        ]
+        size = self.prepared.batch_size
+        rows = [list(range(start, min(start + size, len(split)))) for start in range(0, len(split), size)]
         processes = min(4, os.cpu_count() or 1) if workers and self.device.type == "cuda" else 0
         return DataLoader(_Pictures(split, inputs), sampler=rows, batch_size=None, num_workers=processes)
 
-    def prepared(self, model: nn.Module, batches: DataLoader, window: Window, **fields) -> Prepared:
-        return Prepared(
-            model, batches, window, self.memory.peak_bytes, self.memory.kind, self.form, self.batch_size,
-            self.environment, self.started_at, **fields,
-        )  # fmt: skip
 
-
-def _contrastive(task: _Task) -> Prepared:
-    experiment = task.experiment
+def _contrastive(task: _Task) -> None:
+    experiment, prepared = task.experiment, task.prepared
     source = f"local-dir:{experiment.source}" if experiment.source else task.baseline.source
-    both = contrastive.load(source, dtype=task.dtype)
     templates = prompts.templates(task.splits.name)
-    with task.meter.window("prepare") as window:
-        model = contrastive.zero_shot(both, task.names, templates, memory=task.memory, device=task.device)
-    return task.prepared(
-        model,
-        task.batches(task.splits.test, functools.partial(_stacked, model.preprocess), workers=True),
-        window,
-        choices={"templates": len(templates)},
-        selection_rule="nothing to choose: published prompts",
+    both = contrastive.load(source, dtype=task.dtype)
+    task.check_fits(both.model.visual)
+    model, cost = contrastive.zero_shot(both, task.names, templates, device=task.device, meter=task.meter)
+    prepared.model, prepared.window, prepared.peak_bytes = model, cost.window, cost.peak_bytes
+    prepared.cached = cost.cached
+    prepared.batches = task.batches(
+        task.splits.test, functools.partial(_stacked, model.preprocess), workers=True
     )
+    prepared.choices = {"templates": len(templates)}
+    prepared.selection_rule = "nothing to choose: published prompts"
 
 
-def _features(task: _Task) -> Prepared:
-    experiment, splits = task.experiment, task.splits
+def _features(task: _Task) -> None:
+    experiment, splits, prepared = task.experiment, task.splits, task.prepared
     source = f"local-dir:{experiment.source}" if experiment.source else task.baseline.source
-    extractor = features.extractor(
-        source, device=task.device, dtype=task.dtype, image_size=experiment.image_size
-    )
-    parts = {
-        split: features.features(
+    extractor = features.extractor(source, dtype=task.dtype, image_size=experiment.image_size)
+    task.check_fits(extractor)
+    extractor.to(task.device)
+    parts = [
+        features.features(
             extractor, getattr(splits, split), splits.hashes[split], splits.policy,
-            layers=experiment.protocol == "linear_grid", batch_size=task.batch_size, meter=task.meter,
+            layers=experiment.protocol == "linear_grid", batch_size=prepared.batch_size, meter=task.meter,
         )
         for split in ("train", "val")
-    }  # fmt: skip
+    ]  # fmt: skip
+    if not all(part.x.isfinite().all() for part in parts):
+        raise FloatingPointError(f"features of {experiment.baseline} in {prepared.form} are not finite")
     task.memory.track(tensors_of(extractor))
     with task.meter.window("fit") as window:
-        train, val = ((part.x.to(task.device), part.y.to(task.device)) for part in parts.values())
+        train, val = ((part.x.to(task.device), part.y.to(task.device)) for part in parts)
         task.memory.track([*train, *val])
         with task.memory:
             probe = probes.fit_probe(
                 experiment.protocol, train, val, len(splits.classes), seed=experiment.seed
             )
-    prepared = task.prepared(
-        features.Frozen(extractor, probe),
-        loader(splits.test, extractor.data_config, splits.policy, batch_size=task.batch_size),
-        total([*(part.window for part in parts.values()), window], "prepare"),
-        choices=probe.choices,
-        val_top1_pct=probe.val_top1_pct,
-        selection_rule="highest validation accuracy" if probe.choices else "nothing to choose",
-        features_cached=all(part.cached for part in parts.values()),
-        fitted=sum(tensor.numel() for tensor in tensors_of(probe)),
+    prepared.model = features.Frozen(extractor, probe)
+    prepared.batches = loader(
+        splits.test, extractor.data_config, splits.policy, batch_size=prepared.batch_size
     )
-    prepared.peak_bytes = max(prepared.peak_bytes, *(part.peak_bytes for part in parts.values()))
-    return prepared
+    prepared.window = total([*(part.cost.window for part in parts), window], "prepare")
+    prepared.peak_bytes = max(task.memory.peak_bytes, *(part.cost.peak_bytes for part in parts))
+    prepared.cached = all(part.cost.cached for part in parts)
+    prepared.choices, prepared.val_top1_pct = probe.choices, probe.val_top1_pct
+    if experiment.protocol != "centroid":  # which has nothing but a scale
+        prepared.selection_rule = "highest validation accuracy"
+    prepared.fitted = sum(tensor.numel() for tensor in tensors_of(probe))
 
 
-def _generative(task: _Task) -> Prepared:
-    experiment, baseline = task.experiment, task.baseline
+def _generative(task: _Task) -> None:
+    experiment, baseline, prepared = task.experiment, task.baseline, task.prepared
     question = prompts.question(task.splits.name)
     vlm = generative.load(
         experiment.source or baseline.source,
         baseline.kind,
         dtype=task.dtype,
         device=torch.device("cpu"),
-        four_bit=task.form.startswith("nf4"),
+        four_bit=prepared.form.startswith("nf4"),
         revision=None if experiment.source else baseline.revision,
     )
-    if task.form == "nf4_pruned":
+    if prepared.form == "nf4_pruned":
         generative.prune_vocabulary(vlm, vlm.used_tokens(question, task.names))
+    task.check_fits(vlm)
     vlm.to(task.device)
 
     def inputs(images: list[Image.Image]):
         return vlm.inputs(images, question)
 
-    test_batches = task.batches(task.splits.test, inputs)
+    prepared.batches = task.batches(task.splits.test, inputs)
     task.memory.track(tensors_of(vlm))
-    if experiment.protocol == "generate":
-        with task.meter.window("prepare") as window, task.memory:
-            model = GenerationClassifier(vlm, task.names)
-        return task.prepared(model, test_batches, window, selection_rule="greedy decoding, label matching")
-    rows = torch.randperm(len(task.splits.val), generator=torch.Generator().manual_seed(experiment.seed))
-    some = Subset(task.splits.val, rows[:CHOICE_IMAGES].tolist())
-    with task.meter.window("prepare") as window, task.memory:
-        model = TrieClassifier(vlm, question, task.names)
-        model.choose(task.batches(some, inputs))
-    return task.prepared(
-        model,
-        test_batches,
-        window,
-        choices=model.choices | {"aggregation": model.aggregation, "images": len(some)},
-        val_top1_pct=model.choices[model.aggregation],
-        selection_rule="aggregation of the highest validation accuracy",
-    )
+    with task.meter.window("prepare") as prepared.window, task.memory:
+        if experiment.protocol == "generate":
+            prepared.model = GenerationClassifier(vlm, task.names)
+            prepared.selection_rule = "greedy decoding, label matching"
+        else:
+            prepared.model = model = TrieClassifier(vlm, question, task.names)
+            generator = torch.Generator().manual_seed(experiment.seed)
+            rows = torch.randperm(len(task.splits.val), generator=generator)[:CHOICE_IMAGES]
+            model.choose(task.batches(Subset(task.splits.val, rows.tolist()), inputs))
+            prepared.choices = model.choices | {"aggregation": model.aggregation, "images": len(rows)}
+            prepared.val_top1_pct = model.choices[model.aggregation]
+            prepared.selection_rule = "aggregation of the highest validation accuracy"
+    prepared.peak_bytes = task.memory.peak_bytes
 
 
 def _stacked(preprocess: Callable, images: list[Image.Image]) -> torch.Tensor:

@@ -12,22 +12,25 @@ from toolkit.budget import format_bytes
 from toolkit.errors import InputError, check_name
 from toolkit.parameters import Parameters
 
+DRAWN = ("linear_grid", "likelihood")  # protocols that draw random numbers
+
 
 @dataclass(frozen=True, kw_only=True)
 class BaselineExperiment(Parameters):
     """One evaluation of a foundation model.  Raises `InputError` for a value that cannot be run."""
 
     notebook: ClassVar = "foundation_baselines"  # that runs it
+    phase: ClassVar = "inference"
 
     baseline: str = "demo_vit"  # a name of `baselines.BASELINES`
     dataset: str = "digits"  # digits | textures | cifar100 | dtd | folder:PATH
     protocol: str = ""  # see `baselines.PROTOCOLS`; empty: the first of the family
     source: str = ""  # a folder with the files of the hub repository; empty: the hub
-    form: str = "auto"  # of the weights: fp32 | bf16 | fp16 | nf4 | nf4_pruned; auto: the first that fits
+    form: str = "auto"  # of the weights: fp32 | bf16 | fp16 | nf4 | nf4_pruned; auto: see `form_and_batch`
     budget: str = "2GB"  # device memory that it may take; stored as whole bytes
     batch_size: int = 64  # images at a time at most; fewer where the budget wants it
     image_size: int = 224  # pixels, of frozen features (demo_vit: always 32)
-    seed: int = 0  # of the linear grid
+    seed: int = 0  # of linear_grid, and of the validation images of likelihood; 0 where nothing is drawn
     device: str = "auto"  # stored as cpu or cuda
 
     def __post_init__(self) -> None:
@@ -47,7 +50,18 @@ class BaselineExperiment(Parameters):
             self._set("source", str(Path(self.source).expanduser().resolve()))
             if not Path(self.source).is_dir():
                 raise InputError(f"source {self.source}: there is no such folder.")
+        if self.protocol not in DRAWN:
+            self._set("seed", 0)
         self._check_ranges(batch_size=(1, 1_000_000), image_size=(16, 4096), seed=(0, 2**31 - 1))
+
+    @property
+    def config(self) -> dict:
+        """The parameters, with baseline and protocol under the names that tables have for such things too."""
+        return self.to_dict() | {
+            "backbone": self.baseline,
+            "method": self.protocol,
+            "checkpointing": "none",
+        }
 
     @property
     def name(self) -> str:

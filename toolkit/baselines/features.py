@@ -6,24 +6,24 @@ with them, so that a later run, which reads them, can still report it.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.torch
 import timm
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
 from toolkit.backbones import OWN, build_backbone, data_config
+from toolkit.baselines import cache
+from toolkit.baselines.architectures import check_image_size
+from toolkit.baselines.cache import Cost
 from toolkit.baselines.probes import GRID_BLOCKS, Probe
 from toolkit.budget import device_memory, tensors_of
 from toolkit.datasets import Policy, loader
 from toolkit.errors import InputError
-from toolkit.files import sha256_of, write_atomically
-from toolkit.measure import Meter, Window
+from toolkit.files import sha256_of
+from toolkit.measure import Meter
 from toolkit.paths import DATA
 from toolkit.weights import weights_sha256
 
@@ -39,11 +39,11 @@ class FeatureExtractor(nn.Module):
     resizes the shorter side to the input and takes the centre.
     """
 
-    def __init__(self, source: str, model: nn.Module, device: torch.device, dtype: torch.dtype):
+    def __init__(self, source: str, model: nn.Module, dtype: torch.dtype):
         super().__init__()
         self.source, self.dtype = source, dtype
         self.data_config = data_config(model) | {"crop_pct": 1.0}
-        self.model = model.to(device, dtype).eval().requires_grad_(False)
+        self.model = model.to(dtype).eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> FeatureExtractor:
         """Stays in evaluation mode: the backbone is frozen."""
@@ -100,10 +100,8 @@ class Frozen(nn.Module):
         return self.probe((self.extractor.layers if self.probe.layers else self.extractor)(images))
 
 
-def extractor(
-    source: str, *, device: torch.device, dtype: torch.dtype = torch.float32, image_size: int = 224
-) -> FeatureExtractor:
-    """A pretrained backbone as feature extractor, its weights in `dtype`.
+def extractor(source: str, *, dtype: torch.dtype = torch.float32, image_size: int = 224) -> FeatureExtractor:
+    """A pretrained backbone as feature extractor, its weights in `dtype`, on the host.
 
     `source`: a name that `build_backbone` knows, or `local-dir:PATH` of a folder that timm's `save_for_hf`
     wrote.  `image_size`: pixels a side, for timm models that can be resized (position embeddings are
@@ -118,18 +116,13 @@ def extractor(
         model = build_backbone(source, num_classes=1, pretrained=True)
     if source in OWN:
         model.head = nn.Identity()
-        return FeatureExtractor(source, model, device, dtype)
+        return FeatureExtractor(source, model, dtype)
     model.reset_classifier(0)
-    patch_size = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    if patch_size and hasattr(model, "set_input_size"):
-        if image_size < patch_size[0] or image_size % patch_size[0]:
-            raise InputError(
-                f"{source!r} cuts images into patches of {patch_size[0]} pixels: set image_size to a "
-                f"multiple of that instead of {image_size}."
-            )
+    if hasattr(model, "set_input_size") and hasattr(model, "patch_embed"):
+        check_image_size(source, model, image_size)
         model.set_input_size(img_size=image_size)
         model.pretrained_cfg = model.pretrained_cfg | {"input_size": (3, image_size, image_size)}
-    return FeatureExtractor(source, model, device, dtype)
+    return FeatureExtractor(source, model, dtype)
 
 
 def _build_local(source: str) -> nn.Module:
@@ -145,14 +138,11 @@ def _build_local(source: str) -> nn.Module:
 @dataclass(frozen=True)
 class Features:
     """Features of a split in its order: `x` (N, D), float16 for a float16 extractor and float32 else;
-    `y` (N,) int64; both on the CPU.  `window` and `peak_bytes`: time, energy and device memory of the
-    pass that computed them, also where that was in an earlier run (`cached`)."""
+    `y` (N,) int64; both on the CPU.  `cost`: of the pass that computed them."""
 
     x: torch.Tensor
     y: torch.Tensor
-    window: Window
-    peak_bytes: int
-    cached: bool
+    cost: Cost
 
 
 def features(
@@ -169,39 +159,33 @@ def features(
     """Features of all images of `split`, computed or, if nothing that they depend on has changed, read.
 
     `split_hash`: of the split's content, as in `Splits.hashes`.  `layers`: those of
-    `FeatureExtractor.layers`, which raises for models that lack them.  The cache is a pair of files,
-    `<key>.safetensors` and, with the key in words, costs and the digest of the first, `<key>.json`; a
-    pair that is damaged is computed anew.
+    `FeatureExtractor.layers`, which raises for models that lack them.  `cache_folder`: default
+    `data/cache/features`; features that are not finite are not kept.
     """
-    key = cache_key(extractor, split_hash, policy, batch_size, layers)
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    device = next(extractor.parameters()).device
+    meter = meter or Meter(device)
+    key = cache_key(extractor, split_hash, policy, batch_size, layers) | cache.machine(device, meter)
     folder = cache_folder or CACHE
-    tensors_file, meta_file = folder / f"{name}.safetensors", folder / f"{name}.json"
-    if (known := _read(tensors_file, meta_file)) is not None:
-        return known
+    if (known := cache.read(folder, key)) is not None:
+        tensors, cost = known
+        return Features(tensors["x"], tensors["y"], cost)
     computed = _compute(extractor, split, policy, batch_size, layers, meter)
-    content = safetensors.torch.save({"x": computed.x, "y": computed.y})
-    meta = {
-        "key": key,
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "window": computed.window.to_dict(),
-        "peak_bytes": computed.peak_bytes,
-    }
-    write_atomically(tensors_file, content)
-    write_atomically(meta_file, json.dumps(meta, indent=2).encode())
+    if computed.x.isfinite().all():
+        cache.write(folder, key, {"x": computed.x, "y": computed.y}, computed.cost)
     return computed
 
 
 def cache_key(
     extractor: FeatureExtractor, split_hash: str, policy: Policy, batch_size: int, layers: bool
 ) -> dict:
-    """All that features and their costs depend on, but for the machine.
+    """All that features depend on, and the batch size, which their memory depends on.
 
     The libraries are part of it: timm resizes position embeddings in its own way.
     """
     config = extractor.data_config
     return {
         "source": extractor.source,
+        "config": _config_sha256(extractor.source),
         "weights": weights_sha256(extractor.model),
         "libraries": f"timm {timm.__version__}, torch {torch.__version__}",
         "images": {name: config[name] for name in ("input_size", "mean", "std", "interpolation")},
@@ -210,21 +194,7 @@ def cache_key(
         "split": split_hash,
         "batch_size": batch_size,
         "dtype": str(extractor.dtype),
-        "device": next(extractor.parameters()).device.type,
     }
-
-
-def _read(tensors_file: Path, meta_file: Path) -> Features | None:
-    """What the cache holds; None if it is not there or not what was written."""
-    try:
-        meta = json.loads(meta_file.read_bytes())
-        if sha256_of(tensors_file) != meta["sha256"]:
-            return None
-        tensors = safetensors.torch.load_file(tensors_file)
-        window = Window(**meta["window"])
-        return Features(tensors["x"], tensors["y"], window, meta["peak_bytes"], cached=True)
-    except (OSError, ValueError, KeyError, TypeError):  # a JSON error is a ValueError
-        return None
 
 
 @torch.no_grad()
@@ -234,7 +204,7 @@ def _compute(
     policy: Policy,
     batch_size: int,
     layers: bool,
-    meter: Meter | None,
+    meter: Meter,
 ) -> Features:
     device = next(extractor.parameters()).device
     compute = extractor.layers if layers else extractor
@@ -247,9 +217,15 @@ def _compute(
     memory.track([images])
     with memory:
         compute(images)
-    with (meter or Meter(device)).window("features") as window:
+    with meter.window("features") as window:
         parts = [(compute(images.to(device)).cpu(), labels) for images, labels in batches]
     x, y = (torch.cat(part) for part in zip(*parts))
     if extractor.dtype == torch.float16:
         x = x.half()
-    return Features(x, y, window, memory.peak_bytes, cached=False)
+    return Features(x, y, Cost(window, memory.peak_bytes))
+
+
+def _config_sha256(source: str) -> str | None:
+    """Of a folder, whose architecture its name does not tell."""
+    local = source.startswith(_LOCAL)
+    return sha256_of(Path(source.removeprefix(_LOCAL)) / "config.json") if local else None

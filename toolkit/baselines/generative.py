@@ -71,16 +71,24 @@ def load(
             from toolkit.baselines.mobilevlm import load_mobilevlm
 
             model, processor = load_mobilevlm(source, dtype=dtype, revision=revision)
+            if kind != (found := {"ldp": "mobilevlm", "ldpv2": "mobilevlm_v2"}[model.config.projector]):
+                raise InputError(f"{source} holds a model of kind {found!r}; pass that instead of {kind!r}.")
         else:
             model, processor = _from_pretrained(source, kind, dtype, revision)
+        vlm = VisionLanguageModel(model.eval().requires_grad_(False), processor, kind)
+        vlm.prompt("")  # the template may be missing
     except InputError:
         raise
-    except (OSError, ValueError, ImportError) as error:  # files, their content, packages that read them
-        raise InputError(f"the vision-language model {source} cannot be loaded: {error}") from error
-    model.requires_grad_(False)
+    except hub.UNREADABLE as error:
+        raise InputError(
+            f"the vision-language model {source} cannot be loaded: {hub.first_line(error)}. Fetch its files "
+            "again, all of them."
+        ) from error
+    if vlm.terminator not in range(model.get_input_embeddings().weight.shape[0]):
+        raise InputError(f"the tokenizer in {source} does not know {KINDS[kind].terminator!r}.")
     if four_bit:
         quantise(model, list(packed_layers(model)), double_quantisation=True)
-    return VisionLanguageModel(model.eval(), processor, kind).to(device)
+    return vlm.to(device)
 
 
 def _reach(source: str, revision: str | None) -> None:
@@ -93,7 +101,8 @@ def _reach(source: str, revision: str | None) -> None:
 def _from_pretrained(source: str, kind: str, dtype: torch.dtype, revision: str | None):
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(source, revision=revision)
+    options = {"revision": revision, "trust_remote_code": False}
+    config = transformers.AutoConfig.from_pretrained(source, **options)
     found = (config.model_type, config.get_text_config().model_type)
     if found != KINDS[kind].architecture:
         fitting = [name for name, known in KINDS.items() if known.architecture == found]
@@ -101,14 +110,14 @@ def _from_pretrained(source: str, kind: str, dtype: torch.dtype, revision: str |
             f"{source} holds a model of type {' with '.join(found)}, not {kind!r}; "
             + (f"pass kind {fitting[0]!r}." if fitting else f"supported kinds: {', '.join(KINDS)}.")
         )
-    processor = transformers.AutoProcessor.from_pretrained(source, revision=revision)
+    processor = transformers.AutoProcessor.from_pretrained(source, **options)
     images = processor.image_processor
     if hasattr(images, "max_image_size"):
         # SmolVLM's, of one tile: otherwise even a thumbnail is enlarged and cut into 17, each a pass of the
         # vision tower.
         images.size = images.max_image_size
     model, loading = transformers.AutoModelForImageTextToText.from_pretrained(
-        source, revision=revision, dtype=dtype, output_loading_info=True
+        source, **options, dtype=dtype, output_loading_info=True
     )
     if loading["missing_keys"]:  # which would stay random
         raise InputError(
@@ -195,6 +204,8 @@ class VisionLanguageModel(nn.Module):
             raise InputError("there are no class names to choose among; give at least one.")
         tail = self._tail(question)
         before = self.null_inputs(question)["input_ids"][0, -len(self._encode(tail)) :].tolist()
+        added = self.processor.tokenizer.added_tokens_decoder
+        special = {token for token, content in added.items() if content.special or "<image>" in str(content)}
         candidates: dict[tuple[int, ...], str] = {}
         for name in names:
             text = " ".join(name.split())
@@ -204,7 +215,10 @@ class VisionLanguageModel(nn.Module):
                     f"class {name!r} does not follow the prompt as tokens of its own; rename it, or end the "
                     f"question {question!r} in another way."
                 )
-            ids = (*whole[len(before) :], self.terminator)
+            answer = whole[len(before) :]
+            if not special.isdisjoint(answer):
+                raise InputError(f"class {name!r} holds a special token of the model; rename it.")
+            ids = (*answer, self.terminator)
             if ids in candidates:
                 raise InputError(
                     f"classes {candidates[ids]!r} and {name!r} are the same to the model; rename one."
@@ -245,7 +259,17 @@ class VisionLanguageModel(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., vocabulary) of the states `hidden` (..., width), in the model's type."""
-        logits = self.model.get_output_embeddings()(hidden)
+        return self._capped(self.model.get_output_embeddings()(hidden))
+
+    def logits_of(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """float32 (B, n) of one token each (n,) after the states `hidden` (B, n, width).
+
+        In bfloat16 logits of 8 to 16 are 1/16 apart, which makes classes alike.
+        """
+        rows = self.model.get_output_embeddings().weight[self.rows(tokens).to(hidden.device)]
+        return self._capped((hidden.float() * rows.float()).sum(-1))
+
+    def _capped(self, logits: torch.Tensor) -> torch.Tensor:
         cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)  # Gemma 2
 

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import safetensors
 from huggingface_hub.errors import (
     GatedRepoError,
+    HfHubHTTPError,
     HFValidationError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    StrictDataclassError,
 )
 
 from toolkit.errors import InputError
+
+# What the hub's client raises where it cannot be reached, or a connection breaks: its HTTP library differs
+# by version, and not all of that library's errors are an OSError.
+_HTTP = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ in ("HTTPError", "RequestException"))
+NETWORK = (OSError, RuntimeError, _HTTP)
+# What transformers and open_clip raise for files that are missing, damaged or of something else.
+UNREADABLE = (
+    *NETWORK,
+    *(ValueError, KeyError, TypeError, AttributeError, ImportError),
+    *(safetensors.SafetensorError, pickle.UnpicklingError, StrictDataclassError),
+)
 
 
 @contextmanager
@@ -34,7 +49,7 @@ def reading(source: str, revision: str | None) -> Iterator[None]:
     except HFValidationError as error:
         cause = error
         problem, remedy = "is neither a folder nor the name of a hub repository", "correct the path"
-    except (OSError, RuntimeError) as error:  # what hub clients raise offline differs by version
+    except NETWORK as error:
         cause = error
         problem = f"cannot be fetched ({first_line(error)})"
         remedy = "connect to the Hugging Face hub once so that it is cached, or name a local folder"

@@ -27,14 +27,12 @@ _ENDINGS = ((r"(?<=..[^su])s$", ""), (r"(?<=s|x|z)e$|(?<=[cs]h)e$", ""), (r"y$",
 
 @functools.cache
 def normalise(text: str) -> str:
-    """Lower case, one space between words, no punctuation, no articles, regular plurals as singulars."""
-    words = []
-    for word in re.findall(r"[^\W_]+", text.lower()):
-        if word not in _ARTICLES:
-            for pattern, ending in _ENDINGS:
-                word = re.sub(pattern, ending, word)
-            words.append(word)
-    return " ".join(words)
+    """Lower case, one space between words, no punctuation, no articles, most plurals as singulars."""
+    words = re.findall(r"[^\W_]+", text.lower())
+    named = [word for word in words if word not in _ARTICLES] or words  # a class may be the letter A
+    for pattern, ending in _ENDINGS:
+        named = [re.sub(pattern, ending, word) for word in named]
+    return " ".join(named)
 
 
 def match(answer: str, classes: list[str]) -> int | None:

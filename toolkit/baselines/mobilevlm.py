@@ -11,11 +11,13 @@ Importing this module imports transformers: do it where the model is needed.
 from __future__ import annotations
 
 import json
+import zipfile
 from functools import partial
 from pathlib import Path
 
 import huggingface_hub
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from torch import nn
 from torchvision.models.convnext import LayerNorm2d
@@ -77,6 +79,8 @@ _TEXT_KEYS = (
     "bos_token_id",
     "eos_token_id",
 )
+
+_ROPE = {"rope_theta": 10000.0, "rope_scaling": None}  # of LLaMA, which older files leave out
 
 _VISION_TOWER = "model.vision_tower.vision_tower.vision_model."
 _PREFIXES = {  # of weights: here, and in the repositories
@@ -192,17 +196,21 @@ def convert_config(upstream: dict) -> MobileVLMConfig:
     if wrong:
         found = ", ".join(f"{key} {upstream.get(key)!r}" for key in wrong)
         raise InputError(f"config.json is not of a MobileVLM that can be built here: it has {found}.")
+    upstream = {"num_key_value_heads": upstream.get("num_attention_heads"), **_ROPE, **upstream}
     missing = [key for key in _TEXT_KEYS if key not in upstream]
     if missing:
         raise InputError(f"config.json of MobileVLM lacks {', '.join(missing)}; download it again.")
     text = {key: upstream[key] for key in _TEXT_KEYS}
     # Padding is `</s>`: with `<unk>` transformers would take the image's placeholders for padding.
-    return MobileVLMConfig(
-        projector=_PROJECTOR_TYPES[upstream["mm_projector_type"]],
-        text_config=LlamaConfig(**text, pad_token_id=text["eos_token_id"]),
-        vision_config=CLIPVisionConfig(**upstream.get("vision_config", CLIP_VIT_L_14_336)),
-        tie_word_embeddings=text["tie_word_embeddings"],
-    )
+    try:
+        return MobileVLMConfig(
+            projector=_PROJECTOR_TYPES[upstream["mm_projector_type"]],
+            text_config=LlamaConfig(**text, pad_token_id=text["eos_token_id"]),
+            vision_config=CLIPVisionConfig(**upstream.get("vision_config", CLIP_VIT_L_14_336)),
+            tie_word_embeddings=text["tie_word_embeddings"],
+        )
+    except StrictDataclassError as error:
+        raise InputError(f"config.json of MobileVLM is damaged: {error}; download it again.") from error
 
 
 def convert_state_dict(upstream: dict[str, torch.Tensor], config: MobileVLMConfig) -> dict[str, torch.Tensor]:
@@ -324,6 +332,8 @@ def load_mobilevlm(
     config = convert_config(upstream)
     weights = _read_weights(folder)
     if config.projector == "ldp" and not any(name.startswith(_VISION_TOWER) for name in weights):
+        if "mm_vision_tower" not in upstream:
+            raise InputError(f"{folder}: neither weights nor config.json name a vision tower.")
         weights |= _tower_weights(upstream["mm_vision_tower"], dtype)
     state = convert_state_dict(weights, config)
     model = MobileVLM.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
@@ -347,26 +357,34 @@ def _file(folder: Path, name: str) -> Path:
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except ValueError as error:
         raise InputError(f"{path} is not JSON ({error}); download it again.") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no names and values; download it again.")
+    return content
 
 
 def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors by name, mapped into memory: they are read when they are first used."""
     index = folder / "pytorch_model.bin.index.json"
-    names = (
-        sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else ["pytorch_model.bin"]
-    )
+    if index.is_file():
+        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+    else:
+        names = ["pytorch_model.bin"]
     weights = {}
     for path in [_file(folder, name) for name in names]:
         try:
-            weights |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            mapped = zipfile.is_zipfile(path)  # torch's older format cannot be
+            weights |= torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except Exception as error:  # damaged files raise anything
             raise InputError(
                 f"{path} is damaged or holds more than tensors by name, so it is not opened "
                 f"({type(error).__name__}: {first_line(error)}); delete it and download it again."
             ) from error
+    strange = [name for name, value in weights.items() if not isinstance(value, torch.Tensor)]
+    if strange:
+        raise InputError(f"{folder}: {strange[0]} in the weights is no tensor; download them again.")
     return weights
 
 

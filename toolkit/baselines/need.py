@@ -7,8 +7,9 @@ only add their keys and values.
 
 Assumed: fused attention without a matrix of scores where the model allows it (Gemma 2 does not, and is
 counted with the matrix); prompts and class names as long as CLIP's tokenizer makes them, which open_clip
-carries, unless their lengths are given: others differ by some tokens.  Not counted: what CUDA takes for
-itself, and what the allocator loses between tensors.
+carries, unless their lengths are given: others differ by some tokens.  Not counted: the features that a
+probe is fitted to, or kNN compares with; what CUDA takes for itself; and what the allocator loses between
+tensors.
 """
 
 from __future__ import annotations
@@ -157,12 +158,14 @@ def need_table(budget: int | str = "2GB", names: Iterable[str] | None = None) ->
     rows = []
     for name in BASELINES if names is None else names:
         parameters = sum(p.numel() for p in architecture(name).parameters())
-        generative = baseline_named(name).family == "generative"
+        baseline = baseline_named(name)
+        generative = baseline.family == "generative"
         for form in FORMS if generative else [form for form in FORMS if form not in FOUR_BIT_FORMS]:
             one = need(name, form)
             rows.append(
                 {
                     "baseline": name,
+                    "licence": baseline.license + (" (asks for consent)" if baseline.gated else ""),
                     "form": form,
                     "parameters_M": parameters / 1e6,
                     "weights_GB": one.weights_bytes / 1e9,

@@ -29,7 +29,7 @@ from toolkit.errors import InputError, check_name
 
 NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07  # of the votes of neighbours
-RIDGE_PATH = tuple(10.0**power for power in range(1, -7, -1))  # times the mean variance of a feature
+RIDGE_PATH = tuple(10.0**power for power in range(1, -7, -1))  # times rows and mean variance of a feature
 SHRINKAGE_PATH = (1.0, 0.9, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 1e-3, 1e-4)
 L2_PATH = tuple(10.0 ** (-step / 2) for step in range(13))  # 1 to 1e-6, per training row
 GRADIENT_TOLERANCE = 1e-5  # of `logreg`: largest entry, of the objective per row
@@ -40,7 +40,7 @@ GRID_ITERATIONS = 2500  # published: 12,500
 _GRID_BATCH = 128
 _SCALES = tuple(2 ** (step / 2) for step in range(25))  # 1 to 4096
 _TINY = 1e-20  # least probability: a CPU multiplies ten times more slowly by subnormal numbers
-_ROWS = 4096  # rows at a time of a pass over the training set
+_ROWS = 8192  # rows at a time of a pass over the training set
 _QUERIES = 512  # rows at a time that are compared with all neighbours
 
 
@@ -293,9 +293,10 @@ def logreg(train: Rows, val: Rows, num_classes: int) -> LinearProbe:
 
     Minimises, per row, cross-entropy + l2 / 2 |weight|²; in scikit-learn's terms C = 1 / (l2 N), whose
     `LogisticRegression(C)` on standardised features has the same minimum.  The path begins with the
-    strongest penalty and ends where validation accuracy is no better than before and validation loss
-    rises.  The chosen setting is then solved to `GRADIENT_TOLERANCE` in double precision; `max_gradient`
-    says what was reached.
+    strongest penalty.  With ten rows for every feature it ends where validation accuracy is no better than
+    before and validation loss rises; with fewer it goes on, as accuracy may come back once the training
+    rows are separated.  The chosen setting is then solved to `GRADIENT_TOLERANCE` in double precision;
+    `max_gradient` says what was reached.
     """
     _, sums, gram = _moments(train, num_classes)
     rows = len(train.y)
@@ -320,7 +321,7 @@ def logreg(train: Rows, val: Rows, num_classes: int) -> LinearProbe:
         loss = F.cross_entropy(tried(val.x), val.y).item()
         if best is None or tried.val_top1_pct > best[0]:
             best = tried.val_top1_pct, l2, solution
-        elif loss > loss_before:
+        elif loss > loss_before and rows >= 10 * train.x.shape[1]:
             break
     _, l2, solution = best
     solution, gradient = problem.solve(l2, solution, GRADIENT_TOLERANCE, torch.float64)
@@ -332,9 +333,9 @@ class _SoftmaxRegression:
 
     A solution is (D + 1, C) in double precision, the intercepts last.  L-BFGS works in coordinates in
     which the Hessian is near the identity: it is close to h correlation + l2 identity with h the mean of
-    p (1 - p), as in Böhning's bound (1992), which saves over half of the passes.  L-BFGS itself is in
-    double precision, the passes over the rows in the `dtype` that is asked for: single precision leaves
-    gradients uncertain by 1e-6 or so.
+    p (1 - p), as in Böhning's bound (1992): with correlated features that is less than half of the passes.
+    L-BFGS itself is in double precision, the passes over the rows in the `dtype` that is asked for: single
+    precision leaves gradients uncertain by 1e-6 or so.
     """
 
     def __init__(self, train: Rows, num_classes: int, correlation: torch.Tensor):

@@ -110,14 +110,14 @@ def score_trie(vlm: VisionLanguageModel, inputs: Mapping[str, torch.Tensor], tri
 def _log_probabilities(vlm: VisionLanguageModel, hidden: torch.Tensor, trie: Trie) -> torch.Tensor:
     """The table of `score_trie` from the inner nodes' last states (B, inner, width), a few at a time."""
     slots = torch.searchsorted(trie.inner, trie.parents[1:])  # of each node's parent in `hidden`
-    tokens = vlm.rows(trie.tokens[1:]).to(hidden.device)
     step = max(1, LOGITS_BYTES // (4 * hidden.shape[0] * vlm.vocabulary))
     columns = [hidden.new_zeros(hidden.shape[0], 1, dtype=torch.float32)]
     for start in range(0, hidden.shape[1], step):
         logits = vlm.logits(hidden[:, start : start + step]).float()  # (B, step, vocabulary)
         first, last = torch.searchsorted(slots, torch.tensor([start, start + step])).tolist()
         parents = slots[first:last].to(hidden.device) - start
-        chosen = logits[:, parents, tokens[first:last]]
+        states = hidden[:, start : start + step][:, parents]
+        chosen = vlm.logits_of(states, trie.tokens[1 + first : 1 + last])
         columns.append(chosen - logits.logsumexp(-1)[:, parents])
     return torch.cat(columns, dim=1)
 
@@ -139,8 +139,8 @@ def score_naive(
         if "token_type_ids" in inputs:  # 1: sees what is before it only
             whole["token_type_ids"] = torch.cat([inputs["token_type_ids"], torch.ones_like(given)], 1)
         hidden = vlm.hidden(whole).last_hidden_state[:, -answer.shape[1] :]
-        log_p = vlm.logits(hidden).float().log_softmax(-1)
-        tables.append(log_p.gather(2, vlm.rows(answer)[..., None])[..., 0])
+        total = vlm.logits(hidden).float().logsumexp(-1)
+        tables.append(vlm.logits_of(hidden, answer[0]) - total)
     return tables
 
 
