@@ -20,7 +20,7 @@ from toolkit.baselines import contrastive
 from toolkit.baselines.contrastive import ZeroShot, load, zero_shot
 from toolkit.baselines.prompts import templates
 from toolkit.baselines.registry import BASELINES
-from toolkit.baselines.tiny_contrastive import tiny_contrastive
+from toolkit.baselines.tiny import tiny_contrastive
 from toolkit.errors import InputError
 from toolkit.files import sha256_of
 

@@ -19,8 +19,7 @@ from PIL import Image
 from toolkit import InputError
 from toolkit.baselines import hub
 from toolkit.baselines.generative import KINDS, load, prune_vocabulary
-from toolkit.baselines.tiny_hub import tiny_generative
-from toolkit.baselines.tiny_mobilevlm import tiny_mobilevlm
+from toolkit.baselines.tiny import tiny_generative, tiny_mobilevlm
 from toolkit.methods.low_rank import four_bit_layers
 
 NAMES = ["can", "candle", "maple tree", "cat"]

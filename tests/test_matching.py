@@ -12,7 +12,7 @@ from PIL import Image
 from toolkit import InputError
 from toolkit.baselines.generative import load, prune_vocabulary
 from toolkit.baselines.matching import NEW_TOKENS, GenerationClassifier, match, normalise
-from toolkit.baselines.tiny_hub import tiny_generative
+from toolkit.baselines.tiny import tiny_generative
 
 CLASSES = [
     "tree",

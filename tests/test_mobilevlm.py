@@ -29,7 +29,7 @@ from toolkit.baselines.mobilevlm import (
     load_mobilevlm,
     prompt,
 )
-from toolkit.baselines.tiny_mobilevlm import tiny_mobilevlm
+from toolkit.baselines.tiny import tiny_mobilevlm
 from toolkit.errors import InputError
 from toolkit.methods.low_rank import quantise
 

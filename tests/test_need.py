@@ -29,9 +29,7 @@ from toolkit.baselines.need import (
     nf4_bytes,
     weights_bytes,
 )
-from toolkit.baselines.tiny_contrastive import tiny_contrastive
-from toolkit.baselines.tiny_hub import tiny_generative
-from toolkit.baselines.tiny_mobilevlm import tiny_mobilevlm
+from toolkit.baselines.tiny import tiny_contrastive, tiny_generative, tiny_mobilevlm
 from toolkit.baselines.trie import Trie, score_trie
 from toolkit.budget import TensorMemory, tensors_of
 from toolkit.methods.low_rank import four_bit_layers, quantise

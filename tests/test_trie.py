@@ -15,8 +15,7 @@ from PIL import Image
 from toolkit import InputError
 from toolkit.baselines import trie as trie_module
 from toolkit.baselines.generative import KINDS, load, prune_vocabulary
-from toolkit.baselines.tiny_hub import tiny_generative
-from toolkit.baselines.tiny_mobilevlm import tiny_mobilevlm
+from toolkit.baselines.tiny import tiny_generative, tiny_mobilevlm
 from toolkit.baselines.trie import AGGREGATIONS, Trie, TrieClassifier, aggregate, score_naive, score_trie
 
 NAMES = ["can", "candle", "maple tree", "aquarium fish", "cat"]  # one is the beginning of another

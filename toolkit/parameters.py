@@ -85,11 +85,13 @@ class Parameters:
 
 
 def _checked_type(field: dataclasses.Field, value: object) -> object:
-    """`value` if it has the field's type (an int is welcome where a float is asked for)."""
+    """`value` if it has the field's type; an int is welcome where a float, a path where text is asked for."""
     expected = {"str": str, "int": int, "float": float, "bool": bool}[field.type]
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if field.name == "budget" and isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if expected is str and isinstance(value, Path):
         value = str(value)
     if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
         raise InputError(f"{field.name} must be {field.type}, got {value!r} ({type(value).__name__}).")
