@@ -13,7 +13,6 @@ import warnings
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pandas as pd
 from torch import nn
@@ -31,10 +30,6 @@ from toolkit.paths import RUNS
 from toolkit.scores import netscore, why_no_score
 from toolkit.snapshots import clear_snapshots
 from toolkit.training import FitResult
-
-if TYPE_CHECKING:
-    from toolkit.baselines.evaluate import Prepared
-    from toolkit.baselines.experiment import BaselineExperiment
 
 SCHEMA_VERSION = 5
 FILE_NAME = "record.json"
@@ -98,11 +93,11 @@ class RunRecord:
         summary = summarize(model)
         env = result.environment or environment(experiment.device)
         record = cls(
-            run=_run_fields(experiment, result.status, result.error) | {"started_at": result.started_at},
+            run=run_fields(experiment, result.status, result.error) | {"started_at": result.started_at},
             config=experiment.to_dict(),
-            data=_data_fields(splits),
+            data=data_fields(splits),
             quality={
-                **_test_fields(evaluation),
+                **test_fields(evaluation),
                 "val_top1_pct": result.history[-1]["val_top1_pct"] if result.history else None,
                 "selection_rule": "last epoch",
                 "weights_sha256": result.weights_sha256,
@@ -126,9 +121,9 @@ class RunRecord:
                 "context_bytes": result.context_bytes,
                 "device_used_bytes": result.device_used_bytes,
                 "test_peak_bytes": evaluation and evaluation.peak_bytes,
-                "host_peak_bytes": _host_peak_bytes(),
+                "host_peak_bytes": host_peak_bytes(),
                 "memory_source": result.memory_source,
-                "budget_mode": _budget_mode(experiment, env["device_total_bytes"]),
+                "budget_mode": budget_mode(experiment, env["device_total_bytes"]),
                 "within_budget": result.peak_bytes <= experiment.budget_bytes
                 if result.status == "ok"
                 else None,
@@ -152,95 +147,8 @@ class RunRecord:
                 "windows": result.windows | ({"test": evaluation.window.to_dict()} if evaluation else {}),
             },
         )
-        record._score(summary.total, {"inference": "test", "training": "train"})
-        record._explain(_training_reasons(result, evaluation))
-        return record
-
-    @classmethod
-    def of_baseline(
-        cls,
-        experiment: BaselineExperiment,
-        splits: Splits,
-        prepared: Prepared,
-        evaluation: Evaluation | None,
-    ) -> RunRecord:
-        """Assemble the record of a baseline; `evaluation`: of the test split, None unless that ended well.
-
-        `config` also has the baseline and the protocol under `backbone` and `method`, so that tables hold
-        them beside the fine-tuned models.
-        """
-        ended = f"the run ended with status {prepared.status}"
-        params_total = summarize(prepared.model).total if prepared.model else None
-        env = prepared.environment
-        test = evaluation.window if evaluation else Window("test", reason=ended)
-        within = evaluation and max(prepared.peak_bytes, evaluation.peak_bytes) <= experiment.budget_bytes
-        record = cls(
-            run=_run_fields(experiment, prepared.status, prepared.error)
-            | {"started_at": prepared.started_at},
-            config=experiment.config,
-            data=_data_fields(splits),
-            quality={
-                **_test_fields(evaluation),
-                "val_top1_pct": prepared.val_top1_pct,
-                "unmatched_pct": prepared.unmatched_pct,
-                "selection_rule": prepared.selection_rule,
-                "weights_sha256": prepared.weights_sha256 or None,
-                "params_total": params_total,
-                "params_trainable": prepared.fitted,
-            },
-            time={
-                "prepare_seconds": prepared.window.seconds,
-                "test_seconds": evaluation and evaluation.seconds,
-                "prepare_cached": prepared.cached,
-            },
-            energy={
-                "energy_joules": total([prepared.window, test]).energy_joules,
-                "energy_source": _source([prepared.window, test]),
-                "prepare_joules": prepared.window.energy_joules,
-                "test_energy_joules": test.energy_joules,
-                "test_quantisation_joules": test.quantisation_joules,
-                "test_energy_flags": ", ".join(test.flags),
-            },
-            memory={
-                "prepare_peak_bytes": prepared.peak_bytes,
-                "test_peak_bytes": evaluation and evaluation.peak_bytes,
-                "host_peak_bytes": _host_peak_bytes(),
-                "memory_source": prepared.memory_source,
-                "budget_mode": _budget_mode(experiment, env["device_total_bytes"]),
-                "within_budget": within,
-                "predicted_peak_bytes": prepared.predicted_peak_bytes,
-                "micro_batch_images": prepared.batch_size,
-                "weights_form": prepared.form,
-            },
-            flops={"inference_macs_per_image": evaluation and evaluation.macs_per_image},
-            env=env,
-            packages=installed_packages(),
-            curves={
-                "choices": prepared.choices,
-                "windows": {"prepare": prepared.window.to_dict()}
-                | ({"test": evaluation.window.to_dict()} if evaluation else {}),
-            },
-        )
-        record._score(params_total, {"inference": "test"})
-        record._explain(
-            _common_reasons(test, ended, prepared.memory_source)
-            | {
-                "energy_joules": prepared.window.reason or test.reason,
-                "prepare_joules": prepared.window.reason,
-                "prepare_seconds": ended,
-                "prepare_peak_bytes": ended,
-                "params_total": ended,
-                "weights_sha256": ended,
-                "predicted_peak_bytes": "predictions are for the published weights, not for a folder",
-                "val_top1_pct": "nothing was chosen on validation images",
-                "test_top5_pct": ended if evaluation is None else "a generated answer names one class",
-                "test_loss": ended if evaluation is None else "a generated answer has no probabilities",
-                "unmatched_pct": ended
-                if experiment.protocol == "generate"
-                else "no answer has to be matched",
-                "prepare_cached": "nothing of this is kept",
-            }
-        )
+        record.score(summary.total, {"inference": "test", "training": "train"})
+        record.explain(_training_reasons(result, evaluation))
         return record
 
     def overview(self) -> pd.DataFrame:
@@ -258,7 +166,7 @@ class RunRecord:
         ]
         return pd.DataFrame(rows, columns=["", "value", "missing because"]).set_index("")
 
-    def _score(self, params_total: int, phases: dict[str, str]) -> None:
+    def score(self, params_total: int, phases: dict[str, str]) -> None:
         """Fill in the NetScore family with each phase's costs; `phases`: name -> prefix of its fields."""
         accuracy = self.quality["test_top1_pct"]
         macs = self.flops["inference_macs_per_image"]
@@ -281,7 +189,7 @@ class RunRecord:
                     reason = why_no_score(kind, accuracy, **costs)
                     self.missing[column] = reason.replace("watts was", "energy was")
 
-    def _explain(self, reasons: dict[str, str | None]) -> None:
+    def explain(self, reasons: dict[str, str | None]) -> None:
         """Give every null its reason."""
         groups = (self.quality, self.time, self.energy, self.memory, self.flops, self.env)
         nulls = [name for group in groups for name, value in group.items() if value is None]
@@ -291,7 +199,7 @@ class RunRecord:
     def of_failure(cls, experiment: Parameters, error: str) -> RunRecord:
         """The record of a run that ended without one of its own: its kernel died or a cell raised."""
         return cls(
-            run=_run_fields(experiment, "failed", error),
+            run=run_fields(experiment, "failed", error),
             config=experiment.config,
             env=environment(experiment.device),
             packages=installed_packages(),
@@ -316,7 +224,7 @@ class RunRecord:
         return path
 
 
-def _run_fields(experiment: Parameters, status: str, error: str | None) -> dict:
+def run_fields(experiment: Parameters, status: str, error: str | None) -> dict:
     return {
         "schema_version": SCHEMA_VERSION,
         "run_id": str(uuid.uuid4()),
@@ -328,7 +236,7 @@ def _run_fields(experiment: Parameters, status: str, error: str | None) -> dict:
     }
 
 
-def _data_fields(splits: Splits) -> dict:
+def data_fields(splits: Splits) -> dict:
     return {
         "n_train": len(splits.train),
         "n_val": len(splits.val),
@@ -339,7 +247,7 @@ def _data_fields(splits: Splits) -> dict:
     }
 
 
-def _test_fields(evaluation: Evaluation | None) -> dict:
+def test_fields(evaluation: Evaluation | None) -> dict:
     return {
         "test_top1_pct": evaluation and evaluation.top1_pct,
         "test_top5_pct": evaluation and evaluation.top5_pct,
@@ -347,7 +255,7 @@ def _test_fields(evaluation: Evaluation | None) -> dict:
     }
 
 
-def _common_reasons(test: Window, ended: str, memory_source: str) -> dict[str, str | None]:
+def common_reasons(test: Window, ended: str, memory_source: str) -> dict[str, str | None]:
     """Why fields that all records have may be null; `ended`: how a run ended that has no test."""
     from_test = ("test_top1_pct", "test_top5_pct", "test_loss", "test_seconds", "test_peak_bytes")
     reasons = dict.fromkeys((*from_test, "inference_macs_per_image", "within_budget"), ended)
@@ -365,7 +273,7 @@ def _training_reasons(result: FitResult, evaluation: Evaluation | None) -> dict[
     train = _window(result, "train")
     test = evaluation.window if evaluation else Window("test", reason=ended)
     untraced = (f"{phase}_flops_per_image" for phase in ("forward", "backward", "recompute"))
-    reasons = _common_reasons(test, ended, result.memory_source)
+    reasons = common_reasons(test, ended, result.memory_source)
     reasons |= dict.fromkeys(untraced, "no training step was traced")
     reasons |= {
         "val_top1_pct": "no epoch was completed",
@@ -406,7 +314,7 @@ def _energy_fields(result: FitResult, evaluation: Evaluation | None) -> dict:
     fit, test = _window(result, "fit"), evaluation.window if evaluation else total([], "test")
     return {
         "energy_joules": total([fit, test]).energy_joules if evaluation else fit.energy_joules,
-        "energy_source": _source([fit, train, validation, test]),
+        "energy_source": energy_source([fit, train, validation, test]),
         "train_energy_joules": train.energy_joules,
         "validation_energy_joules": validation.energy_joules,
         "test_energy_joules": test.energy_joules,
@@ -424,19 +332,19 @@ def _energy_fields(result: FitResult, evaluation: Evaluation | None) -> dict:
     }
 
 
-def _source(windows: list[Window]) -> str:
+def energy_source(windows: list[Window]) -> str:
     """The first energy source that there is, or "fake" if any window is a simulated GPU's."""
     sources = [window.source for window in windows if window.source != "none"]
     return "fake" if "fake" in sources else next(iter(sources), "none")
 
 
-def _budget_mode(experiment: Parameters, device_total_bytes: int | None) -> str:
+def budget_mode(experiment: Parameters, device_total_bytes: int | None) -> str:
     """Whether the budget is the device itself (within 10 %: part of it is the driver's) or a share of it."""
     native = device_total_bytes is not None and device_total_bytes <= 1.1 * experiment.budget_bytes
     return "native" if native else "simulated"
 
 
-def _host_peak_bytes() -> int | None:
+def host_peak_bytes() -> int | None:
     """The highest resident memory of this process."""
     try:
         import resource

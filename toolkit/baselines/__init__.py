@@ -1,11 +1,12 @@
 """Foundation models as they are: zero-shot, frozen features, generative; nothing of them is trained.
 
-`evaluate_baseline` gives the record of one; `prepare`, `test` and `RunRecord.of_baseline` are its steps.
+`evaluate_baseline` gives the record of one; `prepare`, `test` and `record_of` are its steps.
 """
 
 from toolkit.baselines.evaluate import Prepared, evaluate_baseline, prepare, test
 from toolkit.baselines.experiment import BaselineExperiment
 from toolkit.baselines.need import FORMS, Need, need_table
+from toolkit.baselines.record import record_of
 from toolkit.baselines.registry import BASELINES, PROTOCOLS, Baseline
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "evaluate_baseline",
     "need_table",
     "prepare",
+    "record_of",
     "test",
 ]

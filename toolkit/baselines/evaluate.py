@@ -1,7 +1,7 @@
 """`evaluate_baseline()`: one foundation model on one data set, under the budget, as a record.
 
 Three steps, which the notebook takes one by one: `prepare` (everything before the first test image),
-`test` (one pass, timed), `RunRecord.of_baseline`.
+`test` (one pass, timed), `record_of`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torchvision.transforms.v2 import functional as pictures
 from toolkit.baselines import contrastive, features, generative, need, probes, prompts
 from toolkit.baselines.experiment import BaselineExperiment
 from toolkit.baselines.matching import GenerationClassifier
+from toolkit.baselines.record import record_of
 from toolkit.baselines.registry import Baseline, baseline_named
 from toolkit.baselines.trie import TrieClassifier
 from toolkit.budget import DeviceMemory, device_memory, is_out_of_memory, tensors_of
@@ -52,8 +53,8 @@ class Prepared:
     started_at: str  # UTC
     model: nn.Module | None = None  # forward(inputs) -> scores, float32 (B, classes)
     batches: DataLoader | None = None  # of the test split
-    # Everything before the first test image, without loading the weights; on the CPU, fitting a probe and
-    # choosing a scoring rule take longer than they would without their memory being counted.
+    # Everything before the first test image, without loading the weights; on the CPU, fitting a probe takes
+    # longer than it would without its memory being counted.
     window: Window = field(default_factory=lambda: Window("prepare", reason="it did not end well"))
     peak_bytes: int | None = None  # device memory, highest moment of that time
     choices: dict = field(default_factory=dict)  # what was chosen, or validation accuracies to choose by
@@ -91,7 +92,7 @@ def evaluate_baseline(
     form_and_batch(experiment)  # raises before the data are downloaded, too
     splits = dataset if own else load_dataset(experiment.dataset)
     prepared = prepare(experiment, splits)
-    return RunRecord.of_baseline(experiment, splits, prepared, test(experiment, prepared))
+    return record_of(experiment, splits, prepared, test(experiment, prepared))
 
 
 def form_and_batch(
@@ -287,18 +288,23 @@ def _generative(task: _Task) -> None:
 
     prepared.batches = task.batches(task.splits.test, inputs)
     task.memory.track(tensors_of(vlm))
-    with task.meter.window("prepare") as prepared.window, task.memory:
-        if experiment.protocol == "generate":
+    if experiment.protocol == "generate":
+        with task.meter.window("prepare") as prepared.window:
             prepared.model = GenerationClassifier(vlm, task.names)
-            prepared.selection_rule = "greedy decoding, label matching"
-        else:
-            prepared.model = model = TrieClassifier(vlm, question, task.names)
-            generator = torch.Generator().manual_seed(experiment.seed)
-            rows = torch.randperm(len(task.splits.val), generator=generator)[:CHOICE_IMAGES]
-            model.choose(task.batches(Subset(task.splits.val, rows.tolist()), inputs))
-            prepared.choices = model.choices | {"aggregation": model.aggregation, "images": len(rows)}
-            prepared.val_top1_pct = model.choices[model.aggregation]
-            prepared.selection_rule = "aggregation of the highest validation accuracy"
+        prepared.selection_rule = "greedy decoding, label matching"
+    else:
+        model = TrieClassifier(vlm, question, task.names)
+        generator = torch.Generator().manual_seed(experiment.seed)
+        rows = torch.randperm(len(task.splits.val), generator=generator)[:CHOICE_IMAGES].tolist()
+        batches = task.batches(Subset(task.splits.val, rows), inputs)
+        with torch.no_grad(), task.memory:  # before the clock starts: counting takes time
+            model(next(iter(batches))[0].to(task.device))
+        with task.meter.window("prepare") as prepared.window:
+            model.choose(batches)
+        prepared.model = model
+        prepared.choices = model.choices | {"aggregation": model.aggregation, "images": len(rows)}
+        prepared.val_top1_pct = model.choices[model.aggregation]
+        prepared.selection_rule = "aggregation of the highest validation accuracy"
     prepared.peak_bytes = task.memory.peak_bytes
 
 

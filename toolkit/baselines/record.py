@@ -1,0 +1,109 @@
+"""The record of a baseline: the one that a fine-tuned model has, with `prepare_*` for what comes before the
+test."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from toolkit.baselines.experiment import BaselineExperiment
+from toolkit.datasets import Splits
+from toolkit.environment import installed_packages
+from toolkit.evaluation import Evaluation
+from toolkit.measure import Window, total
+from toolkit.methods import summarize
+from toolkit.records import (
+    RunRecord,
+    budget_mode,
+    common_reasons,
+    data_fields,
+    energy_source,
+    host_peak_bytes,
+    run_fields,
+    test_fields,
+)
+
+if TYPE_CHECKING:
+    from toolkit.baselines.evaluate import Prepared
+
+
+def record_of(
+    experiment: BaselineExperiment,
+    splits: Splits,
+    prepared: Prepared,
+    evaluation: Evaluation | None,
+) -> RunRecord:
+    """Assemble the record of a baseline; `evaluation`: of the test split, None unless that ended well.
+
+    `config` also has the baseline and the protocol under `backbone` and `method`, so that tables hold
+    them beside the fine-tuned models.
+    """
+    ended = f"the run ended with status {prepared.status}"
+    params_total = summarize(prepared.model).total if prepared.model else None
+    env = prepared.environment
+    test = evaluation.window if evaluation else Window("test", reason=ended)
+    within = evaluation and max(prepared.peak_bytes, evaluation.peak_bytes) <= experiment.budget_bytes
+    whole = RunRecord(
+        run=run_fields(experiment, prepared.status, prepared.error) | {"started_at": prepared.started_at},
+        config=experiment.config,
+        data=data_fields(splits),
+        quality={
+            **test_fields(evaluation),
+            "val_top1_pct": prepared.val_top1_pct,
+            "unmatched_pct": prepared.unmatched_pct,
+            "selection_rule": prepared.selection_rule,
+            "weights_sha256": prepared.weights_sha256 or None,
+            "params_total": params_total,
+            "params_trainable": prepared.fitted,
+        },
+        time={
+            "prepare_seconds": prepared.window.seconds,
+            "test_seconds": evaluation and evaluation.seconds,
+            "prepare_cached": prepared.cached,
+        },
+        energy={
+            "energy_joules": total([prepared.window, test]).energy_joules,
+            "energy_source": energy_source([prepared.window, test]),
+            "prepare_joules": prepared.window.energy_joules,
+            "test_energy_joules": test.energy_joules,
+            "test_quantisation_joules": test.quantisation_joules,
+            "test_energy_flags": ", ".join(test.flags),
+        },
+        memory={
+            "prepare_peak_bytes": prepared.peak_bytes,
+            "test_peak_bytes": evaluation and evaluation.peak_bytes,
+            "host_peak_bytes": host_peak_bytes(),
+            "memory_source": prepared.memory_source,
+            "budget_mode": budget_mode(experiment, env["device_total_bytes"]),
+            "within_budget": within,
+            "predicted_peak_bytes": prepared.predicted_peak_bytes,
+            "micro_batch_images": prepared.batch_size,
+            "weights_form": prepared.form,
+        },
+        flops={"inference_macs_per_image": evaluation and evaluation.macs_per_image},
+        env=env,
+        packages=installed_packages(),
+        curves={
+            "choices": prepared.choices,
+            "windows": {"prepare": prepared.window.to_dict()}
+            | ({"test": evaluation.window.to_dict()} if evaluation else {}),
+        },
+    )
+    whole.score(params_total, {"inference": "test"})
+    whole.explain(
+        common_reasons(test, ended, prepared.memory_source)
+        | {
+            "energy_joules": prepared.window.reason or test.reason,
+            "prepare_joules": prepared.window.reason,
+            "prepare_seconds": ended,
+            "prepare_peak_bytes": ended,
+            "params_total": ended,
+            "weights_sha256": ended,
+            "predicted_peak_bytes": "predictions are for the published weights, not for a folder",
+            "val_top1_pct": "nothing was chosen on validation images",
+            "test_top5_pct": ended if evaluation is None else "a generated answer names one class",
+            "test_loss": ended if evaluation is None else "a generated answer has no probabilities",
+            "unmatched_pct": ended if experiment.protocol == "generate" else "no answer has to be matched",
+            "prepare_cached": "nothing of this is kept",
+        }
+    )
+    return whole
