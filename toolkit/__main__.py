@@ -1,4 +1,4 @@
-"""`run`: experiments in batch; `plan`: what one takes, before it runs; `baselines`: what fits a budget.
+"""`run`, `sweep`: experiments in batch; `plan`: what one takes; `baselines`: what fits a budget.
 
 Each flag is a parameter of `Experiment`, or with `--baseline` of `BaselineExperiment`.  `run` without flags
 runs the default comparison on the embedded data; its flags take one value or several, and their product is
@@ -21,6 +21,7 @@ from toolkit.paths import FIGURES, RUNS
 from toolkit.records import load_records
 from toolkit.statistics import compare
 from toolkit.sweep import DEFAULT_COMPARISON, execute_notebook, grid, run_experiments
+from toolkit.sweep_file import check_count, overview, preset, read_sweep
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,15 +34,24 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__.split("\n\n")[1],
         allow_abbrev=False,
     )
-    run.add_argument(
-        "--runs", type=Path, default=RUNS, metavar="FOLDER", help=f"where runs are kept ({RUNS})"
+    sweep = commands.add_parser(
+        "sweep", help="run what a sweep file names and compare it", allow_abbrev=False
     )
-    run.add_argument(
-        "--figures",
-        type=Path,
-        metavar="FOLDER",
-        help=f"default: {FIGURES} for the default comparison, else the folder of the runs",
-    )
+    source = sweep.add_mutually_exclusive_group(required=True)
+    source.add_argument("file", nargs="?", type=Path, help="a sweep file, see toolkit/sweep_file.py")
+    source.add_argument("--preset", metavar="NAME", help="demo or paper")
+    sweep.add_argument("--dry-run", action="store_true", help="list the runs and start none")
+    sweep.add_argument("--yes", action="store_true", help="run more than 1,000 experiments")
+    for command in (run, sweep):
+        command.add_argument(
+            "--runs", type=Path, default=RUNS, metavar="FOLDER", help=f"where runs are kept ({RUNS})"
+        )
+        command.add_argument(
+            "--figures",
+            type=Path,
+            metavar="FOLDER",
+            help=f"default: {FIGURES} for the default comparison, else the folder of the runs",
+        )
     plan = commands.add_parser(
         "plan",
         help="what one experiment's training takes, and how it fits the budget",
@@ -66,6 +76,15 @@ def main(arguments: list[str] | None = None) -> int:
             print(_plan(Experiment(**values), options["num_classes"]))
             return 0
         runs = options["runs"].resolve()
+        if options["command"] == "sweep":
+            experiments = preset(options["preset"]) if options["preset"] else read_sweep(options["file"])
+            if options["dry_run"]:
+                listed = overview(experiments, runs)
+                print(listed.to_string(index=False))
+                print(f"{len(listed)} runs, {listed.finished.sum()} of them finished")
+                return 0
+            check_count(experiments, yes=options["yes"])
+            return _run(experiments, runs, (options["figures"] or runs).resolve())
         figures = options["figures"] or (runs if values else FIGURES)
         kind = BaselineExperiment if "baseline" in values else Experiment
         for name in values:
