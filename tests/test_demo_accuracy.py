@@ -5,7 +5,8 @@ import pytest
 import toolkit
 
 
-@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["lora", "full"])
 def test_digits_reach_95_percent_as_the_mean_of_three_seeds(digits, method):
     accuracies = []
     for seed in range(3):

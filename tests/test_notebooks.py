@@ -62,6 +62,12 @@ def test_checkpointing_runs_on_the_demo_backbone(tmp_path):
     )
 
 
+def test_budget_explorer_runs_headless(tmp_path):
+    chosen = tmp_path / "chosen.yaml"
+    parameters = {"batch_size": 4, "budget": "4 MiB", "chosen": str(chosen), "method": "bitfit"}
+    execute_notebook("budget_explorer", tmp_path / "explorer.ipynb", parameters)
+
+
 def test_grid_and_search_run_small(tmp_path):
     runs = {"runs": str(tmp_path / "runs"), "epochs": 1}
     execute_notebook(

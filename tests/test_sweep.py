@@ -166,6 +166,7 @@ def test_damaged_weights_stop_the_command_line(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.long  # the README's first command does the same, eight times
 def test_one_run_from_end_to_end(tmp_path, capsys):
     """A kernel is started: the notebook trains, leaves its record, and compare makes the figures."""
     command = [

@@ -113,30 +113,15 @@ def _add_parameters(command: argparse.ArgumentParser, parameters: Iterable[Field
 
 def _plan(experiment: Experiment, num_classes: int) -> str:
     """The plan of an experiment's training step, as a table."""
-    import torch
-
-    import toolkit
-    from toolkit.backbones import data_config
-    from toolkit.methods import set_train_mode
-    from toolkit.methods.allocation import allocation_of
+    from toolkit.budget import plan
+    from toolkit.preview import step_of
     from toolkit.training import held_bytes
 
-    model = toolkit.build_backbone(experiment.backbone, num_classes, pretrained=False)
-    model = toolkit.adapt(model, experiment.method, **experiment.method_options).to(experiment.device)
-    set_train_mode(model)
-    size = experiment.batch_size
-    images = torch.zeros(size, *data_config(model)["input_size"], device=experiment.device)
-    labels = torch.zeros(size, dtype=torch.long, device=experiment.device)
-    allocation = allocation_of(model)
-
-    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        loss = torch.nn.functional.cross_entropy(logits, labels)
-        return loss + allocation.penalty() if allocation else loss
-
-    return toolkit.plan(
-        model, experiment.budget, (images, labels), strategy=experiment.checkpointing,
-        precision=experiment.precision, micro_batches=experiment.micro_batch_size or True, loss=loss,
-        held_bytes=held_bytes(model, experiment.checkpointing),
+    step = step_of(experiment, num_classes)
+    return plan(
+        step.model, experiment.budget, step.batch, strategy=experiment.checkpointing,
+        precision=experiment.precision, micro_batches=experiment.micro_batch_size or True, loss=step.loss,
+        held_bytes=held_bytes(step.model, experiment.checkpointing),
     ).explain()  # fmt: skip
 
 
