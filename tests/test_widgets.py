@@ -99,7 +99,7 @@ def test_written_parameters_are_the_experiment(explorer, tmp_path):
 
 
 def test_slider_changes_picture_and_table(shown):
-    stops = shown.explorer.stops
+    stops, open_figures = shown.explorer.stops, plt.get_fignums()
     assert abs(np.log(shown.slider.value / EXPERIMENT.budget_bytes)) < np.diff(np.log(stops)).max()
     before = shown.picture.value, shown.table.value
     assert bytes(before[0]).startswith(b"\x89PNG")
@@ -110,7 +110,7 @@ def test_slider_changes_picture_and_table(shown):
     shown.update(stops[0])
     assert shown.picture.value == first
     assert "this plan" in shown.legend.value and "recompute" in shown.legend.value
-    assert not plt.get_fignums()
+    assert plt.get_fignums() == open_figures
 
 
 def test_button_writes_what_is_shown(shown):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from toolkit.experiment import Experiment
 from toolkit.measure import FlopCounter, Meter, Window
 
 if TYPE_CHECKING:
+    from toolkit.baselines.evaluate import Prepared
     from toolkit.training import FitResult
 
 
@@ -130,10 +131,15 @@ def test(
 
     Running out of memory here, or a loss that is not finite, becomes the status of `result`.
     """
+    return attempt(result, lambda: evaluate_split(model, splits, "test", experiment, meter))
+
+
+def attempt(result: FitResult | Prepared, test: Callable[[], Evaluation]) -> Evaluation | None:
+    """`test()`, if all went well so far; None, with a status and an error in `result`, if it does not."""
     if result.status != "ok":
         return None
     try:
-        evaluation = evaluate_split(model, splits, "test", experiment, meter)
+        evaluation = test()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -7,7 +7,6 @@ Three steps, which the notebook takes one by one: `prepare` (everything before t
 from __future__ import annotations
 
 import functools
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ from toolkit.baselines.trie import TrieClassifier
 from toolkit.budget import DeviceMemory, device_memory, is_out_of_memory, tensors_of
 from toolkit.datasets import Splits, load_dataset, loader
 from toolkit.environment import environment
-from toolkit.evaluation import Evaluation, evaluate
+from toolkit.evaluation import Evaluation, attempt, evaluate
 from toolkit.measure import Meter, Window, total
 from toolkit.records import RunRecord
 from toolkit.training import check_fits_weights, seed_everything
@@ -161,19 +160,9 @@ def prepare(experiment: BaselineExperiment, splits: Splits, meter: Meter | None 
 
 def test(experiment: BaselineExperiment, prepared: Prepared, meter: Meter | None = None) -> Evaluation | None:
     """One pass over the test images; None if that or the preparation did not end well, see its status."""
-    if prepared.status != "ok":
-        return None
-    try:
-        evaluation = evaluate(prepared.model, prepared.batches, meter=meter or Meter(experiment.device))
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        prepared.status, prepared.error = "oom", f"in the test: {str(error).splitlines()[0]}"
-        return None
-    if not math.isfinite(evaluation.loss):
-        prepared.status, prepared.error = "nan", f"test loss {evaluation.loss}"
-        return None
-    if experiment.protocol == "generate":
+    meter = meter or Meter(experiment.device)
+    evaluation = attempt(prepared, lambda: evaluate(prepared.model, prepared.batches, meter=meter))
+    if evaluation and experiment.protocol == "generate":
         unmatched = evaluation.predictions == len(prepared.model.names)
         prepared.unmatched_pct = 100 * unmatched.double().mean().item()
         evaluation.top5_pct = evaluation.loss = evaluation.confidences = None
