@@ -21,7 +21,7 @@ from toolkit.experiment import Experiment
 from toolkit.methods import set_train_mode
 from toolkit.paths import NOTEBOOKS
 from toolkit.training import held_bytes
-from toolkit.widgets import BudgetExplorer, Explorer, budget_explorer
+from toolkit.widgets import BudgetExplorer, Explorer
 
 EXPERIMENT = Experiment(method="bitfit", batch_size=4, threshold=0.7, lr=5e-5, device="cpu", budget="3 MiB")
 
@@ -148,6 +148,6 @@ def test_reaction_is_the_time_of_updates(shown, monkeypatch):
     assert len(set(seen)) >= 20 and shown.slider.index == start
 
 
-def test_no_classes_are_refused(tmp_path):
+def test_no_classes_are_refused():
     with pytest.raises(InputError, match="num_classes"):
-        budget_explorer(EXPERIMENT, 0, tmp_path / "chosen.yaml")
+        Explorer(EXPERIMENT, 0)

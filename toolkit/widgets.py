@@ -357,11 +357,6 @@ class BudgetExplorer(ipywidgets.VBox):
         return statistics.median(seconds)
 
 
-def budget_explorer(experiment: Experiment, num_classes: int, path: Path) -> BudgetExplorer:
-    """Profile a step of `experiment` and show its plans; the button writes to `path`."""
-    return BudgetExplorer(Explorer(experiment, num_classes), path)
-
-
 def _label(size: int) -> str:
     return f"{size // 10**9} GB" if size in MARKS else format_bytes(size)
 

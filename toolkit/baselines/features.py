@@ -6,6 +6,7 @@ with them, so that a later run, which reads them, can still report it.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,11 @@ class FeatureExtractor(nn.Module):
         self.source, self.dtype = source, dtype
         self.data_config = data_config(model) | {"crop_pct": 1.0}
         self.model = model.to(dtype).eval().requires_grad_(False)
+
+    @functools.cached_property
+    def weights_sha256(self) -> str:
+        """Digest of the backbone; once, for it is frozen and every split asks."""
+        return weights_sha256(self.model)
 
     def train(self, mode: bool = True) -> FeatureExtractor:
         """Stays in evaluation mode: the backbone is frozen."""
@@ -186,7 +192,7 @@ def cache_key(
     return {
         "source": extractor.source,
         "config": _config_sha256(extractor.source),
-        "weights": weights_sha256(extractor.model),
+        "weights": extractor.weights_sha256,
         "libraries": f"timm {timm.__version__}, torch {torch.__version__}",
         "images": {name: config[name] for name in ("input_size", "mean", "std", "interpolation")},
         "resize": "whole image" if policy.crop_scale is None else "shorter side, centre",
