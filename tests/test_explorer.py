@@ -14,14 +14,15 @@ from matplotlib import pyplot as plt
 from papermill.iorw import read_yaml_file
 
 import toolkit
-from toolkit import widgets
+from toolkit import explorer as explorer_module
 from toolkit.budget import plan
 from toolkit.errors import InputError
 from toolkit.experiment import Experiment
+from toolkit.explorer import Explorer
 from toolkit.methods import set_train_mode
 from toolkit.paths import NOTEBOOKS
 from toolkit.training import held_bytes
-from toolkit.widgets import BudgetExplorer, Explorer
+from toolkit.widgets import BudgetExplorer
 
 EXPERIMENT = Experiment(method="bitfit", batch_size=4, threshold=0.7, lr=5e-5, device="cpu", budget="3 MiB")
 
@@ -63,7 +64,7 @@ def test_stops_are_logarithmic(explorer):
 def test_marks_are_the_cards_within_the_range(explorer, monkeypatch):
     low, high = explorer.range()
     inside = (low + high) // 2
-    monkeypatch.setattr(widgets, "MARKS", (low - 1, inside, high + 1))
+    monkeypatch.setattr(explorer_module, "MARKS", (low - 1, inside, high + 1))
     assert explorer.marks == [inside] and inside in explorer.stops
 
 
