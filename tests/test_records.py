@@ -163,7 +163,7 @@ def test_energy_of_a_simulated_gpu_stays_marked(demo_model, few_digits):
         lambda patch: patch.setattr(torch, "get_num_threads", lambda: 99),
         lambda patch: patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True),
         lambda patch: patch.setattr(torch.backends.cudnn, "benchmark", True),
-        lambda patch: patch.setattr("toolkit.environment._code_sha256", lambda: "edited"),
+        lambda patch: patch.setattr("toolkit.environment.code_sha256", lambda: "edited"),
         lambda patch: patch.setattr("toolkit.environment._version", lambda name: "0"),
     ],
 )

@@ -7,6 +7,7 @@ import nbformat
 import papermill
 import pytest
 from nbclient.exceptions import DeadKernelError
+from papermill.exceptions import PapermillExecutionError
 
 import toolkit
 from toolkit import sweep
@@ -14,7 +15,7 @@ from toolkit.__main__ import main
 from toolkit.backbones import demo
 from toolkit.errors import InputError
 from toolkit.paths import NOTEBOOKS
-from toolkit.records import RunRecord
+from toolkit.records import RunRecord, run_fields
 from toolkit.training import FitResult
 
 
@@ -102,14 +103,71 @@ def test_a_dead_kernel_is_a_failure_with_a_record_and_the_rest_goes_on(fake_run,
     assert "without a finished record" in frame.error[1]
 
 
-def test_what_another_process_is_running_is_left_to_it(fake_run, tmp_path):
-    calls = fake_run(lambda _: "ok")
+@pytest.mark.parametrize("other_ends", ["finished", "gave up"])
+def test_what_another_process_is_running_comes_last(fake_run, tmp_path, monkeypatch, other_ends):
+    """The lock's holder ends while the sweep does the rest; what it leaves unfinished is done here."""
     experiments = sweep.grid(seed=[0, 1])
     folder = toolkit.run_folder(experiments[0], tmp_path)
     folder.mkdir()
-    with filelock.FileLock(folder / ".sweep.lock"):
-        assert sweep.run_experiments(experiments, tmp_path) == []
-    assert calls == [experiments[1].id]
+    other = filelock.FileLock(folder / ".sweep.lock", is_singleton=False)
+    other.acquire()
+
+    def behaviour(experiment):
+        if experiment == experiments[1]:
+            if other_ends == "finished":
+                record = RunRecord(
+                    run=run_fields(experiments[0], "ok", None),
+                    config=experiments[0].config,
+                    data={"train_sha256": sweep.load_dataset("digits").hashes["train"]},
+                )
+                record.save(folder)
+            other.release()
+        return "ok"
+
+    calls = fake_run(behaviour)
+    assert sweep.run_experiments(experiments, tmp_path) == []
+    assert calls == [experiments[1].id] + ([experiments[0].id] if other_ends == "gave up" else [])
+
+
+@pytest.mark.parametrize(
+    ("error", "attempts"),
+    [
+        (DeadKernelError("Kernel died"), 2),
+        (RuntimeError("Kernel didn't respond in 60 seconds"), 2),
+        (PapermillExecutionError(3, 1, "", "ValueError", "no such file", ""), 1),
+        (OSError("No space left on device"), 1),
+    ],
+)
+def test_what_may_pass_is_tried_once_more(fake_run, tmp_path, error, attempts):
+    def behaviour(experiment):
+        raise error
+
+    calls = fake_run(behaviour)
+    (experiment,) = sweep.grid(seed=[0])
+    assert sweep.run_experiments([experiment], tmp_path) == [experiment]
+    assert len(calls) == attempts
+
+
+def test_a_second_attempt_may_succeed(fake_run, tmp_path):
+    outcomes = iter([DeadKernelError("Kernel died"), None])
+
+    def behaviour(experiment):
+        error = next(outcomes)
+        if error:
+            raise error
+        return "ok"
+
+    fake_run(behaviour)
+    assert sweep.run_experiments(sweep.grid(seed=[0]), tmp_path) == []
+    assert toolkit.load_records(tmp_path).status.tolist() == ["ok"]
+
+
+@pytest.mark.parametrize("workers", [0, 10_000])
+def test_as_many_workers_as_there_are_devices(fake_run, tmp_path, workers):
+    calls = fake_run(lambda _: "ok")
+    with pytest.raises(InputError, match="workers must lie between 1 and"):
+        sweep.run_experiments(sweep.grid(seed=[0]), tmp_path, workers=workers)
+    assert calls == []
 
 
 # --- command line ---------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import Field, fields
 from pathlib import Path
 
+from toolkit import cluster
 from toolkit.baselines.experiment import BaselineExperiment
 from toolkit.baselines.need import need_table
 from toolkit.errors import InputError
@@ -52,6 +53,16 @@ def main(arguments: list[str] | None = None) -> int:
             metavar="FOLDER",
             help=f"default: {FIGURES} for the default comparison, else the folder of the runs",
         )
+        command.add_argument(
+            "--workers",
+            type=int,
+            default=cluster.device_count(),
+            metavar="COUNT",
+            help="experiments at a time on this machine (default: one per GPU, without one 1)",
+        )
+        command.add_argument(
+            "--scheduler", default="", metavar="ADDRESS", help="run on the workers of this dask scheduler"
+        )
     plan = commands.add_parser(
         "plan",
         help="what one experiment's training takes, and how it fits the budget",
@@ -84,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{len(listed)} runs, {listed.finished.sum()} of them finished")
                 return 0
             check_count(experiments, yes=options["yes"])
-            return _run(experiments, runs, (options["figures"] or runs).resolve())
+            return _run(experiments, runs, (options["figures"] or runs).resolve(), options)
         figures = options["figures"] or (runs if values else FIGURES)
         kind = BaselineExperiment if "baseline" in values else Experiment
         for name in values:
@@ -92,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
                 flag = f"--{name.replace('_', '-')}"
                 needs = "needs --baseline" if kind is Experiment else "is not for baselines"
                 raise InputError(f"{flag} {needs}; see `python -m toolkit run --help`.")
-        return _run(grid(kind, **(values or DEFAULT_COMPARISON)), runs, figures.resolve())
+        return _run(grid(kind, **(values or DEFAULT_COMPARISON)), runs, figures.resolve(), options)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -125,8 +136,8 @@ def _plan(experiment: Experiment, num_classes: int) -> str:
     ).explain()  # fmt: skip
 
 
-def _run(experiments: list[Experiment], runs: Path, figures: Path) -> int:
-    failed = run_experiments(experiments, runs)
+def _run(experiments: list[Experiment], runs: Path, figures: Path, options: dict) -> int:
+    failed = run_experiments(experiments, runs, workers=options["workers"], scheduler=options["scheduler"])
     ids = [experiment.id for experiment in experiments]
     records = load_records(runs)
     records = records[records.experiment_id.isin(ids)]

@@ -42,7 +42,7 @@ def environment(device: str) -> dict:
         "os": platform.platform(),
         "python": platform.python_version(),
         **{f"version_{name}": _version(name) for name in ("toolkit", *PACKAGES)},
-        "code_sha256": _code_sha256(),
+        "code_sha256": code_sha256(),
         **_git(),
     }
     hashed = {name: value for name, value in fields.items() if name not in _NOT_IN_HASH}
@@ -67,7 +67,7 @@ def installed_packages() -> dict[str, str]:
 
 
 @functools.cache
-def _code_sha256() -> str:
+def code_sha256() -> str:
     """Digest of this package's source files."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):

@@ -6,17 +6,22 @@ as completed.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import filelock
 import papermill
 from papermill.exceptions import PapermillExecutionError
 from tqdm.auto import tqdm
 
+from toolkit import cluster
 from toolkit.backbones import build_backbone
 from toolkit.baselines.evaluate import form_and_batch
 from toolkit.baselines.experiment import BaselineExperiment
@@ -30,6 +35,12 @@ from toolkit.parameters import Parameters
 from toolkit.paths import NOTEBOOKS, RUNS
 from toolkit.records import RunRecord, is_finished, run_folder
 from toolkit.training import check_fits_weights
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+ATTEMPTS = 2
+TRANSIENT = (RuntimeError, TimeoutError)  # of jupyter_client and nbclient: a kernel died, or did not start
 
 # What `python -m toolkit run` compares: small enough for two CPU cores and a few minutes.
 DEFAULT_COMPARISON = {
@@ -73,31 +84,80 @@ def check_runnable(experiments: Iterable[Parameters], runs: Path = RUNS) -> dict
     return data
 
 
-def run_experiments(experiments: list[Parameters], runs: Path = RUNS) -> list[Parameters]:
+@dataclass(frozen=True)
+class Outcome:
+    """What became of an experiment: `error` is None if it has a finished record; `busy`: elsewhere."""
+
+    error: str | None = None
+    busy: bool = False
+
+
+def run_experiments(
+    experiments: list[Parameters], runs: Path = RUNS, *, workers: int = 1, scheduler: str = ""
+) -> list[Parameters]:
     """Run what has no finished record under `runs`, with one progress bar; returns what failed.
 
-    A failure leaves a record with status `failed` and does not stop the others.  What another process
-    is running in the same folder is left to it.  Raises `InputError` before anything runs.
+    `workers`: how many experiments at a time, on this machine; with `scheduler`, the address of one of
+    dask.distributed, on its workers instead.  A failure leaves a record with status `failed` and does not
+    stop the others.  What another process is running in the same folder is waited for at the end, and done
+    here if that one gave up.  Raises `InputError` before anything runs.
     """
     data = check_runnable(experiments, runs)
+    one = functools.partial(run_one, runs=runs, hashes={name: d.hashes["train"] for name, d in data.items()})
     failed = []
-    with tqdm(experiments, unit="run", dynamic_ncols=True) as bar:
-        for experiment in bar:
-            bar.set_description(experiment.name)
-            folder = run_folder(experiment, runs)
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                with filelock.FileLock(folder / ".sweep.lock", timeout=0):
-                    error = _run(experiment, folder, runs, data[experiment.dataset].hashes["train"])
-            except filelock.Timeout:
-                bar.write(f"left to the process that is running it: {experiment.describe()}")
-                continue
-            if error:
-                failed.append(experiment)
-                bar.write(
-                    f"failed: {experiment.describe()}: {error} (notebook: {_notebook(experiment, folder)})"
-                )
+    with contextlib.ExitStack() as stack:
+        if scheduler:
+            on_gpu = any(e.device == "cuda" for e in experiments)
+            client = stack.enter_context(cluster.remote_workers(scheduler, runs, needs_gpu=on_gpu))
+        elif workers != 1:
+            client = stack.enter_context(cluster.local_workers(workers))
+        else:
+            client = None
+        bar = stack.enter_context(tqdm(total=len(experiments), unit="run", dynamic_ncols=True))
+        busy = []
+        for wait, todo in ((False, experiments), (True, busy)):
+            for experiment, outcome in _each(client, functools.partial(one, wait=wait), todo, bar):
+                if isinstance(outcome, Exception):  # of the cluster: `run_one` keeps its own
+                    outcome = Outcome(_fail(experiment, run_folder(experiment, runs), _one_line(outcome)))
+                if outcome.busy:
+                    busy.append(experiment)
+                    continue
+                bar.update()
+                if outcome.error:
+                    failed.append(experiment)
+                    notebook = _notebook(experiment, run_folder(experiment, runs))
+                    bar.write(f"failed: {experiment.describe()}: {outcome.error} (notebook: {notebook})")
     return failed
+
+
+def _each(client: Client | None, one: Callable, experiments: list[Parameters], bar: tqdm) -> Iterator[tuple]:
+    """Pairs of an experiment and its outcome, as they end."""
+    if client is not None:
+        yield from cluster.each(client, one, experiments, _resources)
+        return
+    for experiment in experiments:
+        bar.set_description(experiment.name)
+        yield experiment, one(experiment)
+
+
+def _resources(experiment: Parameters) -> dict:
+    return {"GPU": 1} if experiment.device == "cuda" else {}
+
+
+def run_one(experiment: Parameters, *, runs: Path, hashes: dict[str, str], wait: bool) -> Outcome:
+    """Run one experiment unless it is finished; what goes wrong is an outcome, not an exception.
+
+    `hashes`: sha256 of the training data by data set; `wait`: for a process that is running it.
+    """
+    folder = run_folder(experiment, runs)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder / ".sweep.lock", timeout=-1 if wait else 0):
+            return Outcome(_run(experiment, folder, runs, hashes[experiment.dataset]))
+    except filelock.Timeout:
+        return Outcome(busy=True)
+    except OSError as error:  # the folder cannot be written: neither can a record of that
+        return Outcome(_one_line(error))
 
 
 def _notebook(experiment: Parameters, folder: Path) -> Path:
@@ -109,13 +169,20 @@ def _run(experiment: Parameters, folder: Path, runs: Path, train_sha256: str) ->
     if is_finished(folder, train_sha256):
         return None
     parameters = {**experiment.to_dict(), "runs": str(runs)}
-    try:
-        execute_notebook(experiment.notebook, _notebook(experiment, folder), parameters)
-        error = "the notebook ended without a finished record"
-    except Exception as problem:  # a kernel that dies, a cell that raises, a full disk: on to the next
-        error = _one_line(problem)
-    if is_finished(folder, train_sha256):  # a figure that fails after the record takes nothing away
-        return None
+    for _ in range(ATTEMPTS):
+        try:
+            execute_notebook(experiment.notebook, _notebook(experiment, folder), parameters)
+            error, again = "the notebook ended without a finished record", False
+        except Exception as problem:  # a kernel that dies, a cell that raises, a full disk: on to the next
+            error, again = _one_line(problem), isinstance(problem, TRANSIENT)
+        if is_finished(folder, train_sha256):  # a figure that fails after the record takes nothing away
+            return None
+        if not again:
+            break
+    return _fail(experiment, folder, error)
+
+
+def _fail(experiment: Parameters, folder: Path, error: str) -> str:
     RunRecord.of_failure(experiment, error).save(folder)
     return error
 
