@@ -101,10 +101,13 @@ def remote_workers(scheduler: str, runs: Path, *, needs_gpu: bool) -> Iterator[C
         marker = runs / f".shared-{uuid.uuid4().hex}"
         marker.touch()
         try:
-            seen = client.run(_what_a_worker_sees, marker)
+            seen = client.run(_what_a_worker_sees, marker, on_error="return")
         finally:
             marker.unlink()
-        for address, (sees_runs, sha256) in seen.items():
+        for address, found in seen.items():
+            if isinstance(found, Exception):
+                raise InputError(f"worker {address} has no toolkit ({found}); install it there.")
+            sees_runs, sha256 = found
             if not sees_runs:
                 raise InputError(
                     f"worker {address} does not see {runs}; use a folder that all machines share."

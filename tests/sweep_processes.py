@@ -1,0 +1,60 @@
+"""Started by `test_sweep_processes.py`: whole sweeps in processes that can be killed, without kernels.
+
+One JSON command a line on stdin, one answer a line on stdout.  Each sweep is a fork of this process, which
+has imported everything and computed nothing.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+from toolkit import sweep
+from toolkit.experiment import Experiment
+from toolkit.records import RunRecord, run_fields
+
+TRAIN_SHA256 = "0" * 64
+
+
+def execute_notebook(name: str, output: Path, parameters: dict) -> None:
+    """Instead of a kernel: takes a moment, and leaves a line in a log and a record."""
+    experiment = Experiment(**{key: value for key, value in parameters.items() if key != "runs"})
+    time.sleep(random.uniform(0.001, 0.02))
+    with open(output.parent.parent / "executed.log", "a") as log:
+        log.write(experiment.id + "\n")
+    record = RunRecord(run_fields(experiment, "ok", None), experiment.config, {"train_sha256": TRAIN_SHA256})
+    record.save(output.parent)
+
+
+def check_runnable(experiments, runs):
+    return {"digits": SimpleNamespace(hashes={"train": TRAIN_SHA256})}
+
+
+def main() -> None:
+    sweep.execute_notebook, sweep.check_runnable = execute_notebook, check_runnable
+    experiments = sweep.grid(seed=range(12))
+    for line in sys.stdin:
+        command = json.loads(line)
+        children = [start(experiments, Path(command["runs"])) for _ in range(command["sweeps"])]
+        if command["kill_after_seconds"] is not None:
+            time.sleep(command["kill_after_seconds"])
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        print(json.dumps(statuses), flush=True)
+
+
+def start(experiments: list[Experiment], runs: Path) -> int:
+    child = os.fork()
+    if child:
+        return child
+    random.seed(os.getpid())
+    os._exit(len(sweep.run_experiments(experiments, runs)))
+
+
+if __name__ == "__main__":
+    main()
