@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 import toolkit
+from toolkit.records import load_curves
 
 RUNS = 12
 
@@ -73,3 +77,67 @@ def test_a_killed_sweep_beside_another(sweeps, tmp_path):
     before = records(tmp_path)
     assert sweeps(tmp_path, 2) == [0, 0]
     assert before.items() <= records(tmp_path).items() and len(records(tmp_path)) == RUNS
+
+
+# --- with real kernels ----------------------------------------------------------------------------
+
+COMMAND = [sys.executable, "-m", "toolkit", "run", "--method", "linear", "--checkpointing", "none",
+           "--epochs", "8", "--seed", "0", "1", "2"]  # fmt: skip
+
+
+def sweep(runs: Path, *flags: str) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*COMMAND, *flags, "--runs", str(runs)], env=environment, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> pd.DataFrame:
+    runs, start = tmp_path_factory.mktemp("undisturbed"), time.monotonic()
+    assert sweep(runs).wait() == 0
+    records = toolkit.load_records(runs)
+    records.attrs["sweep_seconds"] = time.monotonic() - start
+    return records
+
+
+def assert_same(runs: Path, undisturbed: pd.DataFrame) -> None:
+    """The records of `runs` say what undisturbed ones say, order and timings aside."""
+    columns = ["experiment_id", "status", "test_top1_pct", "test_loss", "train_peak_bytes", "steps"]
+    frames = [
+        frame[columns].sort_values("experiment_id") for frame in (toolkit.load_records(runs), undisturbed)
+    ]
+    pd.testing.assert_frame_equal(*(frame.reset_index(drop=True) for frame in frames), check_exact=True)
+    for folder in undisturbed.folder:
+        histories = [load_curves(where)["history"] for where in (folder, runs / Path(folder).name)]
+        assert histories[0] == histories[1]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("flags", [(), ("--workers", "2")])
+def test_thirty_kills_with_kernels(tmp_path, undisturbed, flags):
+    """Finished runs stay, and what is resumed ends bit for bit as if it had not been killed."""
+    moments, killed, before = random.Random(0), 0, {}
+    while killed < 30 // (1 + len(flags)):
+        process = sweep(tmp_path, *flags)
+        try:
+            process.wait(moments.uniform(0, undisturbed.attrs["sweep_seconds"] / 1.5))
+        except subprocess.TimeoutExpired:
+            process.kill()  # -9, of the sweep alone: kernels and workers have to notice
+            killed += 1
+        assert process.wait() in (0, -9)
+        now = records(tmp_path)
+        assert before.items() <= now.items(), "a finished run was lost or repeated"
+        before = now
+        if len(before) == len(undisturbed):
+            assert_same(tmp_path, undisturbed)
+            tmp_path, before = tmp_path / "again", {}
+    assert sweep(tmp_path, *flags).wait() == 0
+    assert_same(tmp_path, undisturbed)
+
+
+@pytest.mark.long
+def test_two_workers_say_what_one_says(tmp_path, undisturbed):
+    assert sweep(tmp_path, "--workers", "2").wait() == 0
+    assert_same(tmp_path, undisturbed)

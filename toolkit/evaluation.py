@@ -21,7 +21,7 @@ from toolkit.measure import FlopCounter, Meter, Window
 
 if TYPE_CHECKING:
     from toolkit.baselines.evaluate import Prepared
-    from toolkit.training import FitResult
+    from toolkit.fit_result import FitResult
 
 
 @dataclass

@@ -1,16 +1,13 @@
-"""What stands around a training loop: Ctrl-C between steps, one process per folder, a progress bar."""
+"""What stands around a training loop: Ctrl-C between steps, one process per folder."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
-import sys
 import threading
 from pathlib import Path
 
 import filelock
-from tqdm.auto import tqdm
 
 from toolkit.errors import InputError
 
@@ -59,18 +56,3 @@ def claim(folder: Path | None):
         yield
     finally:
         lock.release()
-
-
-def live_progress() -> bool:
-    """Whether a bar can move: a terminal, or a notebook that a person sits before.
-
-    Under papermill a bar would stay at 0 % for ever, so there one line is printed per epoch.
-    """
-    in_kernel = "ipykernel" in sys.modules
-    if in_kernel:
-        return any(os.environ.get(name) for name in ("JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG"))
-    return sys.stderr.isatty()
-
-
-def progress_bar(total: int, initial: int) -> tqdm:
-    return tqdm(total=total, initial=initial, unit="step", leave=False, disable=not live_progress())

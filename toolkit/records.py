@@ -23,13 +23,13 @@ from toolkit.environment import PACKAGES, environment, installed_packages
 from toolkit.evaluation import Evaluation
 from toolkit.experiment import Experiment
 from toolkit.files import write_atomically
+from toolkit.fit_result import FitResult
 from toolkit.measure import Window, total
 from toolkit.methods import summarize
 from toolkit.parameters import Parameters
 from toolkit.paths import RUNS
 from toolkit.scores import netscore, why_no_score
 from toolkit.snapshots import clear_snapshots
-from toolkit.training import FitResult
 
 SCHEMA_VERSION = 5
 FILE_NAME = "record.json"

@@ -21,7 +21,7 @@ import papermill
 from papermill.exceptions import PapermillExecutionError
 from tqdm.auto import tqdm
 
-from toolkit import cluster
+from toolkit import cluster, progress
 from toolkit.backbones import build_backbone
 from toolkit.baselines.evaluate import form_and_batch
 from toolkit.baselines.experiment import BaselineExperiment
@@ -203,10 +203,11 @@ def execute_notebook(name: str, output: Path, parameters: dict) -> None:
         check_name(f"parameter of {notebook.name}", parameter, declared)
     output.parent.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # debugger's warning in every kernel
-    papermill.execute_notebook(
-        str(notebook), _no_pattern(output), parameters=parameters, kernel_name="python3", cwd=str(NOTEBOOKS),
-        progress_bar=False, extra_arguments=["--IPKernelApp.log_level=ERROR"],
-    )  # fmt: skip
+    with progress.batch():
+        papermill.execute_notebook(
+            str(notebook), _no_pattern(output), parameters=parameters, kernel_name="python3",
+            cwd=str(NOTEBOOKS), progress_bar=False, extra_arguments=["--IPKernelApp.log_level=ERROR"],
+        )  # fmt: skip
 
 
 def _no_pattern(path: Path) -> str:

@@ -11,9 +11,7 @@ import contextlib
 import gc
 import math
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,7 +21,6 @@ from timm.optim import param_groups_weight_decay
 from timm.utils import random_seed
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from toolkit.backbones import data_config
 from toolkit.budget import (
@@ -41,52 +38,20 @@ from toolkit.environment import environment
 from toolkit.errors import InputError
 from toolkit.evaluation import autocast, evaluate
 from toolkit.experiment import Experiment
-from toolkit.interruption import Interrupt, claim, live_progress, progress_bar
-from toolkit.measure import FlopCounter, Meter, SensorError, Window, total
+from toolkit.fit_result import FitResult
+from toolkit.interruption import Interrupt, claim
+from toolkit.measure import FlopCounter, Meter, SensorError
 from toolkit.measure.memory import MemoryTrace, context_bytes
 from toolkit.methods import set_train_mode
 from toolkit.methods.allocation import allocation_of
+from toolkit.progress import Progress, Screen, View, plain_view
+from toolkit.run_windows import RunWindows, Stretches
 from toolkit.snapshots import load_newest_snapshot, save_snapshot
 from toolkit.weights import trained_state, weights_sha256
 
 SNAPSHOT_FORMAT = 4  # of `_Run.state`
 OUT_OF_MEMORY_RETRIES = 5  # of one step, under `planned`; each for a peak lower by a twentieth
-
-
-@dataclass
-class FitResult:
-    """What training gave.  `status`: ok | oom | nan | interrupted."""
-
-    status: str
-    error: str | None = None
-    history: list[dict] = field(default_factory=list)  # one row per epoch
-    steps: int = 0
-    # Totals of the meter's windows, by name: "fit" and its parts "train" (steps, data loading and the
-    # "snapshot"s between steps) and "validation"; see measure.Window for the fields.
-    windows: dict[str, dict] = field(default_factory=dict)
-    data_seconds: float = 0.0  # of training, waiting for the next batch
-    idle_watts: float | None = None  # as measured before training, if it was
-    peak_bytes: int = 0  # device memory, highest moment of the training steps
-    memory_source: str = ""
-    checkpointed_blocks: int = 0  # in the last step
-    predicted_peak_bytes: int | None = None  # by the plan, if the strategy is `planned`
-    micro_batch_size: int = 0  # images per forward pass
-    out_of_memory_retries: int = 0  # steps that ran out of memory and were repeated with less
-    reserved_peak_bytes: int | None = None  # CUDA only: what the allocator held, fragmentation included
-    context_bytes: int | None = None  # CUDA only: beside the allocator's
-    device_used_bytes: int | None = None  # CUDA only: of the whole device, by anyone, at the end
-    context_reason: str | None = None  # why these are None
-    environment: dict = field(default_factory=dict)  # see environment.environment; as training began
-    memory_trace: list[dict] = field(default_factory=list)  # one step, see MemoryTrace.segments
-    step_flops: dict[str, float] = field(default_factory=dict)  # by phase, per image, of that step
-    weights_sha256: str = ""  # of the model as it came to training
-    resumes: int = 0
-    started_at: str = ""  # UTC; the first start of a resumed run
-
-    @property
-    def train_seconds(self) -> float:
-        """Time in the windows "train"."""
-        return self.windows["train"]["seconds"] if "train" in self.windows else 0.0
+_NO_SUMS = {"loss": 0.0, "correct": 0, "images": 0}  # over the images of an epoch
 
 
 def seed_everything(seed: int) -> None:
@@ -113,6 +78,7 @@ def fit(
     snapshot_seconds: float = 5.0,
     workers: int | None = None,
     meter: Meter | None = None,
+    view: View | None = None,
 ) -> FitResult:
     """Train `model` on `splits.train` as `experiment` says; validate after each epoch.
 
@@ -122,19 +88,23 @@ def fit(
     are those of `meter` (default: a new one); what a killed process measured after its last snapshot is
     lost with the steps themselves.
 
+    `view` shows the run (default: a moving bar or printed lines, see `progress.plain_view`) and may pause
+    it between two steps: memory stays taken, but the wait counts into no time and no energy but those
+    of the window "pause".
+
     Under `planned` nothing starts that cannot fit, and a step that runs out of memory all the same is
     repeated, with the same random numbers, on a tighter plan; the batch never changes.  Otherwise out of
-    memory, a loss that is not finite, and an interrupt (Ctrl-C, Jupyter's stop button; at the
-    end of the step) end the run with that status.  Raises `InputError` if the weights exceed the budget,
-    no plan fits it, or another process trains in `folder`.
+    memory, a loss that is not finite, and an interrupt (Ctrl-C, Jupyter's stop button, the view's;
+    at the end of the step) end the run with that status.  Raises `InputError` if the weights exceed the
+    budget, no plan fits it, or another process trains in `folder`.
     """
     check_fits_weights(model, experiment.budget_bytes)
-    with claim(folder), Interrupt() as interrupt:
+    with claim(folder), Interrupt() as interrupt, Screen(view or plain_view(), interrupt) as screen:
         run = _Run(model, splits, experiment, folder, workers, meter or Meter(experiment.device))
         try:
             run.prepare()
-            with run.checkpointing(), run.window("fit"):
-                run.train(interrupt, snapshot_seconds)
+            with run.checkpointing():
+                run.train(screen, snapshot_seconds)
         except _NotFinite as error:
             run.result.status, run.result.error = "nan", str(error)
         except (RuntimeError, MemoryError) as error:
@@ -142,8 +112,9 @@ def fit(
                 raise
             run.result.status, run.result.error = "oom", str(error).split("\n")[0]
             run.read_peaks()
-        run.book_windows()
+        run.result.windows = run.windows.totals()
         run.read_context()
+        screen.end(run.ending())
         return run.result
 
 
@@ -153,8 +124,7 @@ class _Run:
     def __init__(self, model, splits, experiment, folder, workers, meter):
         self.model, self.experiment, self.splits, self.workers = model, experiment, splits, workers
         self.meter = meter
-        self.windows: dict[str, list[Window]] = defaultdict(list)  # of this process, by name
-        self.earlier_windows: dict[str, dict] = {}  # totals of the processes that were killed
+        self.windows = RunWindows(meter)
         self.device = torch.device(experiment.device)
         self.memory = device_memory(self.device)
         self.data_config = data_config(model)
@@ -169,7 +139,8 @@ class _Run:
             environment=environment(self.device.type),
             started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        self.epoch_sums = {"loss": 0.0, "correct": 0, "images": 0}
+        self.epoch_sums = dict(_NO_SUMS)
+        self.shown_sums = dict(_NO_SUMS)  # as far as `progress` has told of them
         self.hits: torch.Tensor | None = None  # right answers of the present forward pass
         self.penalty: torch.Tensor | None = None  # in its loss, beside the cross-entropy
         self.allocation = allocation_of(model)
@@ -222,53 +193,75 @@ class _Run:
             )
         return self.blocks
 
-    @contextlib.contextmanager
-    def window(self, name: str) -> Iterator[Window]:
-        """A window of the meter whose total goes into the result."""
-        with self.meter.window(name) as window:
-            self.windows[name].append(window)
-            yield window
-
-    def book_windows(self) -> None:
-        """Bring the result's totals up to now, open windows included."""
-        for name, windows in self.windows.items():
-            earlier = [Window(**self.earlier_windows[name])] if name in self.earlier_windows else []
-            measured = [*earlier, *(self.meter.so_far(window) for window in windows)]
-            self.result.windows[name] = total(measured, name).to_dict()
-
-    def train(self, interrupt: Interrupt, snapshot_seconds: float) -> None:
-        """Train until the last step, or until an interrupt is wanted."""
+    def train(self, screen: Screen, snapshot_seconds: float) -> None:
+        """Train until the last step, or until the end is wanted."""
         saved_at, save_seconds = -math.inf, 0.0  # the first step is saved: a full disk shows up early
 
-        def save_if_due() -> None:
+        def ends_here() -> bool:
+            """Save the state if that is due; whether the run shall end."""
             nonlocal saved_at, save_seconds
+            last = self.result.steps == self.total_steps
+            stop = screen.stop_wanted and not last  # asked once: who stops is saved
             due = time.perf_counter() - saved_at > max(snapshot_seconds, 50 * save_seconds)
-            if due or interrupt.wanted or self.result.steps == self.total_steps:
+            if due or stop or last:
                 save_seconds = self._save()
                 saved_at = time.perf_counter()
+            if stop:
+                self.result.status = "interrupted"
+            return stop
 
-        with progress_bar(self.total_steps, self.result.steps) as bar:
+        with Stretches(self.windows, "fit") as fit:
+            screen.begin(self.progress, self.result.history, saves=self.snapshots is not None)
             while self.result.steps < self.total_steps:
                 epoch, first_batch = divmod(self.result.steps, self.steps_per_epoch)
                 set_train_mode(self.model)
-                with self.window("train"):
+                with Stretches(self.windows, "train") as train:
                     asked_at = time.perf_counter()
                     for images, labels in self._train_loader(epoch, first_batch):
                         self.result.data_seconds += time.perf_counter() - asked_at
                         self._train_step(images, labels)
-                        self._show(bar, epoch)
+                        screen.step()
                         if self.result.steps % self.steps_per_epoch:
-                            save_if_due()
-                            if interrupt.wanted:
-                                self.result.status = "interrupted"
+                            if screen.paused:
+                                self.windows.pause(screen.wait, fit, train)
+                            if ends_here():
                                 return
                         asked_at = time.perf_counter()
-                with self.window("validation"):
+                with self.windows.window("validation"):
                     self._end_epoch(epoch)
-                save_if_due()
-                if interrupt.wanted and self.result.steps < self.total_steps:
-                    self.result.status = "interrupted"
+                screen.epoch(self.result.history[-1])
+                if screen.paused:
+                    self.windows.pause(screen.wait, fit)
+                if ends_here():
                     return
+
+    def progress(self) -> Progress:
+        """Where the run stands."""
+        fit, shown = self.windows.measured("fit"), self.shown_sums
+        self.shown_sums = dict(self.epoch_sums)
+        images = self.epoch_sums["images"] - shown["images"]
+        return Progress(
+            step=self.result.steps,
+            total_steps=self.total_steps,
+            epoch=max(1, math.ceil(self.result.steps / self.steps_per_epoch)),
+            epochs=self.experiment.epochs,
+            loss=(self.epoch_sums["loss"] - shown["loss"]) / images if images else None,
+            top1_pct=100 * (self.epoch_sums["correct"] - shown["correct"]) / images if images else None,
+            peak_bytes=self.result.peak_bytes,
+            budget_bytes=self.experiment.budget_bytes,
+            seconds=fit.seconds,
+            energy_joules=fit.energy_joules,
+            energy_source=fit.source,
+            energy_reason=fit.reason,
+        )
+
+    def ending(self) -> str:
+        """How training ended, in words."""
+        result = self.result
+        if result.status != "interrupted":
+            return f"{result.status}: {result.error}" if result.error else f"finished: {result.steps} steps"
+        saved = "the state is saved, fit goes on from here" if self.snapshots else "nothing is saved"
+        return f"stopped after step {result.steps} of {self.total_steps}; {saved}"
 
     def read_context(self) -> None:
         """Book what the device holds beside this process's tensors, while the kernels are loaded."""
@@ -444,23 +437,7 @@ class _Run:
             "val_top1_pct": validation.top1_pct,
         }
         self.result.history.append(row)
-        self.epoch_sums = {"loss": 0.0, "correct": 0, "images": 0}
-        if not live_progress():
-            print(
-                f"epoch {row['epoch']}/{self.experiment.epochs}: loss {row['train_loss']:.4f}, "
-                f"val {row['val_top1_pct']:.2f} %, peak {format_bytes(self.result.peak_bytes)}"
-            )
-
-    def _show(self, bar: tqdm, epoch: int) -> None:
-        images = self.epoch_sums["images"]
-        bar.set_description(f"epoch {epoch + 1}/{self.experiment.epochs}", refresh=False)
-        bar.set_postfix(
-            loss=f"{self.epoch_sums['loss'] / images:.3f}",
-            acc=f"{100 * self.epoch_sums['correct'] / images:.1f}%",
-            peak=format_bytes(self.result.peak_bytes),
-            refresh=False,
-        )
-        bar.update()
+        self.epoch_sums, self.shown_sums = dict(_NO_SUMS), dict(_NO_SUMS)
 
     def _train_loader(self, epoch: int, first_batch: int) -> DataLoader:
         return loader(
@@ -479,8 +456,8 @@ class _Run:
         """Write a snapshot; returns the seconds that it took."""
         if self.snapshots is None:
             return 0.0
-        with self.window("snapshot") as window:
-            self.book_windows()
+        with self.windows.window("snapshot") as window:
+            self.result.windows = self.windows.totals()
             save_snapshot(self.snapshots, self.result.steps, self.state())
         return window.seconds
 
@@ -527,7 +504,7 @@ class _Run:
             torch.cuda.set_rng_state_all(state["rng_cuda"])
         self.epoch_sums = state["epoch_sums"]
         current, self.result = self.result, FitResult(**state["result"])
-        self.earlier_windows = dict(self.result.windows)
+        self.windows.earlier = self.result.windows
         self.result.status, self.result.error = "ok", None
         self.result.environment, self.result.idle_watts = current.environment, current.idle_watts
         self.result.resumes += 1
