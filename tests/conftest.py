@@ -15,6 +15,7 @@ sys.path.insert(0, _guard)
 # Before anything imports toolkit.paths, and inherited by notebook kernels.
 _folder = tempfile.mkdtemp(prefix="toolkit-tests-")
 os.environ["TOOLKIT_RUNS"] = os.path.join(_folder, "runs")
+os.environ["TOOLKIT_CACHE"] = os.path.join(_folder, "cache")
 os.environ["TOOLKIT_FIGURES"] = os.path.join(_folder, "figures")
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -109,7 +109,7 @@ def _wait_for(port: int, server: subprocess.Popen) -> None:
 def test_explorer(lab, capsys):
     """Move the slider, read the changed prediction, press the button."""
     chosen = lab.folder / "chosen.yaml"
-    lab.open("budget_explorer", batch_size=16, chosen=str(chosen))
+    lab.open("budget_explorer", batch_size=16, chosen=str(chosen), map_backbones="demo_vit")
     lab.run_all()
     lab.button("Use this budget").wait_for()
     lab.page.wait_for_selector("text=/from slider to picture/")

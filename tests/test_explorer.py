@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import shlex
 from dataclasses import replace
 
@@ -15,6 +17,7 @@ from papermill.iorw import read_yaml_file
 
 import toolkit
 from toolkit import explorer as explorer_module
+from toolkit import explorer_cache, plots_budget
 from toolkit.budget import plan
 from toolkit.errors import InputError
 from toolkit.experiment import Experiment
@@ -28,8 +31,8 @@ EXPERIMENT = Experiment(method="bitfit", batch_size=4, threshold=0.7, lr=5e-5, d
 
 
 @pytest.fixture(scope="module")
-def explorer() -> Explorer:
-    return Explorer(EXPERIMENT, 10)
+def explorer(tmp_path_factory) -> Explorer:
+    return Explorer(EXPERIMENT, 10, tmp_path_factory.mktemp("answers"))
 
 
 @pytest.fixture
@@ -37,14 +40,14 @@ def shown(explorer, tmp_path) -> BudgetExplorer:
     return BudgetExplorer(explorer, tmp_path / "chosen.yaml")
 
 
-def planned_anew(budget: int, strategy: str):
+def planned_anew(budget: int, strategy: str, images: int = 4, micro_batches: bool = True):
     """What `toolkit.plan` says of the same step."""
     model = toolkit.build_backbone("demo_vit", 10, pretrained=False)
     model = toolkit.adapt(model, "bitfit", **EXPERIMENT.method_options)
     set_train_mode(model)
-    batch = torch.zeros(4, 3, 32, 32), torch.zeros(4, dtype=torch.long)
+    batch = torch.zeros(images, 3, 32, 32), torch.zeros(images, dtype=torch.long)
     held = held_bytes(model, strategy)
-    return plan(model, budget, batch, strategy=strategy, micro_batches=True, held_bytes=held)
+    return plan(model, budget, batch, strategy=strategy, micro_batches=micro_batches, held_bytes=held)
 
 
 def test_range_is_feasible_and_tight(explorer):
@@ -97,6 +100,144 @@ def test_written_parameters_are_the_experiment(explorer, tmp_path):
     parameters = read_yaml_file(str(path))  # as papermill does
     assert Experiment(**parameters) == replace(EXPERIMENT, budget="4 MiB", checkpointing="planned")
     assert set(parameters) <= set(papermill.inspect_notebook(command[1]))
+
+
+def test_answers_are_kept(explorer, monkeypatch, tmp_path):
+    between = explorer.table("3.3 MiB")
+    monkeypatch.setattr(explorer_module, "step_of", lambda *_: pytest.fail("it was profiled again"))
+    again = Explorer(replace(EXPERIMENT, budget="1GB", lr=0.1, seed=1), 10, explorer.folder)
+    assert (again.range(), again.stops) == (explorer.range(), explorer.stops)
+    pd.testing.assert_frame_equal(again.curve(), explorer.curve())
+    pd.testing.assert_frame_equal(again.table("3.3 MiB"), between)
+    for stop in again.stops[::13]:
+        pd.testing.assert_frame_equal(again.table(stop), explorer.table(stop))
+        kept, made = again.picture(stop), explorer.picture(stop)
+        assert kept.blocks == made.blocks and kept.fixed_bytes == made.fixed_bytes
+        assert (kept.memory_bytes == made.memory_bytes).all()
+        assert (kept.without_bytes == made.without_bytes).all()
+    assert "papermill" in again.write(again.stops[2], tmp_path / "x.yaml")
+
+
+def test_what_answers_depend_on(explorer, monkeypatch):
+    asked = []
+
+    def read(folder, question):
+        asked.append(question)
+        return explorer._to_keep()
+
+    monkeypatch.setattr(explorer_cache, "read", read)
+    for changes in (
+        {}, {"backbone": "vit_small"}, {"method": "norm"}, {"batch_size": 5}, {"micro_batch_size": 2},
+        {"precision": "bf16"}, {"threshold": 0.6}, {"method": "lora"}, {"method": "lora", "lora_rank": 2},
+    ):  # fmt: skip
+        Explorer(replace(EXPERIMENT, **changes), 10)
+    Explorer(EXPERIMENT, 11)
+    monkeypatch.setattr(explorer_module, "code_sha256", lambda: "other code")
+    Explorer(EXPERIMENT, 10)
+    assert len({json.dumps(question, sort_keys=True) for question in asked}) == len(asked) == 11
+
+
+def test_damaged_and_foreign_answers_are_named_and_not_believed(tmp_path):
+    question, answer, arrays = {"asked": 1}, {"a": [1, 2.5]}, {"memory": np.arange(1000)}
+    assert explorer_cache.read(tmp_path, question) is None
+    explorer_cache.write(tmp_path, question, answer, arrays)
+    (path,) = tmp_path.iterdir()
+    kept, kept_arrays = explorer_cache.read(tmp_path, question)
+    assert kept == answer and (kept_arrays["memory"] == arrays["memory"]).all() and len(kept_arrays) == 1
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 255
+    with io.BytesIO() as file:
+        np.save(file, np.array([{"an": "object"}]), allow_pickle=True)
+        pickled = file.getvalue()
+    explorer_cache.write(tmp_path / "other", {"asked": 2}, answer, arrays)
+    (foreign,) = (tmp_path / "other").iterdir()
+    for content in (b"", b"text", whole[:-30], bytes(flipped), pickled, foreign.read_bytes()):
+        path.write_bytes(content)
+        with pytest.warns(UserWarning, match=path.name):
+            assert explorer_cache.read(tmp_path, question) is None
+
+
+def test_batch_sizes_are_peaks_of_such_steps(explorer):
+    frame = explorer.batch_sizes().set_index(["strategy", "images"]).peak_bytes
+    assert sorted(set(frame.index.get_level_values("images")))[:2] == [1, 8]
+    static = planned_anew(1 << 40, "static", 8)
+    assert (frame["none", 8], frame["static", 8]) == (static.unplanned_peak_bytes, static.peak_bytes)
+    assert frame["planned", 8] == planned_anew(frame["planned", 8], "planned", 8, False).budget_bytes
+    assert (frame["planned"] < frame["static"]).all() and (frame["static"] < frame["none"]).all()
+    fits = explorer.images_that_fit()
+    assert list(fits.columns) == ["2 GB", "4 GB", "6 GB", "8 GB"]
+    assert (fits.loc["planned"] > fits.loc["static"]).all() and (fits.loc["static"] > fits.loc["none"]).all()
+
+
+def test_batch_sizes_are_kept(explorer, monkeypatch):
+    frame = explorer.batch_sizes()
+    monkeypatch.setattr(explorer_module, "rule_step", lambda *_: pytest.fail("it ran again"))
+    pd.testing.assert_frame_equal(explorer.batch_sizes(), frame)
+
+
+def test_images_that_fit_are_read_off_the_peaks(explorer, monkeypatch):
+    peaks = [(1, 3.0e9), (11, 5.0e9), (20, 5.9e9)]
+    frame = pd.DataFrame([("none", *row) for row in peaks], columns=["strategy", "images", "peak_bytes"])
+    monkeypatch.setattr(Explorer, "batch_sizes", lambda self: frame)
+    assert list(explorer.images_that_fit().loc["none"]) == [0, 6, 21, 41]
+    figure = plots_budget.batch_sizes_against_memory(frame)
+    assert figure.axes[0].get_legend_handles_labels()[1] == ["none"]
+    plt.close(figure)
+
+
+def test_static_twin_shows_the_same(explorer):
+    stop = explorer.stops[5]
+    figure, picture = explorer.figure(stop), explorer.picture(stop)
+    above, below = figure.axes
+    line = above.get_lines()[0].get_ydata() * 2**20
+    assert line.max() == picture.memory_bytes.max() == explorer.plan(stop).peak_bytes
+    heights = [bar.get_height() for bar in below.containers[0]]
+    assert np.allclose(heights, [block.kept_bytes / 2**20 for block in picture.blocks])
+    assert "this plan" in above.get_legend_handles_labels()[1]
+    plt.close(figure)
+
+
+def test_long_steps_keep_their_peaks():
+    values = np.random.default_rng(0).integers(0, 10**9, 4001)
+    few = plots_budget._few(values)
+    assert len(few) <= 1500 and few.max() == values.max() and few[0] == values[:2].max()
+
+
+def test_module_names_in_pictures_are_short_and_text():
+    assert plots_budget._short(["a.blocks.0", "a.blocks.1"]) == ["0", "1"]
+    assert plots_budget._short(["s.1.blocks.0", "s.2.blocks.0"]) == ["1.blocks.0", "2.blocks.0"]
+    assert plots_budget._short(["$x$"]) == [r"\$x\$"]
+
+
+def test_fields_are_profiled_in_place(shown):
+    slider, before = shown.slider, shown.picture.value
+    shown.method.value, shown.batch_size.value, shown.num_classes.value = "linear", 2, 7
+    shown.profiler.click()
+    e = shown.explorer.experiment
+    assert (e.method, e.batch_size, shown.explorer.num_classes) == ("linear", 2, 7)
+    assert e.lr == replace(EXPERIMENT, method="linear", lr=0).lr
+    assert shown.message.value == "" and not shown.profiler.disabled
+    assert shown.slider is slider and [size for _, size in slider.options] == shown.explorer.stops
+    assert shown.picture.value != before and "linear on demo_vit" in shown.title.value
+    slider.index = 3
+    assert shown.budget_bytes == shown.explorer.stops[3]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("backbone", "<b>vit</b>", "unknown backbone"),
+        ("precision", "fp16", "fp16"),
+        ("backbone", "", "unknown"),
+    ],
+)
+def test_what_cannot_be_profiled_is_a_message_as_text(shown, field, value, said):
+    explorer, before = shown.explorer, shown.picture.value
+    getattr(shown, field).value = value
+    shown.profiler.click()
+    assert said in shown.message.value and "<" not in shown.message.value
+    assert shown.explorer is explorer and shown.picture.value == before and not shown.profiler.disabled
 
 
 def test_slider_changes_picture_and_table(shown):

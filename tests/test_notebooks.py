@@ -44,7 +44,7 @@ def nbval(folder, *names, timeout=600):
 
 def test_finetune_baselines_and_compare_pass_nbval(tmp_path):
     """Compare on the records that the others left."""
-    nbval(tmp_path, "finetune", "foundation_baselines", "compare")
+    nbval(tmp_path, "finetune", "foundation_baselines", "compare", "results_browser", "report")
     records = toolkit.load_records(tmp_path).set_index("phase")
     assert list(records.status) == ["ok", "ok"] and set(records.index) == {"training", "inference"}
     assert records.test_top1_pct["training"] > 85 and records.test_top1_pct["inference"] > 85
@@ -65,6 +65,7 @@ def test_checkpointing_runs_on_the_demo_backbone(tmp_path):
 def test_budget_explorer_runs_headless(tmp_path):
     chosen = tmp_path / "chosen.yaml"
     parameters = {"batch_size": 4, "budget": "4 MiB", "chosen": str(chosen), "method": "bitfit"}
+    parameters |= {"map_backbones": "demo_vit"}
     execute_notebook("budget_explorer", tmp_path / "explorer.ipynb", parameters)
 
 

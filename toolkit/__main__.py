@@ -1,4 +1,4 @@
-"""`run`, `sweep`: experiments in batch; `plan`: what one takes; `baselines`: what fits a budget.
+"""`run`, `sweep`: experiments in batch; `report`: what came out; `plan`, `baselines`: what they take.
 
 Each flag is a parameter of `Experiment`, or with `--baseline` of `BaselineExperiment`.  `run` without flags
 runs the default comparison on the embedded data; its flags take one value or several, and their product is
@@ -13,16 +13,22 @@ from collections.abc import Iterable
 from dataclasses import Field, fields
 from pathlib import Path
 
+import pandas as pd
+
 from toolkit import cluster
 from toolkit.baselines.experiment import BaselineExperiment
 from toolkit.baselines.need import need_table
+from toolkit.budget import format_bytes
+from toolkit.dry_run import dry_run, summary
 from toolkit.errors import InputError
 from toolkit.experiment import Experiment
+from toolkit.parameters import Parameters
 from toolkit.paths import FIGURES, RUNS
 from toolkit.records import load_records
+from toolkit.report import write_report
 from toolkit.statistics import compare
 from toolkit.sweep import DEFAULT_COMPARISON, execute_notebook, grid, run_experiments
-from toolkit.sweep_file import check_count, overview, preset, read_sweep
+from toolkit.sweep_file import check_count, preset, read_sweep
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,16 +49,19 @@ def main(arguments: list[str] | None = None) -> int:
     source.add_argument("--preset", metavar="NAME", help="demo or paper")
     sweep.add_argument("--dry-run", action="store_true", help="list the runs and start none")
     sweep.add_argument("--yes", action="store_true", help="run more than 1,000 experiments")
-    for command in (run, sweep):
+    run.add_argument(
+        "--figures",
+        type=Path,
+        metavar="FOLDER",
+        help=f"default: {FIGURES} for the default comparison, else the folder of the runs",
+    )
+    report = commands.add_parser("report", help="write one HTML file about all runs, and its tables")
+    report.add_argument("--output", type=Path, metavar="FILE", help="default: report.html among the runs")
+    for command in (run, sweep, report):
         command.add_argument(
             "--runs", type=Path, default=RUNS, metavar="FOLDER", help=f"where runs are kept ({RUNS})"
         )
-        command.add_argument(
-            "--figures",
-            type=Path,
-            metavar="FOLDER",
-            help=f"default: {FIGURES} for the default comparison, else the folder of the runs",
-        )
+    for command in (run, sweep):
         command.add_argument(
             "--workers",
             type=int,
@@ -90,12 +99,13 @@ def main(arguments: list[str] | None = None) -> int:
         if options["command"] == "sweep":
             experiments = preset(options["preset"]) if options["preset"] else read_sweep(options["file"])
             if options["dry_run"]:
-                listed = overview(experiments, runs)
-                print(listed.to_string(index=False))
-                print(f"{len(listed)} runs, {listed.finished.sum()} of them finished")
+                print(_dry_run(experiments, runs))
                 return 0
             check_count(experiments, yes=options["yes"])
-            return _run(experiments, runs, (options["figures"] or runs).resolve(), options)
+            return _run(experiments, runs, None, options)
+        if options["command"] == "report":
+            print(write_report(runs, (options["output"] or runs / "report.html").resolve()))
+            return 0
         figures = options["figures"] or (runs if values else FIGURES)
         kind = BaselineExperiment if "baseline" in values else Experiment
         for name in values:
@@ -136,18 +146,34 @@ def _plan(experiment: Experiment, num_classes: int) -> str:
     ).explain()  # fmt: skip
 
 
-def _run(experiments: list[Experiment], runs: Path, figures: Path, options: dict) -> int:
+def _dry_run(experiments: list[Parameters], runs: Path) -> str:
+    """What a sweep would do, a line a run, and in sum."""
+    table = dry_run(experiments, runs)
+    shown = pd.DataFrame(
+        {
+            "run": table["name"],
+            "finished": table.finished.map({True: "yes", False: ""}),
+            "predicted peak": table.predicted_peak_bytes.map(format_bytes, na_action="ignore").fillna("–"),
+            "in budget": table.within_budget,
+            "seconds": table.seconds.map("{:.0f}".format, na_action="ignore").fillna("–"),
+            "estimate from": table.estimate_from,
+        }
+    )
+    return f"{shown.to_string(index=False)}\n{summary(table)}"
+
+
+def _run(experiments: list[Parameters], runs: Path, figures: Path | None, options: dict) -> int:
+    """Run, compare and report; into `figures`, if any, go those of the notebook `compare`."""
     failed = run_experiments(experiments, runs, workers=options["workers"], scheduler=options["scheduler"])
     ids = [experiment.id for experiment in experiments]
     records = load_records(runs)
     records = records[records.experiment_id.isin(ids)]
     print(compare(records).to_string(index=False))
-    if (records.status == "ok").any():
-        report = runs / "compare.ipynb"
-        execute_notebook(
-            "compare", report, {"runs": str(runs), "figures": str(figures), "experiment_ids": ",".join(ids)}
-        )
-        print(f"report   {report}\nfigures  {figures}")
+    if figures and (records.status == "ok").any():
+        parameters = {"runs": str(runs), "figures": str(figures), "experiment_ids": ",".join(ids)}
+        execute_notebook("compare", runs / "compare.ipynb", parameters)
+        print(f"figures  {figures}, made by {runs / 'compare.ipynb'}")
+    print(f"report   {write_report(runs, runs / 'report.html')}")
     print(f"records  {runs}/*/record.json, with the executed notebook of each run beside it")
     if failed:
         print(f"{len(failed)} of {len(experiments)} runs failed; the same command tries them again")

@@ -27,7 +27,7 @@ from torchvision.transforms import v2
 
 from toolkit.errors import InputError, check_name
 from toolkit.files import write_atomically
-from toolkit.paths import DATA, DOWNLOADS
+from toolkit.paths import CACHE, DOWNLOADS
 
 DATASETS = ("digits", "textures", "cifar100", "dtd")
 MAX_PIXELS = 40_000_000  # a larger picture is refused before it is decoded: it may be a decompression bomb
@@ -419,7 +419,7 @@ def _from_files(
         for file, label in samples
     ]
     key = hashlib.sha256(json.dumps([str(root.resolve()), listing]).encode()).hexdigest()[:24]
-    remembered = DATA / "cache" / f"scan-{key}.json"
+    remembered = CACHE / f"scan-{key}.json"
     if remembered.exists():
         scan = json.loads(remembered.read_text())
     else:

@@ -1,69 +1,38 @@
 """What any budget does to an experiment's training step, before anything trains.
 
 `Explorer` profiles the step once and then answers for every budget; `widgets.BudgetExplorer` is the slider
-on top.
+on top.  The answers at all stops of the slider are kept on disk: the next time nothing has to be profiled.
 """
 
 from __future__ import annotations
 
+import math
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import asdict, astuple, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 import yaml
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from toolkit import plots
-from toolkit.budget import (
-    Checkpointing,
-    Plan,
-    Planner,
-    TensorMemory,
-    format_bytes,
-    parse_bytes,
-    tensors_of,
-)
+from toolkit import explorer_cache
+from toolkit.budget import Plan, Planner, format_bytes, parse_bytes
 from toolkit.budget.checkpointing import RULES
-from toolkit.budget.fake_step import on_fake_tensors
-from toolkit.budget.flops import NORMS, FlopCounter
-from toolkit.budget.step import autocast, optimizer_like
+from toolkit.environment import PACKAGES, code_sha256, device_name, installed_packages
 from toolkit.errors import InputError
 from toolkit.experiment import Experiment
 from toolkit.files import write_atomically
-from toolkit.paths import NOTEBOOKS
-from toolkit.preview import step_of
+from toolkit.paths import CACHE, NOTEBOOKS
+from toolkit.plots_budget import MARKS, BlockUse, StepPicture, kinds_of, picture_of, step_figure
+from toolkit.preview import Step, step_of
+from toolkit.rule_steps import RuleStep, rule_step
 from toolkit.training import held_bytes
 
-MARKS = tuple(gigabytes * 10**9 for gigabytes in (2, 4, 6, 8))  # of common cards
+ANSWERS = CACHE / "explorer"
 STOPS = 40  # of the slider
-
-
-@dataclass(frozen=True)
-class _Ran:
-    """A step of the threshold rule: what it takes under every limit in (above, up_to] bytes."""
-
-    above: float
-    up_to: float
-    peak_bytes: int
-    forward_flops: int
-    recompute_flops: int
-
-
-class _Readings:
-    """Stands for `memory`, and notes every number that the rule reads."""
-
-    def __init__(self, memory: TensorMemory):
-        self._memory = memory
-        self.bytes: list[int] = []
-
-    @property
-    def allocated_bytes(self) -> int:
-        self.bytes.append(self._memory.allocated_bytes)
-        return self.bytes[-1]
 
 
 class Explorer:
@@ -72,38 +41,24 @@ class Explorer:
     Random weights, fake tensors: no download, and no memory but that of the weights and one batch.  The
     experiment's own budget and checkpointing do not matter: every budget and strategy is answered.
     Budgets are bytes or text like "2GB", and hold tensors only: the context of a GPU comes on top.
-    Raises `InputError` for a model that cannot be built, adapted or profiled.
+    `folder`: where answers are kept.  Raises `InputError` for a model that cannot be built, adapted or
+    profiled.
     """
 
-    def __init__(self, experiment: Experiment, num_classes: int):
+    def __init__(self, experiment: Experiment, num_classes: int, folder: Path = ANSWERS):
         if num_classes < 1:
             raise InputError(f"num_classes must be at least 1, got {num_classes}.")
-        self.experiment = e = replace(experiment, checkpointing="planned")
-        step = step_of(e, num_classes)
-        self.model, self._batch, self._loss = step.model, step.batch, step.loss
-        self.planner = Planner(
-            self.model, self._batch, loss=self._loss, precision=e.precision,
-            held_bytes=held_bytes(self.model, "planned"),
-        )  # fmt: skip
+        self.experiment = replace(experiment, checkpointing="planned")
+        self.num_classes, self.folder = num_classes, folder
         self._plans: dict[int, Plan] = {}
-        sizes = self._micro_batch_sizes()
-        for size in tqdm(sizes, desc="profiling", unit="size", leave=False):
-            self.planner.chain(size, size == e.batch_size)
-        self._without = self.planner.plan(1 << 62)
-        smallest = min(self.planner.smallest_bytes(size) for size in {sizes[0], sizes[-1]})
-        self._rules = self._run_rules()
-        self._range = smallest, max(smallest, self._rules[0].peak_bytes)
-
-    def _micro_batch_sizes(self) -> list[int]:
-        """The sizes that the planner chooses among, the largest first."""
-        size = self.experiment.micro_batch_size
-        if size:
-            return [size]
-        sizes = [self.experiment.batch_size]
-        if not self.planner.chain(sizes[0], False).profile.batch_statistics:
-            while sizes[-1] > 1:
-                sizes.append(-(-sizes[-1] // 2))
-        return sizes
+        self._rules: list[tuple[RuleStep, float]] = []  # with the estimated seconds
+        self._planned: dict[int, tuple[dict, StepPicture]] = {}  # budget -> row of the table, picture
+        kept = explorer_cache.read(folder, self._question("plans"))
+        if kept is None:
+            self._profile()
+            self._keep()
+        else:
+            self._take(*kept)
 
     def range(self) -> tuple[int, int]:
         """Bytes of the smallest budget that a plan is found for, and of the step without checkpointing."""
@@ -126,7 +81,7 @@ class Explorer:
         size = parse_bytes(budget)
         if size not in self._plans:
             micro_batches = self.experiment.micro_batch_size or True
-            self._plans[size] = self.planner.plan(size, micro_batches=micro_batches)
+            self._plans[size] = self._planner.plan(size, micro_batches=micro_batches)
         return self._plans[size]
 
     def table(self, budget: int | str) -> pd.DataFrame:
@@ -135,13 +90,15 @@ class Explorer:
 
         Only "planned" is in micro-batches; the others are of the whole batch.
         """
-        size = parse_bytes(budget)
-        rules = [self._rule_plan(strategy, size) for strategy in RULES]
-        return pd.DataFrame(map(self._row, (*rules, self.plan(size))))
+        known = len(self._planned) + len(self._rules)
+        rows = self._rows(parse_bytes(budget))
+        if len(self._planned) + len(self._rules) > known:
+            self._keep()
+        return pd.DataFrame(rows)
 
     def curve(self) -> pd.DataFrame:
         """The planned rows of `table` at all stops, and the rows of "none" and "static"."""
-        rows = [self._row(self.plan(size)) for size in self.stops]
+        rows = [self._answer(size)[0] for size in self.stops]
         return pd.concat([pd.DataFrame(rows), self.table(self.stops[-1])[:2]], ignore_index=True)
 
     def summary(self, budget: int | str) -> pd.DataFrame:
@@ -158,9 +115,18 @@ class Explorer:
             }
         )
 
-    def figure(self, budget: int | str) -> Figure:
+    def picture(self, budget: int | str) -> StepPicture:
         """Memory over the planned step, and what each block does."""
-        return plots.plan_over_step(self.plan(budget), without=self._without)
+        return self._answer(parse_bytes(budget))[1]
+
+    @property
+    def kinds(self) -> list[str]:
+        """All that blocks do in the pictures so far, those of all stops among them."""
+        return kinds_of([picture for _, picture in self._planned.values()])
+
+    def figure(self, budget: int | str) -> Figure:
+        """`picture` as a figure."""
+        return step_figure(self.picture(budget), self.kinds)
 
     def write(self, budget: int | str, path: Path) -> str:
         """Write the experiment with this budget to `path`; returns the command that runs it.
@@ -171,86 +137,206 @@ class Explorer:
         path = Path(path).resolve()
         if path.is_dir():
             raise InputError(f"parameters cannot be written to {path}: it is a folder; name a file in it.")
-        chosen = replace(self.experiment, budget=str(self.plan(budget).budget_bytes))
+        planned, _ = self._answer(parse_bytes(budget))
+        chosen = replace(self.experiment, budget=str(planned["budget_bytes"]))
         # Not json.dumps: it writes 5e-05, which YAML takes for text.
         write_atomically(path, yaml.safe_dump(chosen.to_dict(), sort_keys=False).encode())
         notebook, output = NOTEBOOKS / "finetune.ipynb", path.with_suffix(".ipynb")
         return shlex.join(["papermill", str(notebook), str(output), "-f", str(path)])
 
-    def _run_rules(self) -> list[_Ran]:
-        """All that the rules can do with the step, on fake tensors: from no block checkpointed to each.
+    def batch_sizes(self) -> pd.DataFrame:
+        """Peaks by the number of images in one pass: strategy, images, peak_bytes.
 
-        The threshold rule compares its limit with what is allocated as each block begins.  So a step under
-        one limit is that of every limit down to the largest of these numbers below it, which is where the
-        next step begins.
+        "planned" is the smallest peak of any plan.  Sizes are 1 (2 where a batch norm takes statistics of
+        the batch), the experiment's, and the one at which plans pass 8 GB.  In between peaks grow evenly.
         """
-        ran: list[_Ran] = []
-        held = held_bytes(self.model, "none")
-        with on_fake_tensors(self.model, self._batch) as (images, labels):
-            memory = TensorMemory(images.device)
-            readings = _Readings(memory)
-            memory.track([*tensors_of(self.model), images, labels])
-            stepper = optimizer_like("adamw", self.model)(self.model)
-            rule = Checkpointing(self.model, "threshold", memory=readings, budget_bytes=0)
-            bar = tqdm(total=1 + len(rule.blocks), desc="other strategies", unit="step", leave=False)
-            with memory, rule, bar:
-                for parameter in stepper.param_groups[0]["params"]:  # gives the optimizer its state
-                    parameter.grad = torch.zeros_like(parameter)
-                stepper.step()
-                stepper.zero_grad(set_to_none=True)
-                limit = np.inf
-                while not ran or limit > 0:
-                    rule.threshold_bytes = limit
-                    memory.reset_peak()
-                    readings.bytes.clear()
-                    flops = self._run_step(images, labels, stepper)
-                    next_limit = max((size for size in readings.bytes if size < limit), default=0)
-                    ran.append(_Ran(next_limit, limit, memory.peak_bytes + held, *flops))
-                    limit = next_limit
-                    bar.update()
-        return ran
+        question = self._question("batch sizes")
+        kept = explorer_cache.read(self.folder, question)
+        if kept is None:
+            kept = {"rows": self._batch_sizes()}, {}
+            explorer_cache.write(self.folder, question, *kept)
+        frame = pd.DataFrame(kept[0]["rows"], columns=["strategy", "images", "peak_bytes"])
+        return frame.sort_values("images", kind="stable", ignore_index=True)
 
-    def _run_step(self, images: torch.Tensor, labels: torch.Tensor, stepper) -> tuple[int, int]:
-        """One training step; returns FLOPs of its forward pass and of what it computed again."""
-        with FlopCounter() as counter:
-            with autocast(images.device, self.experiment.precision):
-                logits = self.model(images)
-                loss = self._loss(logits, labels)
-            loss.backward()
-            del loss, logits
-            stepper.step()
-            stepper.zero_grad(set_to_none=True)
-        forward, recompute = (
-            sum(count for op, count in counter.counts[phase].items() if op not in NORMS)
-            for phase in ("forward", "recompute")
-        )
-        return forward, recompute
+    def images_that_fit(self) -> pd.DataFrame:
+        """Images in one pass on cards of 2, 4, 6 and 8 GB, one row per strategy, read off `batch_sizes`."""
+        return pd.DataFrame(
+            {
+                strategy: {f"{mark // 10**9} GB": _images_within(mark, rows) for mark in MARKS}
+                for strategy, rows in self.batch_sizes().groupby("strategy", sort=False)
+            }
+        ).T
 
-    def _rule_plan(self, strategy: str, budget_bytes: int) -> Plan:
-        """What a strategy that does not plan takes."""
-        limit = {"none": np.inf, "static": 0, "threshold": self.experiment.threshold * budget_bytes}[strategy]
-        ran = next(ran for ran in self._rules if ran.above < limit <= ran.up_to or not ran.above)
-        return replace(
-            self._without, strategy=strategy, budget_bytes=budget_bytes, peak_bytes=ran.peak_bytes,
-            forward_flops=ran.forward_flops, recompute_flops=ran.recompute_flops, extra_seconds=None,
+    def _batch_sizes(self) -> list[tuple[str, int, int]]:
+        smallest = 2 if self._planner.chain(self.experiment.batch_size, False).profile.batch_statistics else 1
+        size = max(self.experiment.batch_size, 8)
+        with tqdm(total=3, desc="batch sizes", unit="size", leave=False) as bar:
+            low, high = self._peaks(smallest, bar), self._peaks(size, bar)
+            growth = (high[-1][2] - low[-1][2]) / (size - smallest)  # of the last row: planned
+            largest = math.ceil(size + (1.01 * MARKS[-1] - high[-1][2]) / growth)
+            return low + high + (self._peaks(largest, bar) if largest > size else [])
+
+    def _peaks(self, images: int, bar: tqdm) -> list[tuple[str, int, int]]:
+        """A row of `batch_sizes` for each strategy, the planned one last."""
+        if images == self.experiment.batch_size:
+            rules = [self._rule(strategy, 0)[0] for strategy in ("none", "static")]
+            planner = self._planner
+        else:
+            # Not zeros, which would touch the memory.
+            batch = tuple(part.new_empty(images, *part.shape[1:]) for part in self._step.batch)
+            step = replace(self._step, batch=batch)
+            rules = [rule_step(step, self.experiment.precision, limit) for limit in (math.inf, 0)]
+            planner = self._planner_of(step)
+        peaks = [rule.peak_bytes for rule in rules] + [planner.smallest_bytes()]
+        bar.update()
+        return [(strategy, images, peak) for strategy, peak in zip(("none", "static", "planned"), peaks)]
+
+    @cached_property
+    def _step(self) -> Step:
+        return step_of(self.experiment, self.num_classes)
+
+    @cached_property
+    def _planner(self) -> Planner:
+        return self._planner_of(self._step)
+
+    def _planner_of(self, step: Step) -> Planner:
+        return Planner(
+            step.model, step.batch, loss=step.loss, precision=self.experiment.precision,
+            held_bytes=held_bytes(step.model, "planned"),
         )  # fmt: skip
 
-    def _row(self, plan: Plan) -> dict:
+    @cached_property
+    def _without(self) -> Plan:
+        return self._planner.plan(1 << 62)
+
+    def _profile(self) -> None:
+        """Answer for all stops."""
+        sizes = self._micro_batch_sizes()
+        for size in tqdm(sizes, desc="profiling", unit="size", leave=False):
+            self._planner.chain(size, size == self.experiment.batch_size)
+        smallest = min(self._planner.smallest_bytes(size) for size in {sizes[0], sizes[-1]})
+        self._range = smallest, max(smallest, self._rule("none", 0)[0].peak_bytes)
+        for stop in tqdm(self.stops, desc="budgets", unit="budget", leave=False):
+            self._rows(stop)
+
+    def _micro_batch_sizes(self) -> list[int]:
+        """The sizes that the planner chooses among, the largest first."""
+        size = self.experiment.micro_batch_size
+        if size:
+            return [size]
+        sizes = [self.experiment.batch_size]
+        if not self._planner.chain(sizes[0], False).profile.batch_statistics:
+            while sizes[-1] > 1:
+                sizes.append(-(-sizes[-1] // 2))
+        return sizes
+
+    def _rows(self, size: int) -> list[dict]:
+        planned, _ = self._answer(size)
+        return [*(self._rule_row(strategy, size) for strategy in RULES), planned]
+
+    def _answer(self, size: int) -> tuple[dict, StepPicture]:
+        if size not in self._planned:
+            plan = self.plan(size)
+            row = {
+                "strategy": plan.strategy,
+                "budget_bytes": size,
+                "peak_bytes": int(plan.peak_bytes),
+                "recompute_pct": float(plan.recompute_pct),
+                "step_seconds": float(plan.plain_seconds + plan.extra_seconds),
+                "micro_batch_size": plan.micro_batch_size,
+                "within_budget": bool(plan.fits),
+            }
+            self._planned[size] = row, picture_of(plan, self._without)
+        return self._planned[size]
+
+    def _rule_row(self, strategy: str, budget_bytes: int) -> dict:
+        """The row of a strategy that does not plan."""
+        step, seconds = self._rule(strategy, budget_bytes)
         return {
-            "strategy": plan.strategy,
-            "budget_bytes": plan.budget_bytes,
-            "peak_bytes": plan.peak_bytes,
-            "recompute_pct": plan.recompute_pct,
-            "step_seconds": self._seconds(plan),
-            "micro_batch_size": plan.micro_batch_size,
-            "within_budget": plan.fits,
+            "strategy": strategy,
+            "budget_bytes": budget_bytes,
+            "peak_bytes": step.peak_bytes,
+            "recompute_pct": step.recompute_pct,
+            "step_seconds": seconds,
+            "micro_batch_size": self.experiment.batch_size,
+            "within_budget": step.peak_bytes <= budget_bytes,
         }
 
-    def _seconds(self, plan: Plan) -> float:
-        """Estimated time of a step; forward and backward together count as three forward passes."""
-        if plan.extra_seconds is not None:
-            return plan.plain_seconds + plan.extra_seconds
-        chain = self.planner.chain(plan.batch_size, False)
-        passes = 3 + plan.recompute_pct / 100
+    def _rule(self, strategy: str, budget_bytes: int) -> tuple[RuleStep, float]:
+        """The step of a strategy that does not plan, and its estimated seconds."""
+        threshold = self.experiment.threshold * budget_bytes
+        limit = {"none": math.inf, "static": 0, "threshold": threshold}[strategy]
+        for step, seconds in self._rules:
+            if step.above < limit <= step.up_to:
+                return step, seconds
+        step = rule_step(self._step, self.experiment.precision, limit)
+        chain = self._planner.chain(self.experiment.batch_size, False)
+        passes = 3 + step.recompute_pct / 100  # forward and backward together count as three
         ops = round(len(chain.profile.ops) * passes / 3)
-        return self.planner.speed.step_seconds(passes * chain.plain_seconds, ops, False)
+        seconds = self._planner.speed.step_seconds(passes * chain.plain_seconds, ops, False)
+        self._rules.append((step, seconds))
+        return step, seconds
+
+    def _question(self, asked: str) -> dict:
+        """All that an answer depends on: not the budget, nor how long and how fast it trains."""
+        e = self.experiment
+        return {
+            "asked": asked,
+            "backbone": e.backbone,
+            "method": e.method,
+            **e.method_options,
+            "batch_size": e.batch_size,
+            "micro_batch_size": e.micro_batch_size,
+            "precision": e.precision,
+            "threshold": e.threshold,
+            "num_classes": self.num_classes,
+            "device": e.device if e.device == "cpu" else device_name(e.device),
+            "packages": {name: installed_packages().get(name) for name in PACKAGES},
+            "code_sha256": code_sha256(),
+        }
+
+    def _keep(self) -> None:
+        explorer_cache.write(self.folder, self._question("plans"), *self._to_keep())
+
+    def _to_keep(self) -> tuple[dict, dict[str, np.ndarray]]:
+        """All answers so far, for `explorer_cache`."""
+        pictures = {size: picture for size, (_, picture) in self._planned.items()}
+        answer = {
+            "range": self._range,
+            "rules": [[*astuple(step), seconds] for step, seconds in self._rules],
+            "planned": [
+                {
+                    "row": row,
+                    "fixed_bytes": picture.fixed_bytes,
+                    "blocks": [asdict(block) for block in picture.blocks],
+                }
+                for row, picture in self._planned.values()
+            ],
+        }
+        arrays = {f"memory_{size}": picture.memory_bytes for size, picture in pictures.items()}
+        arrays |= {f"without_{size}": picture.without_bytes for size, picture in pictures.items()}
+        return answer, arrays
+
+    def _take(self, answer: dict, arrays: dict[str, np.ndarray]) -> None:
+        """What `_to_keep` gave."""
+        self._range = tuple(answer["range"])
+        self._rules = [(RuleStep(*fields), seconds) for *fields, seconds in answer["rules"]]
+        for kept in answer["planned"]:
+            size = kept["row"]["budget_bytes"]
+            blocks = tuple(BlockUse(**block) for block in kept["blocks"])
+            self._planned[size] = (
+                kept["row"],
+                StepPicture(
+                    size, kept["fixed_bytes"], arrays[f"memory_{size}"], arrays[f"without_{size}"], blocks
+                ),
+            )
+
+
+def _images_within(budget_bytes: int, rows: pd.DataFrame) -> int:
+    """Images that a pass within a budget has, by the even growth of the peaks of one strategy."""
+    images, peaks = rows.images.to_numpy(), rows.peak_bytes.to_numpy()
+    if budget_bytes < peaks[0]:
+        return 0
+    place = min(np.searchsorted(peaks, budget_bytes), len(peaks) - 1)
+    growth = (peaks[place] - peaks[place - 1]) / (images[place] - images[place - 1])
+    return int(images[place] + (budget_bytes - peaks[place]) / growth)

@@ -13,9 +13,9 @@ import torchvision
 from matplotlib.figure import Figure
 from torch.utils.data import Dataset
 
-from toolkit.budget.plan import Plan
 from toolkit.evaluation import Evaluation
 from toolkit.methods import METHODS
+from toolkit.pareto import COSTS
 from toolkit.paths import FIGURES
 from toolkit.statistics import adaptation
 
@@ -77,61 +77,6 @@ def memory_over_step(trace: list[dict], budget_bytes: int, peak_bytes: int) -> F
     return figure
 
 
-def plan_over_step(plan: Plan, without: Plan | None = None) -> Figure:
-    """Memory over a planned step, with the budget; below, what each block keeps and computes again.
-
-    `without`: the plan of the same step that recomputes nothing, drawn behind.
-    """
-    figure, (above, below) = plt.subplots(
-        2, 1, figsize=(10, 6), layout="constrained", height_ratios=(3, 2)
-    )  # fmt: skip
-    moments, memory = np.arange(len(plan.memory)), plan.memory / 2**20
-    if without is not None and len(without.memory) == len(memory):
-        above.fill_between(
-            moments, without.memory / 2**20, step="post", color="0.85", linewidth=0,
-            label="without checkpointing",
-        )  # fmt: skip
-    above.fill_between(moments, memory, step="post", alpha=0.7, linewidth=0, label="this plan")
-    above.step(moments, memory, where="post", linewidth=0.6, color="C0")  # peaks are narrower than a pixel
-    fixed = sum(plan.fixed.get(kind, 0) for kind in ("weights", "batch", "optimizer")) / 2**20
-    above.fill_between(moments, fixed, color="0.45", linewidth=0, label="weights, batch,\noptimizer state")
-    budget = plan.budget_bytes - plan.reserve_bytes
-    if budget < 3 * plan.unplanned_peak_bytes:  # else it would be all that can be seen
-        above.axhline(budget / 2**20, color="black", linestyle="--", linewidth=1, label="budget")
-    above.set(
-        xlabel="operators of one training step: forward, then backward",
-        ylabel="allocated (MiB)", xlim=(0, len(memory) - 1), ylim=(0, None),
-    )  # fmt: skip
-    above.legend(loc="upper left", bbox_to_anchor=(1, 1))
-
-    rows = [(name, option) for name, option in zip(plan.segments, plan.options) if name]
-    kinds = [plan.levels[name].split(" (")[0].split(", in ")[0] for name, _ in rows]
-    order = sorted(set(kinds), key=lambda kind: (kind != "keep", len(kind)))
-    colours = dict(zip(order, sns.color_palette("crest", len(order))))
-    for place, ((_, option), kind) in enumerate(zip(rows, kinds)):
-        first = kinds.index(kind) == place
-        bar = below.bar(place, option.kept / 2**20, color=colours[kind], label=kind if first else None)
-        flops = sum(op.flops for op in option.segment.ops)
-        notes = [f"{100 * option.level.flops / flops:.0f} %"] if option.level.flops else []
-        notes += [f"{option.slices} slices"] if option.slices > 1 else []
-        if len(rows) <= 16:
-            below.bar_label(bar, ["\n".join(notes)], fontsize=9, padding=2)
-    names = [name.rsplit(".", 1)[-1] if name[-1].isdigit() else name for name, _ in rows]
-    if len(set(names)) < len(names):  # stages that count their blocks each for itself
-        names = [".".join(name.split(".")[-3:]) for name, _ in rows]
-    below.set_xticks(range(len(rows)), names, rotation=0 if max(map(len, names)) < 4 else 90)
-    below.grid(axis="x", visible=False)
-    below.set(xlabel="block", ylabel="kept for\nbackward (MiB)")
-    below.margins(x=0.01, y=0.2)
-    handles, labels = below.get_legend_handles_labels()
-    pairs = sorted(zip(labels, handles), key=lambda pair: order.index(pair[0]))
-    below.legend(
-        [handle for _, handle in pairs], [label.replace(", ", ",\n") for label, _ in pairs],
-        loc="upper left", bbox_to_anchor=(1, 1),
-    )  # fmt: skip
-    return figure
-
-
 def recompute_against_budget(frame: pd.DataFrame) -> Figure:
     """Recomputed share of the forward pass against the budget, by strategy.
 
@@ -186,13 +131,10 @@ def confusion_matrix(evaluation: Evaluation, classes: list[str]) -> Figure:
 
 
 def accuracy_against(frame: pd.DataFrame, cost: str) -> Figure:
-    """Test accuracy of every run against `cost`: "memory" (peak) or "time", as `statistics.adaptation`."""
+    """Test accuracy of every run against `cost`: one of `pareto.COSTS`."""
     data = adaptation(frame[frame.status == "ok"])
     baselines = data.phase == "inference"
-    column, unit, label = {
-        "memory": ("peak_bytes", 2**20, "peak memory (MiB)"),
-        "time": ("adapt_seconds", 1, "time to adapt (s)"),
-    }[cost]
+    column, unit, label = COSTS[cost]
     names = data.method.where(~baselines, data.backbone + " " + data.method)
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     sns.scatterplot(

@@ -383,7 +383,7 @@ def load_records(folder: Path = RUNS) -> pd.DataFrame:
             record = json.loads(path.read_text())
             row = {name: value for group in GROUPS for name, value in record[group].items()}
             row.setdefault("phase", "training")  # before there were baselines
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             warnings.warn(f"{path} is no record and was left out: {error!r}", stacklevel=2)
             continue
         rows.append(row | {"folder": str(path.parent)})

@@ -60,7 +60,7 @@ def refuse_mixed(frame: pd.DataFrame, *, rivals: bool = False) -> None:
                 raise InputError(
                     f"runs of {what} differ in {name}: {', '.join(map(str, found))}"
                     f"{_what_differs(group) if name == 'env_hash' else ''}. They are different measurements: "
-                    "select one of them, use another folder, or pass mix=True."
+                    "select one of them, use another folder, or in Python pass mix=True."
                 )
 
 

@@ -26,7 +26,6 @@ from pathlib import Path
 from reprlib import repr as short
 from warnings import warn
 
-import pandas as pd
 import yaml
 
 from toolkit.baselines.experiment import BaselineExperiment
@@ -34,8 +33,6 @@ from toolkit.budget import parse_bytes
 from toolkit.errors import InputError, check_name
 from toolkit.experiment import Experiment
 from toolkit.parameters import Parameters
-from toolkit.paths import RUNS
-from toolkit.records import is_finished, run_folder
 from toolkit.sweep import grid
 
 PRESETS = Path(__file__).parent / "presets"
@@ -70,15 +67,6 @@ def preset(name: str) -> list[Parameters]:
     """The experiments of `presets/<name>.yaml`; raises `InputError` with the nearest match."""
     check_name("preset", name, sorted(path.stem for path in PRESETS.glob("*.yaml")))
     return read_sweep(PRESETS / f"{name}.yaml")
-
-
-def overview(experiments: Iterable[Parameters], runs: Path = RUNS) -> pd.DataFrame:
-    """One row per run: `name` of its folder, `what` it is, and whether it is `finished` under `runs`.
-
-    Records only are looked at; that the training data are still the same is found out by the sweep itself.
-    """
-    rows = [(e.name, e.describe(), is_finished(run_folder(e, runs))) for e in experiments]
-    return pd.DataFrame(rows, columns=["name", "what", "finished"])
 
 
 def check_count(experiments: Sequence[Parameters], limit: int = 1000, yes: bool = False) -> None:

@@ -24,7 +24,7 @@ from toolkit.baselines.prompts import check_classes, check_templates
 from toolkit.budget import device_memory, tensors_of
 from toolkit.errors import InputError, check_name
 from toolkit.measure import Meter
-from toolkit.paths import DATA
+from toolkit.paths import CACHE
 from toolkit.weights import weights_sha256
 
 _LOCAL = "local-dir:"  # open_clip's prefix of a folder
@@ -170,7 +170,7 @@ def zero_shot(
     text, visual = contrastive.model, contrastive.model.visual
     text.visual = nn.Identity()
     tokens = _tokens(contrastive, names, templates)
-    folder = cache_folder or DATA / "cache" / "classifiers"
+    folder = cache_folder or CACHE / "classifiers"
     key = _key(contrastive.source, text, tokens) | cache.machine(device, meter)
     if (known := cache.read(folder, key)) is not None:
         classifier, cost = known[0]["classifier"], known[1]

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from toolkit import paths
 from toolkit.backbones import OWN, build_backbone, data_config
 from toolkit.baselines import cache
 from toolkit.baselines.architectures import check_image_size
@@ -25,10 +26,9 @@ from toolkit.datasets import Policy, loader
 from toolkit.errors import InputError
 from toolkit.files import sha256_of
 from toolkit.measure import Meter
-from toolkit.paths import DATA
 from toolkit.weights import weights_sha256
 
-CACHE = DATA / "cache" / "features"
+CACHE = paths.CACHE / "features"
 _LOCAL = "local-dir:"
 
 

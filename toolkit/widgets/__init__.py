@@ -2,5 +2,6 @@
 
 from toolkit.widgets.budget import BudgetExplorer
 from toolkit.widgets.live import LiveView
+from toolkit.widgets.results import ResultsBrowser
 
-__all__ = ["BudgetExplorer", "LiveView"]
+__all__ = ["BudgetExplorer", "LiveView", "ResultsBrowser"]

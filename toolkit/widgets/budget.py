@@ -1,47 +1,56 @@
 """The budget explorer: a slider over the budgets of an `Explorer`, and what each of them means.
 
-Nothing here needs a browser: moving the slider and pressing the button are methods.
+Nothing here needs a browser: moving the slider and pressing the buttons are methods.
 """
 
 from __future__ import annotations
 
 import html
-import io
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import ipywidgets
 import numpy as np
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.artist import Artist
 from matplotlib.colors import to_hex
-from matplotlib.container import BarContainer
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.transforms import Bbox
 
-from toolkit.budget import (
-    format_bytes,
-    parse_bytes,
-)
+from toolkit.backbones import BACKBONES
+from toolkit.budget import format_bytes, parse_bytes
 from toolkit.errors import InputError
+from toolkit.experiment import PRECISIONS, Experiment
 from toolkit.explorer import MARKS, Explorer
+from toolkit.methods import METHODS
+from toolkit.plots_budget import StepFigure
 
 
 class BudgetExplorer(ipywidgets.VBox):
-    """A slider over budgets, the picture and the table of its budget, and a button that writes them down.
+    """A slider over budgets, the picture and the table of its budget, and fields for another model.
 
-    The button writes to `path`, see `Explorer.write`.
+    One button profiles what the fields say, in place of what is shown; the other writes the shown budget
+    to `path`, see `Explorer.write`.
     """
 
     def __init__(self, explorer: Explorer, path: Path):
         self.explorer, self.path = explorer, Path(path)
-        self._layout: list[Bbox] = []  # where the axes lie
-        stops, wanted = explorer.stops, explorer.experiment.budget_bytes
+        e = explorer.experiment
+        self.backbone = ipywidgets.Combobox(
+            value=e.backbone, options=BACKBONES, ensure_option=False, description="backbone"
+        )
+        self.method = ipywidgets.Dropdown(value=e.method, options=[*METHODS], description="method")
+        self.batch_size = ipywidgets.BoundedIntText(e.batch_size, min=1, max=10**6, description="batch size")
+        self.precision = ipywidgets.Dropdown(value=e.precision, options=PRECISIONS, description="precision")
+        self.num_classes = ipywidgets.BoundedIntText(
+            explorer.num_classes, min=1, max=10**6, description="classes"
+        )
+        self.profiler = ipywidgets.Button(description="Profile")
+        self.progress = ipywidgets.Output()
+        self.title = ipywidgets.HTML()
         self.slider = ipywidgets.SelectionSlider(
-            options=[(_label(size), size) for size in stops],
-            index=min(range(len(stops)), key=lambda i: abs(stops[i] - wanted)),
+            options=[("", 0)],
             description="budget",
             continuous_update=False,
             layout=ipywidgets.Layout(width="90%"),
@@ -50,16 +59,47 @@ class BudgetExplorer(ipywidgets.VBox):
         self.legend, self.table = ipywidgets.HTML(), ipywidgets.HTML()
         self.button = ipywidgets.Button(description="Use this budget")
         self.message = ipywidgets.HTML()
-        e = explorer.experiment
-        title = ipywidgets.HTML(
-            html.escape(f"{e.method} on {e.backbone}, batches of {e.batch_size}, {e.precision} on {e.device}")
-        )
+        fields = [self.backbone, self.method, self.batch_size, self.precision, self.num_classes]
         super().__init__(
-            [title, self.slider, self.picture, self.legend, self.table, self.button, self.message]
-        )
-        self.slider.observe(lambda change: self.update(change["new"]), "value")
+            [
+                ipywidgets.HBox([*fields, self.profiler], layout=ipywidgets.Layout(flex_flow="row wrap")),
+                self.progress, self.title, self.slider, self.picture, self.legend, self.table, self.button,
+                self.message,
+            ]
+        )  # fmt: skip
+        self.slider.observe(self._moved, "value")
+        self.profiler.on_click(lambda _: self.profile())
         self.button.on_click(lambda _: self.write())
-        self.update(self.slider.value)
+        self._show(explorer, e.budget_bytes)
+
+    def profile(self) -> None:
+        """Explore what the fields say; what cannot be is a message, and what is shown stays."""
+        self.message.value, self.profiler.disabled = "", True
+        self.progress.clear_output()
+        with self.progress:
+            try:  # inside: an Output shows errors itself, with their tracebacks
+                self._show(
+                    Explorer(self._chosen(), self.num_classes.value, self.explorer.folder), self.budget_bytes
+                )
+            except Exception as error:  # whatever a model raises on its way
+                self.message.value = html.escape(str(error) or type(error).__name__)
+            finally:
+                self.profiler.disabled = False
+
+    def _chosen(self) -> Experiment:
+        """The experiment that the fields say; the rest is as before."""
+        before = self.explorer.experiment
+        backbone, method = self.backbone.value.strip(), self.method.value
+        same = (backbone, method) == (before.backbone, before.method)
+        return replace(
+            before,
+            backbone=backbone,
+            method=method,
+            batch_size=self.batch_size.value,
+            micro_batch_size=min(before.micro_batch_size, self.batch_size.value),
+            precision=self.precision.value,
+            lr=before.lr if same else 0,  # the table's
+        )
 
     def update(self, budget: int | str) -> None:
         """Show `budget`; bad input is a message, and what is shown stays."""
@@ -73,30 +113,30 @@ class BudgetExplorer(ipywidgets.VBox):
         self.picture.value = self._draw()
         self.message.value = ""
 
+    def _show(self, explorer: Explorer, budget_bytes: int) -> None:
+        """Put `explorer` in place, at the stop next to a budget."""
+        stops, e = explorer.stops, explorer.experiment
+        self.explorer, self._kinds = explorer, None
+        self.title.value = html.escape(
+            f"{e.method} on {e.backbone}, batches of {e.batch_size}, {e.precision} on {e.device}"
+        )
+        nearest = min(stops, key=lambda stop: abs(np.log(stop / budget_bytes)))
+        self.slider.unobserve(self._moved, "value")  # new options move it, too
+        self.slider.options = [(_label(size), size) for size in stops]
+        self.slider.value = nearest
+        self.slider.observe(self._moved, "value")
+        self.update(nearest)
+
+    def _moved(self, change: dict) -> None:
+        self.update(change["new"])
+
     def _draw(self) -> bytes:
-        """The picture as PNG.  Text takes longest: legends are HTML, and the layout is found once."""
-        with plt.rc_context({"figure.dpi": 72}):
-            figure = self.explorer.figure(self.budget_bytes)
-        try:
-            self.legend.value = "<br>".join(_legend(axes) for axes in figure.axes)
-            for axes in figure.axes:
-                axes.get_legend().remove()
-                axes.locator_params(axis="y", nbins=4)
-            figure.axes[0].locator_params(axis="x", nbins=5)
-            if not self._layout:
-                figure.draw_without_rendering()
-                self._layout = [axes.get_position() for axes in figure.axes]
-                for box in self._layout:
-                    box.x0 += 0.02  # room for longer numbers
-            figure.set_layout_engine("none")
-            for axes, position in zip(figure.axes, self._layout):
-                axes.set_position(position)
-            with io.BytesIO() as file:
-                # Not savefig, which draws twice.
-                FigureCanvasAgg(figure).print_png(file, pil_kwargs={"compress_level": 1})
-                return file.getvalue()
-        finally:
-            plt.close(figure)
+        """The picture as PNG; its legends, which stay, are HTML."""
+        picture, kinds = self.explorer.picture(self.budget_bytes), self.explorer.kinds
+        if kinds != self._kinds:
+            self._kinds, self._figure = kinds, StepFigure(Figure(figsize=(10, 6), dpi=72), picture, kinds)
+            self.legend.value = "<br>".join(map(_legend, self._figure.legends()))
+        return self._figure.png(picture)
 
     def write(self) -> None:
         """Write the shown budget's experiment, and show the command that runs it."""
@@ -122,12 +162,15 @@ def _label(size: int) -> str:
     return f"{size // 10**9} GB" if size in MARKS else format_bytes(size)
 
 
-def _legend(axes: Axes) -> str:
-    """The legend of `axes` as HTML."""
+def _legend(artists: list[Artist]) -> str:
+    """A legend as HTML."""
     parts = []
-    for handle, label in zip(*axes.get_legend_handles_labels()):
-        artist = handle[0] if isinstance(handle, BarContainer) else handle
-        colour = artist.get_color() if isinstance(artist, Line2D) else np.ravel(artist.get_facecolor())
-        square = f'<span style="color:{to_hex(colour, keep_alpha=True)}">&#9632;</span>'
-        parts.append(f"{square} {html.escape(label)}")
+    for artist in artists:
+        line = isinstance(artist, Line2D)
+        colour = artist.get_color() if line else np.ravel(artist.get_facecolor())
+        sign = "- -" if line else "&#9632;"
+        parts.append(
+            f'<span style="color:{to_hex(colour, keep_alpha=True)}">{sign}</span>'
+            f" {html.escape(artist.get_label())}"
+        )
     return " &ensp; ".join(parts)

@@ -1,0 +1,384 @@
+"""Paired tests: what methods and strategies change, and what that says about published claims.
+
+Every difference is paired by seed (`statistics.paired_differences`); costs are compared as logarithms, so
+that their differences are ratios.  Published figures stand here as inputs with their source; a verdict is
+computed from the records alone, and is "not tested here" wherever these cannot decide.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import scipy.stats
+
+from toolkit.audit import double_count
+from toolkit.baselines.registry import PROTOCOLS
+from toolkit.budget import format_bytes
+from toolkit.errors import InputError
+from toolkit.scores import netscore
+from toolkit.statistics import (
+    DATA,
+    PARAMETERS,
+    SHOWN,
+    _groups,
+    _without_simulated,
+    adaptation,
+    mean_and_interval,
+    paired_differences,
+)
+
+QUANTITIES = {  # column of `statistics.adaptation`; accuracy is compared in points, costs in per cent
+    "accuracy": "test_top1_pct",
+    "peak memory": "peak_bytes",
+    "time": "adapt_seconds",
+    "energy": "adapt_joules",
+}
+FIGURES = ["mean", "half_width", "n", "p"]
+ROUNDING = 1e-9  # half width of an interval that is nothing but rounding of equal numbers
+ENOUGH = 3  # pairs that a verdict needs
+SUPPORTED, REFUTED, UNTESTED = "✓ supported", "✗ not supported", "○ not tested here"
+
+
+def differences(frame: pd.DataFrame, quantity: str, against: Mapping[str, object]) -> pd.DataFrame:
+    """`paired_differences` of one of `QUANTITIES` from the groups `against` names, these left out.
+
+    `frame`: runs of one environment.  Columns: `SHOWN`, the budget, what else varies; `mean` and
+    `half_width` (95 %; of accuracy in points, of costs as natural logarithms of ratios: see `change`), `n`
+    pairs and `p` (two-sided t-test), which is missing below two pairs, and where all pairs agree, which
+    leaves no spread to test against.  Empty if there is nothing to pair.
+    """
+    column = QUANTITIES[quantity]
+    frame = adaptation(_without_simulated(frame[(frame.status == "ok") & (frame.phase == "training")]))
+    frame[column] = pd.to_numeric(frame[column])
+    if quantity != "accuracy":
+        frame[column] = np.log(frame[column].where(frame[column] > 0))
+    keys = [*SHOWN, "budget", *(n for n in (*PARAMETERS, *DATA) if n in frame and frame[n].nunique() > 1)]
+    keys = list(dict.fromkeys(keys))
+    frame = frame[[*keys, "seed", "status", "phase", column]]  # many small tables: width is what they cost
+    try:
+        table = paired_differences(frame, column, against, mix=True).drop(columns="tied")
+    except InputError:  # no run is the reference, or none has the quantity
+        return pd.DataFrame(columns=[*keys, *FIGURES])
+    for name in set(keys) - set(table):
+        table[name] = frame.loc[frame[column].notna(), name].iloc[0]
+    table = table[(table[list(against)] != pd.Series(against)).any(axis=1) & (table.n > 0)]
+    table["p"] = [_p(row) for row in table.itertuples()]
+    return table[[*keys, *FIGURES]]
+
+
+def _p(row: tuple) -> float:
+    if row.n < 2 or row.half_width <= ROUNDING:
+        return math.nan
+    t = row.mean / row.half_width * scipy.stats.t.ppf(0.975, row.n - 1)
+    return float(2 * scipy.stats.t.sf(abs(t), row.n - 1))
+
+
+def change(quantity: str, value: float) -> float:
+    """A mean or an end of an interval of `differences`, in points (accuracy) or per cent (costs)."""
+    return value if quantity == "accuracy" else 100 * math.expm1(value)
+
+
+def holm(p: pd.Series) -> pd.Series:
+    """Holm's adjustment for testing all of `p` at once: below 0.05, at most one in 20 such sets errs.
+
+    Missing values stay missing and do not count.
+    """
+    known = p.dropna().sort_values()
+    adjusted = (known * np.arange(len(known), 0, -1)).cummax().clip(upper=1.0)
+    return adjusted.reindex(p.index)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A published claim beside our figures."""
+
+    claim: str
+    source: str
+    tested_on: str  # data and backbones of ours
+    ours: str  # the figures behind the verdict
+    n: int  # pairs, or runs, of the setting that has fewest; 0: none
+    verdict: str  # SUPPORTED | REFUTED | UNTESTED
+    why: str
+
+
+Evidence = tuple[str, int, str, str]  # fields of a finding: ours, n, verdict, why
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A published statement, and the function that holds it against runs on one data set."""
+
+    text: str
+    source: str
+    judge: Callable[[pd.DataFrame], Evidence]
+
+
+def findings(frame: pd.DataFrame) -> list[Finding]:
+    """All of `CLAIMS` against the records in `frame`, once per environment and data set that can tell.
+
+    `frame`: as `load_records`, with a column `environment` of runs that may be compared.  A claim that no
+    data set can tell about has one finding that says why.
+    """
+    found = [_table_v_scores()]
+    ok = frame[frame.status == "ok"] if len(frame) else frame
+    for claim in CLAIMS:
+        own = []
+        for _, part in ok.groupby(["environment", "dataset"]) if len(ok) else ():
+            own.append(Finding(claim.text, claim.source, _where(part), *claim.judge(part)))
+        told = [finding for finding in own if finding.n] or own[:1]
+        nothing = Finding(claim.text, claim.source, "–", "–", 0, UNTESTED, "no run ended ok")
+        found += told or [nothing]
+    return found
+
+
+PAPER = "arXiv 2607.02158"
+PAPERS_DATA = ("cifar100", "dtd")
+PAPERS_BACKBONES = ("vit_small", "tiny_vit", "vim_small", "mambavision_t")
+
+
+def _where(part: pd.DataFrame) -> str:
+    dataset, backbones = part.dataset.iloc[0], sorted(part.backbone[part.phase == "training"].unique())
+    others = [] if dataset in PAPERS_DATA else ["data"]
+    others += [] if set(backbones) <= set(PAPERS_BACKBONES) else ["backbones"]
+    text = f"{dataset}, {', '.join(backbones) or 'baselines alone'} ({part.environment.iloc[0]})"
+    return text + (f"; not the paper's {' and '.join(others)}" if others else "")
+
+
+def _judge_change(
+    quantity: str, against: dict, subject: dict, published: tuple[float, float]
+) -> Callable[[pd.DataFrame], Evidence]:
+    """A judge of "`subject` changes `quantity` by `published` (points or per cent) from `against`"."""
+
+    def judge(part: pd.DataFrame) -> Evidence:
+        part = part[part.phase == "training"]
+        if "checkpointing" not in against and (part.checkpointing == "none").any():
+            part = part[part.checkpointing == "none"]  # stock training, as published
+        idle = (part.checkpointing == "threshold") & (part.checkpointed_blocks == 0)
+        table = differences(part[~idle], quantity, against)
+        table = table[(table[list(subject)] == pd.Series(subject)).all(axis=1)]
+        if table.empty:
+            return "–", 0, UNTESTED, _why_no_pairs(part, idle, quantity, against, subject)
+        return _over_settings(table, quantity, published)
+
+    return judge
+
+
+def _why_no_pairs(part: pd.DataFrame, idle: pd.Series, quantity: str, against: dict, subject: dict) -> str:
+    for values in (subject, against):
+        if not (part[list(values)] == pd.Series(values)).all(axis=1).any():
+            return f"no finished run of {', '.join(values.values())}"
+    if idle[(part[list(subject)] == pd.Series(subject)).all(axis=1)].all():
+        return "the rule checkpointed nothing: all runs are far below their budget"
+    if adaptation(_without_simulated(part))[QUANTITIES[quantity]].isna().all():
+        return f"no {quantity} was measured"
+    return "no two runs differ in this and share seed, data and all else"
+
+
+def _over_settings(table: pd.DataFrame, quantity: str, published: tuple[float, float]) -> Evidence:
+    """One verdict over all settings, their intervals widened so that together they hold with 95 %."""
+    verdicts, texts, fewest = [], [], int(table.n.min())
+    unit = " points" if quantity == "accuracy" else " %"
+    keys = [name for name in (*SHOWN, "budget") if table[name].nunique() > 1]
+    if len(table) > 1 and (not keys or table.duplicated(keys).any()):
+        keys = [name for name in table if name not in (*FIGURES, *DATA) and table[name].nunique() > 1]
+    for row in table.sort_values("mean").to_dict("records"):
+        values = [format_bytes(int(row[k])) if k == "budget" else str(row[k]) for k in keys]
+        half = _wider(row["half_width"], row["n"], len(table))
+        ends = [change(quantity, row["mean"] + side * half) for side in (-1, 1)]
+        verdicts.append(_verdict(*ends, published) if row["n"] >= ENOUGH else UNTESTED)
+        name = f" ({', '.join(values)})" if values else ""
+        texts.append(interval(quantity, row["mean"], half, unit) + name)
+    shown = texts[0] if len(texts) == 1 else f"{len(texts)} settings, from {texts[0]} to {texts[-1]}"
+    return shown, fewest, *_together(verdicts, fewest)
+
+
+def _wider(half_width: float | None, n: int, settings: int) -> float:
+    """Half width of one of so many intervals that hold together with 95 % (Bonferroni); NaN for one pair."""
+    if n < 2:
+        return math.nan
+    alone, together = scipy.stats.t.ppf([0.975, 1 - 0.025 / settings], n - 1)
+    return half_width * together / alone
+
+
+def _verdict(low: float, high: float, published: tuple[float, float]) -> str:
+    """A range is met by an interval that touches it and leaves 0 out, a bound by one that is inside."""
+    if high < published[0] or low > published[1]:
+        return REFUTED
+    if math.isinf(published[1]):
+        return SUPPORTED if low >= published[0] else UNTESTED
+    return UNTESTED if low <= 0 <= high else SUPPORTED
+
+
+def _together(verdicts: list[str], fewest: int) -> tuple[str, str]:
+    count = {verdict: verdicts.count(verdict) for verdict in (SUPPORTED, REFUTED, UNTESTED)}
+    of = f"of {len(verdicts)} settings"
+    if count[REFUTED]:
+        return REFUTED, f"the interval is outside what was published in {count[REFUTED]} {of}"
+    if count[UNTESTED]:
+        few = f": fewer than {ENOUGH} pairs" if fewest < ENOUGH else ": the interval is too wide"
+        return UNTESTED, f"{count[UNTESTED]} {of} cannot tell{few}"
+    return SUPPORTED, f"the interval meets what was published in all {len(verdicts)} settings"
+
+
+def interval(quantity: str, mean: float, half_width: float | None, unit: str = "") -> str:
+    """A difference and its interval as text: `−2.1 [−3.0, −1.2]`, or `−2.1 [=]` if all pairs agree."""
+    middle = _signed(quantity, mean) + unit
+    if half_width is None or math.isnan(half_width):
+        return middle
+    if half_width <= ROUNDING:
+        return f"{middle} [=]"
+    return f"{middle} [{_signed(quantity, mean - half_width)}, {_signed(quantity, mean + half_width)}]"
+
+
+def _signed(quantity: str, value: float) -> str:
+    digits = 2 if quantity == "accuracy" else 1
+    rounded = round(change(quantity, value), digits) + 0.0  # no −0.0
+    return f"{rounded:+.{digits}f}".replace("-", "−") if rounded else f"{0:.{digits}f}"
+
+
+def _judge_against_best(
+    protocols: tuple[str, ...], prefix: str, *, better: bool
+) -> Callable[[pd.DataFrame], Evidence]:
+    """A judge of "foundation models under `protocols` are better (or worse) than the best fine-tuned".
+
+    Of several the most accurate counts; those whose name does not begin with `prefix` are shown at most.
+    """
+
+    def judge(part: pd.DataFrame) -> Evidence:
+        part = part[part.test_top1_pct.notna()]
+        rivals = part[(part.phase == "inference") & part.method.isin(protocols)]
+        meant = rivals.backbone.str.startswith(prefix)
+        rivals = rivals[meant] if meant.any() else rivals
+        tuned = part[part.phase == "training"]
+        if rivals.empty or tuned.empty:
+            missing = "baseline of this kind" if rivals.empty else "fine-tuned model"
+            return "–", 0, UNTESTED, f"no finished run of a {missing}"
+        theirs, best = (
+            max(_groups(runs), key=lambda group: group[1].test_top1_pct.mean()) for runs in (rivals, tuned)
+        )
+        accuracy = theirs[1].test_top1_pct.mean()
+        mean, half, n = mean_and_interval(best[1].test_top1_pct)
+        text = f"{accuracy:.2f} % ({theirs[0]['backbone']}, {theirs[0]['method']}) against {mean:.2f}"
+        text += f"{'' if half is None else f' ± {half:.2f}'} % ({best[0]['backbone']}, {best[0]['method']})"
+        if not meant.any():
+            return text, n, UNTESTED, f"no finished run of {prefix}; another frozen model is shown"
+        if len({tuple(group[DATA].iloc[0]) for _, group in (theirs, best)}) > 1:
+            return text, n, UNTESTED, "the two saw different data"
+        if n < ENOUGH:
+            return text, n, UNTESTED, f"fewer than {ENOUGH} seeds of the fine-tuned model"
+        if abs(accuracy - mean) <= half:
+            return text, n, UNTESTED, "the interval of the fine-tuned model contains the other's accuracy"
+        above = accuracy > mean
+        why = f"the foundation model is {'above' if above else 'below'} the interval of the fine-tuned one"
+        return text, n, SUPPORTED if above == better else REFUTED, why
+
+    return judge
+
+
+def _judge_monotone(part: pd.DataFrame) -> Evidence:
+    """Whether some method trains fewer parameters than another and takes more memory, paired by seed."""
+    part = part[(part.phase == "training") & (part.checkpointing == "none")]
+    trainable = part.groupby(["backbone", "method"]).params_trainable.min()
+    pairs = [
+        {"against": method, **row}
+        for method in part.method.unique()
+        for row in differences(part, "peak memory", {"method": method}).to_dict("records")
+        if row["n"] >= ENOUGH
+        and trainable[row["backbone"], row["method"]] < trainable[row["backbone"], method]
+    ]
+    if not pairs:
+        return "–", 0, UNTESTED, f"no two methods without checkpointing have {ENOUGH} pairs"
+    top = pd.Series(max(pairs, key=lambda pair: pair["mean"]))
+    half = _wider(top.half_width, top.n, len(pairs))
+    text = f"peak of {top.method} against {top.against}'s: {interval('peak memory', top['mean'], half, ' %')}"
+    text += f"; it trains {trainable[top.backbone, top.method]:,.0f} parameters instead of "
+    text += f"{trainable[top.backbone, top.against]:,.0f}"
+    if top["mean"] - half > 0:
+        return text, int(top.n), SUPPORTED, "the interval of this pair is above 0"
+    if top["mean"] + half < 0:
+        return text, int(top.n), REFUTED, f"fewer parameters take less memory in all {len(pairs)} pairs"
+    return text, int(top.n), UNTESTED, "the interval of the clearest pair contains 0"
+
+
+def _judge_table_v(part: pd.DataFrame) -> Evidence:
+    part = part[(part.backbone == "vit_small") & (part.method == "full") & (part.dataset == "cifar100")]
+    groups = [group.test_top1_pct for _, group in _groups(part[part.checkpointing == "none"])]
+    mean, half, n = mean_and_interval(max(groups, key=len, default=part.test_top1_pct[:0]))
+    if n < ENOUGH:
+        return "–", n, UNTESTED, f"fewer than {ENOUGH} finished runs of vit_small, full, none, on cifar100"
+    met = abs(mean - TABLE_V["accuracy_pct"]) <= half
+    why = f"the interval {'contains' if met else 'leaves out'} the published figure"
+    return f"{mean:.2f} ± {half:.2f} %", n, SUPPORTED if met else REFUTED, why
+
+
+# The row "ViT-S, full fine-tuning" of table V, CIFAR-100, as public code quotes it.
+TABLE_V = {"accuracy_pct": 89.7, "seconds": 21.3, "watts": 144.2, "peak_mib": 1084}
+TABLE_V_SCORES = {"NS-E": 69.39, "NS-M": 70.52, "NS#": 61.81}
+
+
+def _table_v_scores() -> Finding:
+    ours = {kind: netscore(kind, **TABLE_V) for kind in TABLE_V_SCORES}
+    met = all(abs(ours[kind] - score) < 0.01 for kind, score in TABLE_V_SCORES.items())
+    return Finding(
+        "Table V: NS-E 69.39, NS-M 70.52, NS# 61.81 for 89.7 %, 21.3 s, 144.2 W and 1084 MiB.",
+        f"{PAPER}, as quoted in public code",
+        "the published figures; no run is needed",
+        ", ".join(f"{kind} {score:.2f}" for kind, score in ours.items()),
+        0,
+        SUPPORTED if met else REFUTED,
+        f"our formulas {'give' if met else 'do not give'} the published scores from the published costs",
+    )
+
+
+_NONE, _FULL, _RULE = {"checkpointing": "none"}, {"method": "full"}, {"checkpointing": "threshold"}
+_EXCESS = double_count().loc["as its meter adds: both", "joules too high %"]
+_ABSTRACT = f"{PAPER}, abstract"
+CLAIMS = (  # ranges are as wide as rounding to whole per cents leaves them
+    Claim(
+        "Adaptive checkpointing lowers the peak memory by 43 to 79 %.",
+        _ABSTRACT,
+        _judge_change("peak memory", _NONE, _RULE, (-79.5, -42.5)),
+    ),
+    Claim(
+        "Adaptive checkpointing costs 9 to 30 % more energy.",
+        f"{_ABSTRACT}; in the log beside its code the meter adds {_EXCESS:.1f} % by counting moments twice",
+        _judge_change("energy", _NONE, _RULE, (8.5, 30.5)),
+    ),
+    *(
+        Claim(text.format(title), _ABSTRACT, _judge_change(quantity, _FULL, {"method": method}, published))
+        for method, title in (("qlora", "QLoRA"), ("bitfit", "BitFit"))
+        for text, quantity, published in (
+            (
+                "{} saves 20 to 30 % of the energy (of full fine-tuning, as we read it).",
+                "energy",
+                (-30.5, -19.5),
+            ),
+            ("{} costs no more than 1 to 2 points of accuracy.", "accuracy", (-2.0, math.inf)),
+        )
+    ),
+    Claim(
+        "Frozen DINOv2 features with a light head beat the best fine-tuned model (91.7 against 89.7 % on "
+        "CIFAR-100).",
+        _ABSTRACT,
+        _judge_against_best(PROTOCOLS["features"], "dinov2", better=True),
+    ),
+    Claim(
+        "Small autoregressive vision-language models are not competitive.",
+        _ABSTRACT,
+        _judge_against_best(PROTOCOLS["generative"], "", better=False),
+    ),
+    Claim(
+        "Peak memory does not follow the number of trained parameters.",
+        f"{PAPER}, text, as quoted second-hand",
+        _judge_monotone,
+    ),
+    Claim(
+        "Full fine-tuning of ViT-S reaches 89.7 % on CIFAR-100 (table V).",
+        f"{PAPER}, as quoted in public code",
+        _judge_table_v,
+    ),
+)

@@ -1,0 +1,188 @@
+"""What a sweep will take, run by run, before any of it starts: memory, budget, time.
+
+Memory is `forecast`'s.  Time is that of finished runs where there are any, as the planner's seconds are of
+a device that it assumes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from statistics import median
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from toolkit.baselines.evaluate import form_and_batch
+from toolkit.baselines.experiment import BaselineExperiment
+from toolkit.baselines.prompts import class_names
+from toolkit.datasets import load_dataset
+from toolkit.environment import device_name
+from toolkit.errors import InputError
+from toolkit.experiment import Experiment
+from toolkit.forecast import FORECASTS, TrainingStep, forecasts, kept, made_by, one_line, read
+from toolkit.parameters import Parameters
+from toolkit.paths import RUNS
+from toolkit.records import FILE_NAME, is_finished, run_folder
+
+# Classes and training images of what is not in this repository, as `datasets` splits it.
+_DOWNLOADED = {"cifar100": (100, 45_000), "dtd": (47, 1_880)}
+_COLUMNS = (
+    "name", "what", "finished", "predicted_peak_bytes", "within_budget", "reason", "seconds", "estimate_from"
+)  # fmt: skip
+
+
+def dry_run(experiments: Sequence[Parameters], runs: Path = RUNS, folder: Path = FORECASTS) -> pd.DataFrame:
+    """One row per run: what it would take, and whether it can be.  Starts and downloads nothing.
+
+    Columns: `name` of its folder below `runs`, `what` it is, `finished`; `predicted_peak_bytes`;
+    `within_budget`: yes, no (it runs all the same), refused or unknown, and the `reason` where it is not
+    yes; `seconds` of the whole run, and what they are an `estimate_from`:
+
+    - "finished runs": the median of those on this device that differ in nothing but the seed;
+    - "scaled planner": the planner's estimate of all steps, times what finished runs took per estimate (of
+      those with a kept forecast), and the median of what finished runs took beside training;
+    - "planner": the estimate alone, where there are none.  Of training only, and on a CPU much too short:
+      measured times are 13 to 25 times as long;
+    - else why there is no number.
+    """
+    data = {name: _data_of(name) for name in dict.fromkeys(e.dataset for e in experiments)}
+    there = {name: found for name, found in data.items() if not isinstance(found, str)}
+    tuned = [e for e in experiments if isinstance(e, Experiment) and e.dataset in there]
+    classes = {name: len(names) for name, (names, _) in there.items()}
+    predicted = dict(zip(tuned, forecasts(tuned, classes, folder)))
+    past = _Past(Path(runs), folder)
+    rows = []
+    for e in tqdm(experiments, desc="runs", unit="run", leave=False):
+        planned_seconds = None
+        if e.dataset not in there:
+            peak, within, reason = None, "refused", data[e.dataset]
+        elif isinstance(e, BaselineExperiment):
+            peak, within, reason = _baseline_need(e, there[e.dataset][0], folder)
+        else:
+            f = predicted[e]
+            peak, reason = f.peak_bytes, f.reason or ""
+            within = "refused" if f.refused else "yes" if f.fits else "no"
+            if not f.refused:
+                steps = e.epochs * math.ceil(there[e.dataset][1] / e.batch_size)
+                planned_seconds = steps * f.step_seconds
+        seconds = (None, "refused") if within == "refused" else past.estimate(e, planned_seconds)
+        finished = is_finished(run_folder(e, Path(runs)))
+        rows.append((e.name, e.describe(), finished, peak, within, reason, *seconds))
+    return pd.DataFrame(rows, columns=_COLUMNS).astype({"predicted_peak_bytes": "Int64", "seconds": float})
+
+
+def summary(frame: pd.DataFrame) -> str:
+    """A `dry_run` in words: counts, the time that is left, and which runs would be refused and why."""
+    left = frame[~frame.finished.astype(bool)]
+    refused = left[left.within_budget == "refused"]
+    parts = [f"{len(frame)} runs, {len(frame) - len(left)} finished"]
+    if len(refused):
+        parts.append(f"{len(refused)} would be refused (named below)")
+    if above := (left.within_budget == "no").sum():
+        parts.append(f"{above} are predicted to exceed their budget and run all the same")
+    known = left[left.estimate_from.isin(("finished runs", "scaled planner"))]
+    if len(known):
+        counts = ", ".join(
+            f"{count} from {name}" for name, count in known.estimate_from.value_counts().items()
+        )
+        parts.append(f"about {_duration(known.seconds.sum())} left with one worker ({counts})")
+    guessed = left[left.estimate_from == "planner"]
+    if len(guessed):
+        least = _duration(guessed.seconds.sum())
+        parts.append(f"at least {least} of training for {len(guessed)} that no finished run tells of")
+    untimed = left[left.seconds.isna() & (left.within_budget != "refused")]
+    parts += [f"{n} without an estimate: {why}" for why, n in untimed.estimate_from.value_counts().items()]
+    names = [
+        f"  {', '.join(group['name'])}: {reason}" for reason, group in refused.groupby("reason", sort=False)
+    ]
+    return "\n".join(["; ".join(parts), *names])
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _data_of(dataset: str) -> tuple[list[str], int] | str:
+    """Class names and number of training images, without a download; or why they cannot be had."""
+    if dataset in _DOWNLOADED:
+        count, images = _DOWNLOADED[dataset]
+        return [f"class {number}" for number in range(count)], images  # about as long as the true names
+    try:
+        splits = load_dataset(dataset)
+    except InputError as error:
+        return one_line(error)
+    return class_names(splits), len(splits.train)
+
+
+def _baseline_need(e: BaselineExperiment, classes: list[str], folder: Path) -> tuple[int | None, str, str]:
+    """Predicted peak bytes of a baseline, whether these are within the budget, and why not."""
+    asked = {"baseline": replace(e, dataset="digits", seed=0).to_dict(), "classes": classes}
+
+    def make() -> dict:
+        try:
+            return {"peak": form_and_batch(e, classes)[2], "reason": ""}
+        except InputError as error:
+            return {"peak": None, "reason": one_line(error)}
+
+    found = kept(folder, made_by() | asked, make)
+    if found["reason"]:
+        return None, "refused", found["reason"]
+    if found["peak"] is None:
+        return None, "unknown", "weights from a folder are what they are"
+    return found["peak"], "yes", ""
+
+
+class _Past:
+    """Finished runs on this device, and what they tell of the time of others."""
+
+    def __init__(self, runs: Path, folder: Path):
+        self.seconds: dict[str, list[float]] = defaultdict(list)  # by id of the experiment with seed 0
+        ratios, beside = [], []  # time of training per estimate; time of the rest of a run
+        for e, record, seconds in _finished(runs):
+            self.seconds[replace(e, seed=0).id].append(seconds)
+            if isinstance(e, Experiment):
+                trained = record["time"]["train_seconds"]
+                beside.append(seconds - trained)
+                known = read(folder, TrainingStep(e, record["data"]["n_classes"]).key_of(e))
+                if known and known["step_seconds"]:
+                    ratios.append(trained / (record["time"]["steps"] * known["step_seconds"]))
+        self.ratio = median(ratios) if ratios else None
+        self.beside_seconds = median(beside) if beside else 0.0
+
+    def estimate(self, e: Parameters, planned_seconds: float | None) -> tuple[float | None, str]:
+        """Seconds of the run of `e`, whose training is planned to take so many, and where they are from."""
+        same = self.seconds.get(replace(e, seed=0).id)
+        if same:
+            return median(same), "finished runs"
+        if planned_seconds is None:
+            return None, "no run of this baseline is finished"
+        if self.ratio is None:
+            return planned_seconds, "planner"
+        return self.ratio * planned_seconds + self.beside_seconds, "scaled planner"
+
+
+def _finished(runs: Path) -> Iterator[tuple[Parameters, dict, float]]:
+    """Experiment, record and seconds of runs on this device that ended well, in one go, under papermill."""
+    for path in sorted(runs.glob(f"*/{FILE_NAME}")):
+        if not is_finished(path.parent):
+            continue
+        try:
+            record = json.loads(path.read_bytes())
+            kind = BaselineExperiment if record["run"]["phase"] == BaselineExperiment.phase else Experiment
+            e = kind(**{field.name: record["config"][field.name] for field in fields(kind)})
+            notebook = json.loads((path.parent / f"{e.notebook}.ipynb").read_bytes())
+            seconds = notebook["metadata"]["papermill"]["duration"]
+            here = record["env"]["device_name"] == device_name(e.device)
+            whole = record["run"]["status"] == "ok" and not record["time"].get("resumes")
+        except (OSError, ValueError, KeyError, TypeError):  # of another device, or run by hand
+            continue
+        if here and whole and seconds:
+            yield e, record, seconds

@@ -1,0 +1,296 @@
+"""What experiments will take before any of them runs: memory, time, and what fits which card.
+
+`forecast` answers for one training step, `what_fits` for methods and backbones, `dry_run.dry_run` for all
+runs of a sweep.  Weights are random and tensors fake: nothing is downloaded or trained.  Answers are kept
+on disk until the code that made them changes.  Bytes are of tensors: the context of a GPU comes on top.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from toolkit.budget import Planner, format_bytes, parse_bytes
+from toolkit.environment import PACKAGES, device_name, installed_packages
+from toolkit.errors import InputError
+from toolkit.experiment import Experiment
+from toolkit.files import write_atomically
+from toolkit.methods import METHODS
+from toolkit.paths import CACHE
+from toolkit.preview import Step, step_of
+from toolkit.rule_steps import RuleStep, rule_step
+from toolkit.training import check_fits_weights, held_bytes
+
+FORECASTS = CACHE / "forecasts"
+SHOWN_BACKBONES = ("demo_vit", "vit_small", "tiny_vit", "vim_small", "mambavision_t")
+
+# Whatever a model raises would end its run, too; InputError is a ValueError.
+_FAILURES = (RuntimeError, ValueError, TypeError)
+_SOURCES = (
+    "backbones/*.py", "baselines/*.py", "budget/*.py", "methods/*.py", "forecast.py", "preview.py",
+    "rule_steps.py", "training.py",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What the training step of an experiment will take.
+
+    A run that would be refused has a `reason` and no `peak_bytes`.  One that breaks its budget has both: it
+    runs all the same, as only the strategy "planned" keeps budgets.
+    """
+
+    budget_bytes: int
+    peak_bytes: int | None = None  # predicted: of all full batches, the first included
+    smallest_bytes: int | None = None  # smallest budget with a plan; only of "planned" that is refused
+    recompute_pct: float | None = None  # of the forward pass's FLOPs
+    step_seconds: float | None = None  # the planner's estimate; on a CPU of the device that it assumes
+    micro_batch_size: int | None = None  # images per forward pass
+    reason: str | None = None  # why the budget is not kept, or the model not built
+
+    @property
+    def fits(self) -> bool:
+        """Whether the step is predicted to stay within the budget."""
+        return self.reason is None
+
+    @property
+    def refused(self) -> bool:
+        """Whether the run would end before its first step."""
+        return self.peak_bytes is None
+
+
+def forecast(experiment: Experiment, num_classes: int, folder: Path = FORECASTS) -> Forecast:
+    """What a step of `experiment` on images of `num_classes` classes takes; `folder`: where it is kept.
+
+    What cannot be built, adapted or planned has a `reason` and raises nothing.
+    """
+    return forecasts([experiment], lambda _: num_classes, folder)[0]
+
+
+def forecasts(
+    experiments: Sequence[Experiment],
+    num_classes_of: Callable[[str], int] | Mapping[str, int],
+    folder: Path = FORECASTS,
+) -> list[Forecast]:
+    """`forecast` of each, in order; `num_classes_of`: data set -> number of classes.
+
+    Experiments that differ in budget, strategy, seed or schedule only share one profile.
+    """
+    classes = num_classes_of.__getitem__ if isinstance(num_classes_of, Mapping) else num_classes_of
+    by_step: dict[str, tuple[TrainingStep, list[int]]] = {}
+    for place, e in enumerate(experiments):
+        step = TrainingStep(e, classes(e.dataset))
+        by_step.setdefault(_digest(step.key), (step, []))[1].append(place)
+    found: dict[int, Forecast] = {}
+    with tqdm(total=len(experiments), desc="forecasts", unit="run", leave=False) as bar:
+        while by_step:  # one after the other, each let go before the next is profiled
+            step, places = by_step.pop(next(iter(by_step)))
+            for place in places:
+                bar.set_description(experiments[place].describe().split(",")[0], refresh=False)
+                found[place] = step.forecast(experiments[place], folder)
+                bar.update()
+    return [found[place] for place in range(len(experiments))]
+
+
+class TrainingStep:
+    """A training step of `experiment` and of all that differ in budget, strategy, seed or schedule.
+
+    Built and profiled when first needed.
+    """
+
+    def __init__(self, experiment: Experiment, num_classes: int):
+        if num_classes < 1:
+            raise InputError(f"num_classes must be at least 1, got {num_classes}.")
+        self.experiment, self.num_classes = experiment, num_classes
+        self._ran: dict[int, list[RuleStep]] = defaultdict(list)  # by images per pass
+
+    @property
+    def key(self) -> dict:
+        """All that its profile depends on."""
+        e = self.experiment
+        return made_by() | {
+            "backbone": e.backbone,
+            "method": e.method,
+            **e.method_options,
+            "batch_size": e.batch_size,
+            "precision": e.precision,
+            "num_classes": self.num_classes,
+            "device": e.device if e.device == "cpu" else device_name(e.device),
+        }
+
+    def key_of(self, e: Experiment) -> dict:
+        """All that the forecast of `e` depends on: not its seed, learning rate or epochs."""
+        key = self.key | {"budget": e.budget, "strategy": e.checkpointing, "micro_batch": e.micro_batch_size}
+        return key | ({"threshold": e.threshold} if e.checkpointing == "threshold" else {})
+
+    def forecast(self, e: Experiment, folder: Path) -> Forecast:
+        """The forecast of `e`, which has this step, from `folder` if it is there."""
+        try:
+            return Forecast(**kept(folder, self.key_of(e), lambda: asdict(self._forecast(e))))
+        except _FAILURES as error:
+            return Forecast(e.budget_bytes, reason=one_line(error))
+
+    def smallest(self, folder: Path) -> tuple[dict[str, int | None], str]:
+        """The smallest budgets of "none" and "planned", from `folder` if they are there, or why not."""
+
+        def make() -> dict[str, int]:
+            plain = self._rule_step(self.experiment.batch_size, math.inf)
+            return {"none": plain.peak_bytes, "planned": self.smallest_bytes(0)}
+
+        try:
+            return kept(folder, self.key | {"strategy": "smallest"}, make), ""
+        except _FAILURES as error:
+            return {"none": None, "planned": None}, one_line(error)
+
+    def smallest_bytes(self, micro_batch_size: int) -> int:
+        """The smallest budget with a plan in micro-batches of this size (0: any size).
+
+        Where batch norms compute statistics, the batch is one piece.
+        """
+        size = micro_batch_size or 1
+        try:
+            if self.planner.chain(size, False).profile.batch_statistics:
+                size = self.experiment.batch_size
+        except (RuntimeError, ValueError):  # a batch norm that cannot train on one sample
+            size = self.experiment.batch_size
+        return self.planner.smallest_bytes(size)
+
+    @cached_property
+    def step(self) -> Step:
+        return step_of(self.experiment, self.num_classes)
+
+    @cached_property
+    def planner(self) -> Planner:
+        return Planner(
+            self.step.model, self.step.batch, loss=self.step.loss, precision=self.experiment.precision,
+            held_bytes=held_bytes(self.step.model, "planned"),
+        )  # fmt: skip
+
+    def _forecast(self, e: Experiment) -> Forecast:
+        check_fits_weights(self.step.model, e.budget_bytes)
+        if e.checkpointing != "planned":
+            return self._by_rule(e)
+        try:
+            plan = self.planner.plan(e.budget_bytes, micro_batches=e.micro_batch_size or True)
+        except InputError as error:
+            smallest = self.smallest_bytes(e.micro_batch_size)
+            return Forecast(e.budget_bytes, smallest_bytes=smallest, reason=one_line(error))
+        seconds = plan.plain_seconds + plan.extra_seconds
+        return Forecast(
+            e.budget_bytes, plan.peak_bytes, None, plan.recompute_pct, seconds, plan.micro_batch_size
+        )
+
+    def _by_rule(self, e: Experiment) -> Forecast:
+        """Of a strategy that does not plan."""
+        limit = {"none": math.inf, "static": 0, "threshold": e.threshold * e.budget_bytes}[e.checkpointing]
+        limit -= held_bytes(self.step.model, "none")
+        size = e.micro_batch_size or e.batch_size
+        chain = self.planner.chain(size, False)
+        ran = self._rule_step(size, limit)
+        # The threshold rule sees less in the very first step, the optimizer has no state yet, and more in
+        # all but the first micro-batch of a step: the gradients of those before.
+        besides = [0, -chain.profile.fixed["optimizer"]]
+        if size < e.batch_size:
+            besides += [beside + chain.profile.fixed["gradients"] for beside in besides]
+        peak = max(self._rule_step(size, limit - beside).peak_bytes + beside for beside in besides)
+        passes = 3 + ran.recompute_pct / 100  # forward and backward together count as three
+        ops = round(len(chain.profile.ops) * passes / 3)
+        seconds = self.planner.speed.step_seconds(passes * chain.plain_seconds, ops, False)
+        above = f"predicted {format_bytes(peak)}, above the budget of {format_bytes(e.budget_bytes)}"
+        return Forecast(
+            e.budget_bytes, peak, None, ran.recompute_pct, math.ceil(e.batch_size / size) * seconds, size,
+            above if peak > e.budget_bytes else None,
+        )  # fmt: skip
+
+    def _rule_step(self, size: int, limit: float) -> RuleStep:
+        """A step of `size` images under the threshold rule with this limit."""
+        for ran in self._ran[size]:
+            if ran.above < limit <= ran.up_to:
+                return ran
+        part = replace(self.step, batch=tuple(tensor[:size] for tensor in self.step.batch))
+        self._ran[size].append(rule_step(part, self.experiment.precision, limit))
+        return self._ran[size][-1]
+
+
+def what_fits(
+    budgets: Iterable[int | str],
+    backbones: Iterable[str] = SHOWN_BACKBONES,
+    methods: Iterable[str] = tuple(METHODS),
+    *,
+    batch_size: int = 64,
+    precision: str = "bf16",
+    num_classes: int = 100,
+    folder: Path = FORECASTS,
+) -> pd.DataFrame:
+    """The smallest budget in which a step of each backbone and method runs: as it is, and planned.
+
+    Columns: `backbone`, `method`; `strategy`: none (whole batch, nothing checkpointed) or planned (in
+    micro-batches where batch norms allow them); `smallest_bytes`, `card` (the smallest of `budgets` that
+    holds it, an ordered categorical; missing where none does), and the `reason` where there is no number.
+    """
+    limits = sorted(map(parse_bytes, budgets))
+    cards = [f"{limit / 1e9:g} GB" for limit in limits]
+    rows = []
+    with tqdm([(b, m) for b in backbones for m in methods], unit="step", leave=False) as bar:
+        for backbone, method in bar:
+            bar.set_description(f"{method} on {backbone}", refresh=False)
+            e = Experiment(backbone=backbone, method=method, batch_size=batch_size, precision=precision)
+            found, reason = TrainingStep(e, num_classes).smallest(folder)
+            for strategy, smallest in found.items():
+                holds = [card for card, limit in zip(cards, limits) if smallest and smallest <= limit]
+                rows.append((backbone, method, strategy, smallest, next(iter(holds), None), reason))
+    frame = pd.DataFrame(rows, columns=["backbone", "method", "strategy", "smallest_bytes", "card", "reason"])
+    return frame.astype({"smallest_bytes": "Int64", "card": pd.CategoricalDtype(cards, ordered=True)})
+
+
+def kept(folder: Path, key: dict, make: Callable[[], dict]) -> dict:
+    """The answer to `key` from `folder`, or from `make` if none is there that is whole."""
+    answer = read(folder, key)
+    if answer is None:
+        answer = make()
+        content = {"key": key, "answer": answer, "sha256": _digest(answer)}
+        write_atomically(folder / f"{_digest(key)}.json", json.dumps(content, indent=1).encode())
+    return answer
+
+
+def read(folder: Path, key: dict) -> dict | None:
+    """The answer to `key` in `folder`; None if it is not there or not what was written."""
+    try:
+        content = json.loads((folder / f"{_digest(key)}.json").read_bytes())
+        if content["key"] == key and content["sha256"] == _digest(content["answer"]):
+            return content["answer"]
+    except (OSError, ValueError, KeyError, TypeError):  # a JSON error is a ValueError
+        pass
+    return None
+
+
+def made_by() -> dict:
+    """The code that answers are made by."""
+    packages = {name: installed_packages().get(name) for name in (*PACKAGES, "open_clip_torch")}
+    return {"packages": packages, "code_sha256": _code_sha256()}
+
+
+@functools.cache
+def _code_sha256() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in _SOURCES for path in Path(__file__).parent.glob(pattern)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _digest(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,88 @@
+"""What the strategies without a plan do with one training step, under any budget.
+
+The threshold rule checkpoints the blocks that begin with some limit allocated: under no limit no block,
+which is the strategy "none", and under a limit of 0 each, which is "static".
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from toolkit.budget import Checkpointing, TensorMemory, tensors_of
+from toolkit.budget.fake_step import on_fake_tensors
+from toolkit.budget.flops import NORMS, FlopCounter
+from toolkit.budget.step import autocast, optimizer_like
+from toolkit.preview import Step
+from toolkit.training import held_bytes
+
+
+@dataclass(frozen=True)
+class RuleStep:
+    """What a step takes under every limit in (above, up_to] bytes."""
+
+    above: float
+    up_to: float
+    peak_bytes: int
+    forward_flops: int
+    recompute_flops: int
+
+    @property
+    def recompute_pct(self) -> float:
+        """Recomputed FLOPs in per cent of the forward pass's."""
+        return 100 * self.recompute_flops / self.forward_flops if self.forward_flops else 0.0
+
+
+class _Readings:
+    """Stands for `memory`, and notes every number that the rule reads."""
+
+    def __init__(self, memory: TensorMemory):
+        self._memory = memory
+        self.bytes: list[int] = []
+
+    @property
+    def allocated_bytes(self) -> int:
+        self.bytes.append(self._memory.allocated_bytes)
+        return self.bytes[-1]
+
+
+def rule_step(step: Step, precision: str, limit: float) -> RuleStep:
+    """Run a step on fake tensors; blocks that begin with `limit` bytes or more are checkpointed.
+
+    The rule compares the limit with what is allocated as each block begins.  So the step is the same under
+    every limit between two of these numbers.
+    """
+    with on_fake_tensors(step.model, step.batch) as (images, labels):
+        memory = TensorMemory(images.device)
+        memory.track([*tensors_of(step.model), images, labels])
+        stepper = optimizer_like("adamw", step.model)(step.model)
+        readings = _Readings(memory)
+        rule = Checkpointing(step.model, "threshold", memory=readings, budget_bytes=0)
+        rule.threshold_bytes = limit
+        with memory, rule:
+            for parameter in stepper.param_groups[0]["params"]:  # gives the optimizer its state
+                parameter.grad = torch.zeros_like(parameter)
+            stepper.step()
+            stepper.zero_grad(set_to_none=True)
+            memory.reset_peak()
+            with FlopCounter() as counter:
+                with autocast(images.device, precision):
+                    logits = step.model(images)
+                    loss = step.loss(logits, labels)
+                loss.backward()
+                del loss, logits
+                stepper.step()
+                stepper.zero_grad(set_to_none=True)
+    forward, recompute = (
+        sum(count for op, count in counter.counts[phase].items() if op not in NORMS)
+        for phase in ("forward", "recompute")
+    )
+    return RuleStep(
+        above=max((size for size in readings.bytes if size < limit), default=-math.inf),
+        up_to=min((size for size in readings.bytes if size >= limit), default=math.inf),
+        peak_bytes=memory.peak_bytes + held_bytes(step.model, "none"),
+        forward_flops=forward,
+        recompute_flops=recompute,
+    )
