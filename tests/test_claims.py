@@ -1,5 +1,7 @@
 """Verdicts on published claims, from records made so that the verdict is known."""
 
+from unittest import mock
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,17 +9,9 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolkit.claims import (
-    CLAIMS,
-    REFUTED,
-    SUPPORTED,
-    UNTESTED,
-    change,
-    differences,
-    findings,
-    holm,
-    interval,
-)
+from toolkit.report import verdicts
+from toolkit.report.paired import change, differences, holm, interval
+from toolkit.report.verdicts import CLAIMS, REFUTED, SUPPORTED, UNTESTED, findings
 
 SEEDS = (0, 1, 2)
 NOISE = (0.99, 1.0, 1.012)  # of the three seeds
@@ -38,8 +32,10 @@ def runs(method="full", checkpointing="none", **columns) -> pd.DataFrame:
 
 
 def verdict(frame, text):
-    """The one finding on the claim that contains `text`."""
-    (found,) = [finding for finding in findings(frame) if text in finding.claim]
+    """The one finding on the claim that contains `text`, this claim alone judged: all of them take longer."""
+    (claim,) = [claim for claim in CLAIMS if text in claim.text]
+    with mock.patch.object(verdicts, "CLAIMS", (claim,)):
+        _, found = findings(frame)  # the first needs no run
     return found
 
 

@@ -14,7 +14,8 @@ from hostile import HOSTILE
 
 from toolkit import report
 from toolkit.errors import InputError
-from toolkit.report import Table, read_runs, visible, write_report
+from toolkit.report import read_runs, write_report
+from toolkit.report.tables import Table, visible
 
 NEW = {
     "run": {"schema_version": 5, "status": "ok", "error": None, "phase": "training"},

@@ -81,8 +81,8 @@ def compare(frame: pd.DataFrame, *, mix: bool = False) -> pd.DataFrame:
     if not mix:
         refuse_mixed(frame)
     rows = []
-    for row, group in _groups(frame):
-        ok = adaptation(_without_simulated(group[group.status == "ok"]))
+    for row, group in groups(frame):
+        ok = adaptation(without_simulated(group[group.status == "ok"]))
         row["test top-1 %"] = _text(ok.get("test_top1_pct"), 1, 2)
         row["peak MiB"] = _text(ok.get("peak_bytes"), 2**20, 2)
         row["in budget"] = "" if ok.empty else "yes" if ok.within_budget.astype(bool).all() else "no"
@@ -149,8 +149,8 @@ def standing(frame: pd.DataFrame, phase: str = "training", *, mix: bool = False)
         refuse_mixed(frame, rivals=True)
     wanted = ("test_top1_pct", *COSTS[check_name("phase", phase, COSTS)])
     rows, points = [], []
-    for row, group in _groups(frame):
-        ok = _without_simulated(group[group.status == "ok"])
+    for row, group in groups(frame):
+        ok = without_simulated(group[group.status == "ok"])
         rows.append(row | {kind: _text(ok.get(column), 1, 2) for kind, column in SCORES[phase].items()})
         means = {name: mean_and_interval(ok[name])[0] for name in wanted if name in ok}
         points.append(pd.Series(means, dtype=float))
@@ -169,7 +169,7 @@ def standing(frame: pd.DataFrame, phase: str = "training", *, mix: bool = False)
     return table
 
 
-def _groups(frame: pd.DataFrame) -> Iterator[tuple[dict, pd.DataFrame]]:
+def groups(frame: pd.DataFrame) -> Iterator[tuple[dict, pd.DataFrame]]:
     """Groups of runs that differ only in seed, with what they share; methods and strategies in order."""
     phases = _phase(frame)
     vary = [
@@ -191,7 +191,7 @@ def _energy(ok: pd.DataFrame) -> str:
     return "simulated" if simulated else _text(ok.get("adapt_joules"), 1, 0)
 
 
-def _without_simulated(frame: pd.DataFrame) -> pd.DataFrame:
+def without_simulated(frame: pd.DataFrame) -> pd.DataFrame:
     """Nulls for what a simulated GPU said: it is no measurement."""
     if "energy_source" not in frame or not (frame.energy_source == "fake").any():
         return frame
@@ -225,7 +225,7 @@ def paired_differences(
             raise InputError(f"the records have no column {name!r}.")
     if not mix:
         refuse_mixed(frame, rivals=True)
-    ok = _without_simulated(frame[frame.status == "ok"])
+    ok = without_simulated(frame[frame.status == "ok"])
     ok = ok[ok[value].notna()]
     ok = ok[_phase(ok) == "training"]  # a baseline's seed is of other things
     by = list(dict.fromkeys([*SHOWN, *(n for n in (*PARAMETERS, *DATA) if n in ok and ok[n].nunique() > 1)]))

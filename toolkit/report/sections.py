@@ -1,55 +1,31 @@
-"""One self-contained page of what finished runs say: tables, figures, tests, and published claims.
-
-`write_report` reads the records below a folder and writes an HTML file that loads nothing and runs nothing,
-with every table beside it as CSV, LaTeX and Markdown.  Each section is a function here, which
-`notebooks/report.ipynb` calls one by one.  The same records give the same bytes.
-
-Names, errors and paths are other people's text: control characters are written out (`visible`), and each
-format escapes the rest.
-"""
+"""What finished runs say, one function per table or kind of picture."""
 
 from __future__ import annotations
 
-import html
 import json
-import os
-import re
-import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from reprlib import repr as short
-from urllib.parse import quote
 
-import jinja2
 import pandas as pd
-from markupsafe import Markup
 
 from toolkit import pareto
 from toolkit.budget import format_bytes
-from toolkit.claims import QUANTITIES, change, differences, findings, holm, interval
-from toolkit.errors import InputError
-from toolkit.files import write_atomically
-from toolkit.records import FILE_NAME, FINISHED, SCHEMA_VERSION, load_records
+from toolkit.records import FILE_NAME
+from toolkit.report.paired import QUANTITIES, change, differences, holm, interval
+from toolkit.report.reading import Runs
+from toolkit.report.tables import Table, letter, visible
+from toolkit.report.verdicts import findings
 from toolkit.statistics import (
     DATA,
     PARAMETERS,
     SHOWN,
-    _groups,
-    _without_simulated,
     adaptation,
+    groups,
     mean_and_interval,
     standing,
+    without_simulated,
 )
 
-TEXT = ("experiment_id", "status", "phase", "dataset", "backbone", "method", "checkpointing", "budget")
-# What a column holds numbers of is in its name; null where it was not measured.
-NUMBER = re.compile(r"seed|threads|n_\w+|params_\w+|ns|ns_\w+|\w+_(bytes|seconds|pct|joules|watts|blocks)")
-ALWAYS = (  # columns that the tables use, whether or not a record has them
-    *TEXT, *PARAMETERS, *DATA, "seed", "folder", "error", "env_hash", "memory_source", "energy_source",
-    "budget_mode", "code_sha256", "device_name", "driver", "python", "threads", "version_torch",
-    "version_timm", "version_peft", "n_classes", "n_train", "n_val", "n_test", "n_broken", "test_top1_pct",
-    "train_peak_bytes", "predicted_peak_bytes", "within_budget", "checkpointed_blocks", "params_trainable",
-)  # fmt: skip
 COLUMNS = {  # of the table of results: column of `adaptation`, its unit in units of the column, digits
     "accuracy (%)": ("test_top1_pct", 1, 2),
     "peak memory (MiB)": ("peak_bytes", 2**20, 2),
@@ -62,154 +38,6 @@ FIELDS = {  # under which names records say why one is missing; of training, of 
     "adapt_joules": ("train_energy_joules", "prepare_joules"),
 }
 REFERENCES = {"method": {"method": "full"}, "checkpointing": {"checkpointing": "none"}}
-FORMULA = tuple("=+-@＝＋－＠")  # what spreadsheets take for the beginning of one
-INVISIBLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table for people, and the same with plain numbers for programs."""
-
-    name: str  # of its files
-    text: pd.DataFrame
-    numbers: tuple[str, ...] = ()  # columns of `text` that are set flush right
-    values: pd.DataFrame | None = None  # for the CSV; None: `text`
-    notes: tuple[str, ...] = ()  # what [a], [b], ... in cells mean
-    links: tuple[str, ...] = ()  # file that the last column of each row leads to; empty: none
-
-    @property
-    def lines(self) -> list[str]:
-        """The notes with their letters."""
-        return [f"{_letter(number)} {note}" for number, note in enumerate(self.notes)]
-
-    def csv(self) -> str:
-        """RFC 4180; text that a spreadsheet would take for a formula has an apostrophe before it."""
-        frame = self.text if self.values is None else self.values
-        return frame.map(_no_formula).rename(columns=_no_formula).to_csv(index=False, lineterminator="\r\n")
-
-    def latex(self) -> str:
-        """A `tabular` in the style of booktabs, notes as comments below."""
-        layout = "".join("r" if column in self.numbers else "l" for column in self.text)
-        table = self.text.to_latex(index=False, escape=True, column_format=layout)
-        # After the end of a row, a bracket or star would be its argument.
-        return re.sub(r"^(?=[\[*])", "{}", table, flags=re.M) + "".join(f"% {line}\n" for line in self.lines)
-
-    def markdown(self) -> str:
-        """A pipe table, notes below."""
-        rule = ["--:" if column in self.numbers else "---" for column in self.text]
-        rows = [[_markdown(cell) for cell in row] for row in (self.text.columns, *self.text.to_numpy())]
-        lines = [f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:])]
-        return "\n".join([*lines, *(f"\n{_markdown(line)}" for line in self.lines), ""])
-
-    def _repr_html_(self) -> str:
-        notes = "".join(f"<p>{html.escape(line)}</p>" for line in self.lines)
-        return self.text.to_html(index=False, border=0) + notes
-
-
-def _letter(number: int) -> str:
-    return f"[{'abcdefghijklmnopqrstuvwxyz'[number % 26]}{number // 26 or ''}]"
-
-
-def _no_formula(value: object) -> object:
-    if not isinstance(value, str) or not value.startswith(FORMULA):
-        return value
-    return value if re.fullmatch(r"[+-]?\d+(\.\d+)?(e[+-]?\d+)?", value) else f"'{value}"
-
-
-def _markdown(text: str) -> str:
-    """Escaped, but for the points and signs of numbers."""
-    text = re.sub(r"([\\`*_{}\[\]()#|!~$:@^=])", r"\\\1", html.escape(text, quote=False))
-    return re.sub(r"(?<!\d)[.+-]", r"\\\g<0>", text)
-
-
-def visible(text: str) -> str:
-    """`text` on one line: control characters, direction marks and lone surrogates as Python writes them."""
-    return INVISIBLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
-
-
-@dataclass(frozen=True)
-class Runs:
-    """What lies below a folder."""
-
-    folder: Path
-    frame: pd.DataFrame  # as `load_records`, with `environment`: finished runs of one may be compared
-    skipped: dict[str, str]  # file, relative to the folder -> why it was left out
-
-    @property
-    def finished(self) -> pd.DataFrame:
-        """Runs that ended with a result, out of memory and not-a-number among them."""
-        return self.frame[self.frame.status.isin(FINISHED)]
-
-
-def read_runs(folder: Path) -> Runs:
-    """The records below `folder`; what is none, or none of this version, is named under `skipped`.
-
-    Raises `InputError` if `folder` is a file.
-    """
-    folder = Path(folder).resolve()
-    if folder.is_file():
-        raise InputError(f"{folder} is a file; give the folder in which runs are kept.")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        frame = load_records(folder)
-    parts = (str(warning.message).partition(" is no record and was left out: ") for warning in caught)
-    skipped = {path: f"no record: {why}" for path, _, why in parts}
-    seen, kept = {}, []
-    for row in frame.to_dict("records"):
-        why = _why_not(row)
-        same = tuple(str(row.get(name)) for name in ("experiment_id", "env_hash", "train_sha256"))
-        if why is None and (first := seen.setdefault(same, row["folder"])) != row["folder"]:
-            why = f"a second record of the experiment in {Path(first).name}"
-        kept.append(why is None)
-        if why:
-            skipped[str(Path(row["folder"], FILE_NAME))] = why
-    frame = frame[kept].reset_index(drop=True)
-    frame = frame.reindex(columns=list(dict.fromkeys([*frame.columns, *ALWAYS])))
-    for name in frame:
-        if NUMBER.fullmatch(name):
-            frame[name] = pd.to_numeric(frame[name])
-        elif name != "folder":
-            frame[name] = frame[name].map(lambda value: visible(value) if isinstance(value, str) else value)
-    if len(frame):  # methods and strategies in their order
-        frame = pd.concat([group for _, group in _groups(frame)], ignore_index=True)
-    frame["environment"] = _environments(frame)
-    named = {visible(os.path.relpath(path, folder)): visible(why) for path, why in skipped.items()}
-    return Runs(folder, frame, dict(sorted(named.items())))
-
-
-def _why_not(row: dict) -> str | None:
-    """Why a record cannot be reported on, None if it can."""
-    version = row.get("schema_version")
-    if version != SCHEMA_VERSION:
-        return f"schema version {short(version)}; this report reads version {SCHEMA_VERSION}"
-    for name in TEXT:
-        if not isinstance(row.get(name), str):
-            return f"{name} is {short(row.get(name))}, not text"
-    if not (row["budget"].isascii() and row["budget"].isdigit()):
-        return f"budget is {short(row['budget'])}, not a number of bytes"
-    for name, value in row.items():
-        missing = value is None or value != value  # NaN
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
-        if isinstance(value, (list, dict)) or (NUMBER.fullmatch(name) and not (missing or number)):
-            return f"{name} is {short(value)}, not one {'number' if NUMBER.fullmatch(name) else 'value'}"
-        if name == "seed" and missing:
-            return "it has no seed"
-    return None
-
-
-def _environments(frame: pd.DataFrame) -> pd.Series:
-    """E1, E2, ... by number of finished runs: equal for runs that may be averaged, "–" for the unfinished.
-
-    A run that could not measure goes with those of its environment that could.
-    """
-    kind = frame.env_hash.astype(str)
-    for name in ("memory_source", "energy_source"):
-        known = frame[name].where(frame[name] != "none")
-        kind = kind + "|" + known.fillna(known.groupby(kind).transform("first")).fillna("").astype(str)
-    counts = kind[frame.status.isin(FINISHED)].value_counts()
-    order = sorted(counts.index, key=lambda name: (-counts[name], name))
-    labels = kind.map({name: f"E{number}" for number, name in enumerate(order, start=1)})
-    return labels.where(frame.status.isin(FINISHED), "–")
 
 
 def what_ran(runs: Runs) -> Table:
@@ -254,20 +82,20 @@ def results(runs: Runs) -> Table:
     """Means over seeds with 95 % Student-t intervals, of runs that differ in nothing but the seed."""
     text, values, notes = [], [], {}
     for environment, part in runs.finished.groupby("environment"):
-        for key, group in _groups(part):
+        for key, group in groups(part):
             names = dict.fromkeys([*SHOWN, "budget", *key])
             key = {name: str(group[name].iloc[0]) for name in names} | {"environment": environment}
             ok = group[group.status == "ok"]
             ended = ", ".join(f"{count} {status}" for status, count in group.status.value_counts().items())
             row = key | {"budget": format_bytes(int(key["budget"])), "n": str(len(ok))}
             numbers = key | {"n": len(ok), "ended": ended}
-            figures = adaptation(_without_simulated(ok))
+            figures = adaptation(without_simulated(ok))
             for title, (column, unit, digits) in COLUMNS.items():
                 mean, half, n = mean_and_interval(pd.to_numeric(figures[column]))
                 numbers |= {f"{column}_mean": mean, f"{column}_half_width": half, f"{column}_n": n}
                 if n == 0:
                     why = _why_missing(group, column)
-                    row[title] = f"– {_letter(notes.setdefault(why, len(notes)))}"
+                    row[title] = f"– {letter(notes.setdefault(why, len(notes)))}"
                     continue
                 row[title] = f"{mean / unit:,.{digits}f}"
                 row[title] += "" if half is None else f" ± {half / unit:,.{digits}f}"
@@ -286,9 +114,9 @@ def _why_missing(group: pd.DataFrame, column: str) -> str:
     if column == "adapt_joules" and (ok.energy_source == "fake").any():
         return "simulated GPU: its joules are no measurement"
     reasons = {}
-    for run in ok.itertuples():
-        missing = json.loads(Path(run.folder, FILE_NAME).read_text()).get("missing")
-        name = FIELDS.get(column, (column, column))[run.phase == "inference"]
+    for folder, phase in zip(ok.folder, ok.phase):
+        missing = json.loads(Path(folder, FILE_NAME).read_text()).get("missing")
+        name = FIELDS.get(column, (column, column))[phase == "inference"]
         why = missing.get(name) if isinstance(missing, dict) else None
         reasons[visible(why) if isinstance(why, str) else "the record gives no reason"] = True
     return "; ".join(reasons)
@@ -402,7 +230,7 @@ def pictures(runs: Runs) -> list[tuple[str, str]]:
     """Title and SVG of accuracy against each cost that was measured, by data set and environment."""
     found = []
     for (dataset, environment), part in runs.finished.groupby(["dataset", "environment"]):
-        figures = adaptation(_without_simulated(part))
+        figures = adaptation(without_simulated(part))
         for cost, (column, _, label) in pareto.COSTS.items():
             n = int((figures[column].notna() & figures.test_top1_pct.notna()).sum())
             if n:
@@ -428,39 +256,3 @@ def facts(made: dict[str, Table]) -> list[str]:
         found.append(f"Runs within their budget: {', '.join(shares)}.")
     verdicts = made["claims"].text.verdict.str[2:].value_counts()
     return [*found, f"Published claims: {', '.join(f'{n} {verdict}' for verdict, n in verdicts.items())}."]
-
-
-def write_report(runs: Path, output: Path) -> Path:
-    """Write the report on the records below `runs` to the file `output`, its tables to `<stem>_tables/`.
-
-    A folder without records makes a report that says so.  Raises `InputError` if `runs` is a file or
-    `output` a folder.
-    """
-    output = Path(output).resolve()
-    if output.is_dir():
-        raise InputError(f"{output} is a folder; give the file to write, such as {output / 'report.html'}.")
-    read = read_runs(runs)
-    made = [what_ran(read), environments(read), data_sets(read), results(read), budgets(read), claims(read)]
-    made += [scores(read, phase) for phase in ("training", "inference")]
-    made += [effects(read, of) for of in REFERENCES] + [failures(read), left_out(read)]
-    made = {table.name: table for table in made}
-    folder = output.with_name(f"{output.stem}_tables")
-
-    def href(path: str | Path) -> str:
-        return quote(os.fsencode(os.path.relpath(path, output.parent)))
-
-    page = _PAGES.get_template("report.html.jinja").render(
-        runs=read, tables=made, statuses=read.frame.status.value_counts(), facts=facts(made), href=href,
-        folder=folder, pictures=[(title, Markup(svg)) for title, svg in pictures(read)], letter=_letter,
-    )  # fmt: skip
-    for table in made.values():
-        for ending, text in (("csv", table.csv()), ("tex", table.latex()), ("md", table.markdown())):
-            write_atomically(folder / f"{table.name}.{ending}", text.encode())
-    write_atomically(output, page.encode())
-    return output
-
-
-_PAGES = jinja2.Environment(
-    loader=jinja2.PackageLoader("toolkit"), autoescape=True, undefined=jinja2.StrictUndefined,
-    trim_blocks=True, lstrip_blocks=True,
-)  # fmt: skip
