@@ -97,14 +97,14 @@ def test_workers_that_cannot_be_used(tmp_path, monkeypatch):
     worker = {"cls": Worker, "options": here | {"nthreads": 2}}
     with SpecCluster(worker=worker, scheduler={"cls": Scheduler, "options": here}) as there:
 
-        def connect(needs_gpu: bool = False):
-            return cluster.remote_workers(there.scheduler_address, tmp_path / "runs", needs_gpu=needs_gpu)
+        def connect(on_gpu: bool = False):
+            return cluster.remote_workers(there.scheduler_address, tmp_path / "runs", on_gpu=on_gpu)
 
         with pytest.raises(InputError, match=r"has no workers; start one per GPU: dask worker"), connect():
             pass
         there.scale(1)
         there.wait_for_workers(1)
-        with pytest.raises(InputError, match=r"no worker .* has the resource GPU"), connect(needs_gpu=True):
+        with pytest.raises(InputError, match=r"no worker .* has the resource GPU"), connect(on_gpu=True):
             pass
         with pytest.raises(InputError, match=r"has several threads"), connect():
             pass
@@ -130,3 +130,17 @@ def test_runs_of_a_scheduler_are_its_workers(two_workers, digits, tmp_path):
     experiments = sweep.grid(seed=[0, 1], method=["linear"])
     assert sweep.run_experiments(experiments, runs, scheduler=two_workers.scheduler.address) == []
     assert sorted(toolkit.load_records(runs).seed) == [0, 1]
+
+
+@pytest.mark.long
+def test_what_kills_its_workers_fails_alone(two_workers):
+    """A call that takes four workers with it; those that wait are not counted as lost with them."""
+
+    def call(number: int) -> int:
+        if number == 0:
+            os._exit(1)
+        return number
+
+    results = dict(cluster.each(two_workers, call, range(60), lambda _: {}))
+    assert isinstance(results.pop(0), Exception)
+    assert results == {number: number for number in range(1, 60)}

@@ -90,3 +90,7 @@ def test_every_method_has_a_learning_rate_with_a_source():
             assert toolkit.Experiment(backbone=backbone, method=method).lr == row.lr
     assert all(set(rows) <= set(METHODS) for rows in TABLE.values()) and set(TABLE["default"]) == set(METHODS)
     assert toolkit.Experiment(method="full", lr=0.5).lr == 0.5
+
+
+def test_a_shrunk_backbone_has_no_weights_to_load():
+    assert not toolkit.Experiment(backbone="small:vit_small").pretrained

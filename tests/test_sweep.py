@@ -1,6 +1,7 @@
 """Batch execution and the command line, on runs of one short epoch where a run is needed."""
 
 import json
+from dataclasses import replace
 
 import filelock
 import nbformat
@@ -207,7 +208,24 @@ def test_bad_input_is_one_message_exit_2_and_nothing_written(tmp_path, capsys, a
 def test_runs_folder_that_is_a_file(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["run", "--runs", str(tmp_path / "file" / "runs"), "--method", "linear"]) == 2
-    assert "a file is in the way" in capsys.readouterr().err
+    assert "(Not a directory); name another folder" in capsys.readouterr().err
+
+
+def test_weights_are_checked_as_they_will_be():
+    """Packed to four bits they fit where they would not in full."""
+    fits = toolkit.Experiment(method="qlora", batch_size=16, budget="1.8 MB")
+    assert set(sweep.check_runnable([fits])) == {"digits"}
+    with pytest.raises(InputError, match="smaller than the weights alone"):
+        sweep.check_runnable([replace(fits, method="full")])
+
+
+def test_an_error_is_one_line(fake_run, tmp_path):
+    def behaviour(experiment):
+        raise PapermillExecutionError(3, 1, "", "AcceleratorError", "CUDA error\nCompile with\n", "")
+
+    fake_run(behaviour)
+    sweep.run_experiments(sweep.grid(seed=[0]), tmp_path)
+    assert toolkit.load_records(tmp_path).error.tolist() == ["AcceleratorError: CUDA error Compile with"]
 
 
 def test_relative_folders_are_resolved_where_the_command_is_given(tmp_path, monkeypatch):

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from toolkit import cluster
 from toolkit.baselines.experiment import BaselineExperiment
 from toolkit.baselines.need import need_table
 from toolkit.budget import format_bytes
 from toolkit.dry_run import dry_run, summary
 from toolkit.errors import InputError
 from toolkit.experiment import Experiment
+from toolkit.forecast import forecast
 from toolkit.parameters import Parameters
 from toolkit.paths import FIGURES, RUNS
 from toolkit.records import load_records
@@ -65,9 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument(
             "--workers",
             type=int,
-            default=cluster.device_count(),
             metavar="COUNT",
-            help="experiments at a time on this machine (default: one per GPU, without one 1)",
+            help="experiments at a time on this machine (default: one per GPU; on the CPU one)",
         )
         command.add_argument(
             "--scheduler", default="", metavar="ADDRESS", help="run on the workers of this dask scheduler"
@@ -133,16 +132,25 @@ def _add_parameters(command: argparse.ArgumentParser, parameters: Iterable[Field
 
 
 def _plan(experiment: Experiment, num_classes: int) -> str:
-    """The plan of an experiment's training step, as a table."""
+    """What an experiment's training step takes; under `planned`, the plan as a table."""
+    if experiment.checkpointing != "planned":
+        found = forecast(experiment, num_classes)
+        if found.refused:
+            raise InputError(found.reason)
+        return (
+            f"strategy {experiment.checkpointing}, {found.micro_batch_size} images per pass\n"
+            f"predicted peak {format_bytes(found.peak_bytes)} of {format_bytes(found.budget_bytes)}: "
+            f"{'fits' if found.fits else 'DOES NOT FIT'}\n"
+            f"recomputed {found.recompute_pct:.1f} % of the forward pass"
+        )
     from toolkit.budget import plan
     from toolkit.preview import step_of
     from toolkit.training import held_bytes
 
     step = step_of(experiment, num_classes)
     return plan(
-        step.model, experiment.budget, step.batch, strategy=experiment.checkpointing,
-        precision=experiment.precision, micro_batches=experiment.micro_batch_size or True, loss=step.loss,
-        held_bytes=held_bytes(step.model, experiment.checkpointing),
+        step.model, experiment.budget, step.batch, precision=experiment.precision, loss=step.loss,
+        micro_batches=experiment.micro_batch_size or True, held_bytes=held_bytes(step.model, "planned"),
     ).explain()  # fmt: skip
 
 

@@ -9,6 +9,7 @@ run code on its workers: keep it inside an SSH tunnel or give it TLS.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -24,11 +25,6 @@ if TYPE_CHECKING:
     from distributed import Client
 
 CONNECT_SECONDS = 10
-
-
-def device_count() -> int:
-    """GPUs of this machine; without one 1, the CPU, so that what is timed has it to itself."""
-    return max(1, torch.cuda.device_count())
 
 
 def _quiet() -> None:
@@ -75,11 +71,12 @@ def _visible(index: int) -> str:
 
 
 @contextlib.contextmanager
-def remote_workers(scheduler: str, runs: Path, *, needs_gpu: bool) -> Iterator[Client]:
+def remote_workers(scheduler: str, runs: Path, *, on_gpu: bool) -> Iterator[Client]:
     """The workers of the scheduler at `scheduler`, such as "tcp://127.0.0.1:8786".
 
     Raises `InputError` if there is none, or a worker has other code, several threads (papermill changes the
-    folder of the whole process), or does not see the folder `runs`, or if no worker has a GPU to lend.
+    folder of the whole process), or does not see the folder `runs`, and if runs want GPUs (`on_gpu`) but no
+    worker has one, or the other way round.
     """
     _quiet()
     from distributed import Client
@@ -95,8 +92,14 @@ def remote_workers(scheduler: str, runs: Path, *, needs_gpu: bool) -> Iterator[C
         start = f"dask worker {scheduler} --nthreads 1 --resources GPU=1"
         if not workers:
             raise InputError(f"the scheduler at {scheduler} has no workers; start one per GPU: {start}.")
-        if needs_gpu and not any(worker["resources"].get("GPU") for worker in workers.values()):
+        have_gpu = any(worker["resources"].get("GPU") for worker in workers.values())
+        if on_gpu and not have_gpu:
             raise InputError(f"no worker of {scheduler} has the resource GPU; start them so: {start}.")
+        if have_gpu and not on_gpu:
+            raise InputError(
+                f"workers of {scheduler} have GPUs, but no run has device 'cuda', which 'auto' means only "
+                "where there is one; give the command on a machine with a GPU."
+            )
         runs.mkdir(parents=True, exist_ok=True)
         marker = runs / f".shared-{uuid.uuid4().hex}"
         marker.touch()
@@ -134,9 +137,20 @@ def each(
     """
     from distributed import as_completed
 
-    futures = {
-        client.submit(function, argument, pure=False, resources=resources(argument)): argument
-        for argument in arguments
-    }
-    for future in as_completed(list(futures), loop=client.loop):
-        yield futures.pop(future), future.exception() or future.result()
+    waiting, running = iter(arguments), {}
+
+    def submit() -> list:
+        """As many as there are workers: dask counts a lost worker against all that it has in store."""
+        free = max(1, len(client.scheduler_info(n_workers=-1)["workers"])) - len(running)
+        new = {
+            client.submit(function, argument, pure=False, resources=resources(argument)): argument
+            for argument in itertools.islice(waiting, max(free, 0))
+        }
+        running.update(new)
+        return list(new)
+
+    ended = as_completed(submit(), loop=client.loop)
+    for future in ended:
+        argument = running.pop(future)
+        ended.update(submit())
+        yield argument, future.exception() or future.result()

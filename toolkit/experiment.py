@@ -51,6 +51,8 @@ class Experiment(Parameters):
         check_name("precision", self.precision, PRECISIONS)
         if self.precision == "fp16" and self.device == "cpu":
             raise InputError("precision 'fp16' needs a GPU; on the CPU use 'fp32' or 'bf16'.")
+        if self.backbone.startswith("small:"):  # shrunk: there are no weights of that shape
+            self._set("pretrained", False)
         if self.lr == 0:
             self._set("lr", hyperparameters(self.backbone, self.method).lr)
         self._check_ranges(

@@ -11,6 +11,7 @@ import functools
 import itertools
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import filelock
 import papermill
+import torch
 from papermill.exceptions import PapermillExecutionError
 from tqdm.auto import tqdm
 
@@ -56,12 +58,10 @@ def grid(kind: type[Parameters] = Experiment, **values: Iterable) -> list[Parame
 
 
 def check_runnable(experiments: Iterable[Parameters], runs: Path = RUNS) -> dict[str, Splits]:
-    """Find out before any long work that the data exist and the models build, adapt and fit the budget.
+    """Find out before any long work that the data exist, models build and adapt, and weights fit budgets.
 
-    Returns the data sets by name.  Raises `InputError`.
+    Makes the folder `runs`.  Returns the data sets by name.  Raises `InputError`.
     """
-    if any(parent.exists() and not parent.is_dir() for parent in (runs, *runs.parents)):
-        raise InputError(f"runs cannot be kept in {runs}: a file is in the way.")
     data, checked = {}, set()
     for experiment in experiments:
         e = experiment
@@ -77,10 +77,16 @@ def check_runnable(experiments: Iterable[Parameters], runs: Path = RUNS) -> dict
             continue
         checked.add(key)
         model = build_backbone(e.backbone, len(data[e.dataset].classes), e.pretrained)
+        model = adapt(model, e.method, **e.method_options)
         check_fits_weights(model, e.budget_bytes)
-        adapt(model, e.method, **e.method_options)
         if e.checkpointing != "none":
             find_blocks(model)
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=runs):
+            pass
+    except OSError as error:
+        raise InputError(f"runs cannot be kept in {runs} ({error.strerror}); name another folder.") from None
     return data
 
 
@@ -93,22 +99,24 @@ class Outcome:
 
 
 def run_experiments(
-    experiments: list[Parameters], runs: Path = RUNS, *, workers: int = 1, scheduler: str = ""
+    experiments: list[Parameters], runs: Path = RUNS, *, workers: int | None = None, scheduler: str = ""
 ) -> list[Parameters]:
     """Run what has no finished record under `runs`, with one progress bar; returns what failed.
 
-    `workers`: how many experiments at a time, on this machine; with `scheduler`, the address of one of
-    dask.distributed, on its workers instead.  A failure leaves a record with status `failed` and does not
+    `workers`: how many experiments at a time, on this machine (default: one per GPU; on the CPU one, so that
+    what is timed has it to itself).  With `scheduler`, the address of one of dask.distributed, they run on
+    its workers.  A failure leaves a record with status `failed` and does not
     stop the others.  What another process is running in the same folder is waited for at the end, and done
     here if that one gave up.  Raises `InputError` before anything runs.
     """
     data = check_runnable(experiments, runs)
     one = functools.partial(run_one, runs=runs, hashes={name: d.hashes["train"] for name, d in data.items()})
-    failed = []
+    failed, on_gpu = [], any(e.device == "cuda" for e in experiments)
+    if workers is None:
+        workers = torch.cuda.device_count() if on_gpu else 1
     with contextlib.ExitStack() as stack:
         if scheduler:
-            on_gpu = any(e.device == "cuda" for e in experiments)
-            client = stack.enter_context(cluster.remote_workers(scheduler, runs, needs_gpu=on_gpu))
+            client = stack.enter_context(cluster.remote_workers(scheduler, runs, on_gpu=on_gpu))
         elif workers != 1:
             client = stack.enter_context(cluster.local_workers(workers))
         else:
@@ -206,7 +214,7 @@ def execute_notebook(name: str, output: Path, parameters: dict) -> None:
     with progress.batch():
         papermill.execute_notebook(
             str(notebook), _no_pattern(output), parameters=parameters, kernel_name="python3",
-            cwd=str(NOTEBOOKS), progress_bar=False, extra_arguments=["--IPKernelApp.log_level=ERROR"],
+            cwd=str(NOTEBOOKS), progress_bar=False, extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
         )  # fmt: skip
 
 
@@ -217,5 +225,7 @@ def _no_pattern(path: Path) -> str:
 
 def _one_line(problem: Exception) -> str:
     if isinstance(problem, PapermillExecutionError):
-        return f"{problem.ename}: {problem.evalue}"
-    return f"{type(problem).__name__}: {problem}".strip().splitlines()[0]
+        text = f"{problem.ename}: {problem.evalue}"
+    else:
+        text = f"{type(problem).__name__}: {problem}"
+    return " ".join(text.split())

@@ -230,7 +230,7 @@ class _Run:
                 with self.windows.window("validation"):
                     self._end_epoch(epoch)
                 screen.epoch(self.result.history[-1])
-                if screen.paused:
+                if screen.paused and self.result.steps < self.total_steps:
                     self.windows.pause(screen.wait, fit)
                 if ends_here():
                     return
