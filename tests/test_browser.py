@@ -71,6 +71,9 @@ class Lab:
 def lab(tmp_path_factory, request) -> Iterator[Lab]:
     folder = tmp_path_factory.mktemp("lab")
     (folder / "notebooks").mkdir()
+    quiet = folder / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+    quiet.parent.mkdir(parents=True)
+    quiet.write_text('{"fetchNews": "false"}')
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""The page: all sections in one HTML file, and every table beside it."""
+"""The page: all sections in one HTML file, and every table and picture beside it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from toolkit.report.reading import read_runs
 
 
 def write_report(runs: Path, output: Path) -> Path:
-    """Write the report on the records below `runs` to the file `output`, its tables to `<stem>_tables/`.
+    """Write the report on the records below `runs` to the file `output`.
+
+    Tables (CSV, LaTeX, Markdown) and pictures (SVG) go to the folder `<stem>_tables` too.
 
     A folder without records makes a report that says so.  Raises `InputError` if `runs` is a file or
     `output` a folder.
@@ -38,13 +40,16 @@ def write_report(runs: Path, output: Path) -> Path:
     def href(path: str | Path) -> str:
         return quote(os.fsencode(os.path.relpath(path, output.parent)))
 
+    pictures = sections.pictures(read)
     page = _PAGES.get_template("report.html.jinja").render(
         runs=read, tables=made, statuses=read.frame.status.value_counts(), facts=sections.facts(made),
-        pictures=[(title, Markup(svg)) for title, svg in sections.pictures(read)], href=href, folder=folder,
+        pictures=[(title, Markup(svg)) for title, svg in pictures], href=href, folder=folder,
     )  # fmt: skip
     for table in made.values():
         for ending, text in (("csv", table.csv()), ("tex", table.latex()), ("md", table.markdown())):
             write_atomically(folder / f"{table.name}.{ending}", text.encode())
+    for number, (_, svg) in enumerate(pictures, start=1):
+        write_atomically(folder / f"picture_{number}.svg", svg.encode())
     write_atomically(output, page.encode())
     return output
 

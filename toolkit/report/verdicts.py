@@ -153,7 +153,8 @@ def _together(verdicts: list[str], fewest: int) -> tuple[str, str]:
     if count[UNTESTED]:
         few = f": fewer than {ENOUGH} pairs" if fewest < ENOUGH else ": the interval is too wide"
         return UNTESTED, f"{count[UNTESTED]} {of} cannot tell{few}"
-    return SUPPORTED, f"the interval meets what was published in all {len(verdicts)} settings"
+    where = "" if len(verdicts) == 1 else f" in all {len(verdicts)} settings"
+    return SUPPORTED, f"the interval meets what was published{where}"
 
 
 def _judge_against_best(
