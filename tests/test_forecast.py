@@ -6,20 +6,25 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 import toolkit
 from toolkit import dry_run as dry_run_module
 from toolkit import forecast as module
 from toolkit.baselines.experiment import BaselineExperiment
 from toolkit.budget import plan
+from toolkit.datasets import load_dataset
 from toolkit.dry_run import dry_run, summary
 from toolkit.environment import device_name
 from toolkit.errors import InputError
 from toolkit.experiment import Experiment
 from toolkit.forecast import Forecast, forecast, forecasts, what_fits
 from toolkit.plots_forecast import plot_what_fits
-from toolkit.preview import step_of
+from toolkit.preview import Step, step_of
 from toolkit.records import SCHEMA_VERSION, RunRecord, run_folder
+from toolkit.sweep import check_runnable
 from toolkit.training import held_bytes
 
 STRATEGIES = ("none", "static", "threshold", "planned")
@@ -48,18 +53,18 @@ def built(monkeypatch) -> list[str]:
     return steps
 
 
-@pytest.mark.parametrize("strategy", ["static", "planned"])
-def test_agrees_with_plan(kept, strategy):
-    e = replace(SMALL, method="bitfit", batch_size=2, budget="960000", checkpointing=strategy)
+def test_agrees_with_plan(kept):
+    e = replace(SMALL, method="bitfit", batch_size=2, budget="960000")
     step = step_of(e, 10)
-    expected = plan(
-        step.model, e.budget, step.batch, strategy=strategy, micro_batches=True, loss=step.loss,
-        held_bytes=held_bytes(step.model, strategy),
-    )  # fmt: skip
-    found = forecast(e, 10, kept)
-    assert (found.peak_bytes, found.recompute_pct) == (expected.peak_bytes, expected.recompute_pct)
-    assert (found.fits, found.micro_batch_size) == (expected.fits, expected.micro_batch_size)
-    assert found.step_seconds > 0 and found.recompute_pct > 0
+    asked = [replace(e, checkpointing=strategy) for strategy in ("static", "planned")]
+    for found, strategy in zip(forecasts(asked, {e.dataset: 10}, kept), ("static", "planned")):
+        expected = plan(
+            step.model, e.budget, step.batch, strategy=strategy, micro_batches=True, loss=step.loss,
+            held_bytes=held_bytes(step.model, strategy),
+        )  # fmt: skip
+        assert (found.peak_bytes, found.recompute_pct) == (expected.peak_bytes, expected.recompute_pct)
+        assert (found.fits, found.micro_batch_size) == (expected.fits, expected.micro_batch_size)
+        assert found.step_seconds > 0 and found.recompute_pct > 0
 
 
 @pytest.mark.parametrize(
@@ -91,6 +96,24 @@ def test_only_planned_is_refused(kept):
     assert forecast(replace(tight, budget=str(refused.smallest_bytes - 1000)), 10, kept).refused
 
 
+def test_models_without_blocks_run_without_checkpointing(tmp_path, monkeypatch):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 32), nn.ReLU(), nn.Linear(32, 10))
+    batch = torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
+    monkeypatch.setattr(module, "step_of", lambda *_: Step(model, batch, F.cross_entropy))
+    plain = forecast(replace(EXPERIMENT, checkpointing="none"), 10, tmp_path)
+    assert plain.fits and plain.recompute_pct == 0
+    static = forecast(replace(EXPERIMENT, checkpointing="static"), 10, tmp_path)
+    assert static.refused and "use checkpointing 'none'" in static.reason
+
+
+def test_smallest_budget_may_be_that_of_the_whole_batch(tmp_path):
+    # Everything trains: gradients that stay from one micro-batch to the next outweigh one more image.
+    e = replace(SMALL, method="full", batch_size=2, budget="1 MB")
+    asked = [replace(e, micro_batch_size=size) for size in (0, 2, 1)]
+    tight, whole, single = forecasts(asked, {e.dataset: 10}, tmp_path)
+    assert tight.smallest_bytes == whole.smallest_bytes < single.smallest_bytes
+
+
 def test_what_cannot_be_built_is_told_and_not_kept(tmp_path):
     wrong = forecast(replace(EXPERIMENT, backbone="vit_smal"), 10, tmp_path)
     assert wrong.refused and "Did you mean 'vit_small'" in wrong.reason
@@ -103,10 +126,8 @@ def test_what_cannot_be_built_is_told_and_not_kept(tmp_path):
 
 def test_one_step_serves_strategies_budgets_and_seeds(tmp_path, built):
     asked = [
-        replace(
-            EXPERIMENT, precision=precision, checkpointing=strategy, budget=budget, seed=seed, lr=0.1 + seed,
-            epochs=seed + 1,
-        )
+        replace(EXPERIMENT, precision=precision, checkpointing=strategy, budget=budget, seed=seed,
+                lr=0.1 + seed, epochs=seed + 1)
         for seed in (0, 1)
         for precision in ("fp32", "bf16")
         for strategy in STRATEGIES
@@ -142,32 +163,48 @@ def test_other_code_is_asked_anew(kept, built, monkeypatch):
     assert built
 
 
-def _number_changed(content: bytes) -> bytes:
-    found = json.loads(content)
-    found["answer"]["peak_bytes"] += 1
-    return json.dumps(found).encode()
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [lambda c: b"", lambda c: c[:-40], lambda c: b"[1]", lambda c: b"\xff" + c, _number_changed],
-    ids=["empty", "cut", "other JSON", "no text", "one number"],
-)
-def test_damaged_answers_are_made_anew(tmp_path, built, damage):
-    e = replace(EXPERIMENT, method="linear", batch_size=1)
+def test_damaged_answers_are_made_anew(tmp_path, built):
+    e = replace(EXPERIMENT, batch_size=1)
     first = forecast(e, 10, tmp_path)
     (file,) = tmp_path.iterdir()
-    whole = file.read_bytes()
-    file.write_bytes(damage(whole))
-    assert forecast(e, 10, tmp_path) == first
-    assert len(built) == 2 and file.read_bytes() == whole
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.warns(UserWarning, match="made anew"):
+        assert forecast(e, 10, tmp_path) == first
+    assert len(built) == 2 and forecast(e, 10, tmp_path) == first and len(built) == 2
+
+
+def test_a_folder_that_cannot_be_written_ends_no_work(tmp_path, kept):
+    blocked = tmp_path / "a file"
+    blocked.write_text("in the way")
+    asked = [replace(EXPERIMENT, checkpointing=strategy) for strategy in ("none", "static")]
+    with pytest.warns(UserWarning) as warned:
+        found = forecasts(asked, {"digits": 10}, blocked / "forecasts")
+    assert found == forecasts(asked, {"digits": 10}, kept)
+    said = [str(warning.message) for warning in warned]
+    assert len(set(said)) == 1 and f"not kept in {blocked / 'forecasts'}: " in said[0]  # shown once
+
+
+@pytest.mark.parametrize("error", [KeyError("layer"), TypeError("forward() takes 1"), AttributeError("x")])
+def test_what_foreign_models_raise_is_told_and_errors_of_ours_are_not_hidden(tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    e = replace(SMALL, checkpointing="none")
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "step_of", fail)
+        wrong = forecast(e, 10, tmp_path)
+        assert wrong.refused and type(error).__name__ in wrong.reason and error.args[0] in wrong.reason
+    monkeypatch.setattr(module, "check_fits_weights", fail)
+    with pytest.raises(type(error)):
+        forecast(e, 10, tmp_path)
 
 
 def _finish(e, runs: Path, seconds: float | None, train_seconds: float = 1.0, steps: int = 1, **changes):
     """A record of `e` as a finished run leaves it, with the executed notebook beside it."""
+    train_sha256 = changes.pop("train_sha256", None) or load_dataset(e.dataset).hashes["train"]
     run = {"schema_version": SCHEMA_VERSION, "status": "ok", "phase": e.phase} | changes
     record = RunRecord(
-        run=run, config=e.config, data={"n_classes": 10, "train_sha256": "0"},
+        run=run, config=e.config, data={"n_classes": 10, "n_train": 1077, "train_sha256": train_sha256},
         env={"device_name": device_name("cpu")},
         time={"train_seconds": train_seconds, "steps": steps, "resumes": changes.get("resumes", 0)},
     )  # fmt: skip
@@ -229,17 +266,48 @@ def test_dry_run_names_what_would_be_refused(tmp_path, kept, monkeypatch):
         BaselineExperiment(device="cpu", budget="100 KiB"),
     ]
     frame = dry_run(asked, tmp_path, kept)
-    assert list(frame.within_budget) == ["refused", "refused", "yes", "refused"]
+    stops = "stops the sweep"
+    assert list(frame.within_budget) == [stops, "refused", "yes", stops]
     assert frame.seconds.notna().tolist() == [False, False, True, False]
     assert frame.predicted_peak_bytes.isna().tolist() == [True, True, False, True]
     words = summary(frame)
-    assert "3 would be refused" in words and "there is no such folder" in words
+    assert (
+        "only without 2 of them" in words
+        and "1 would be refused" in words
+        and "there is no such folder" in words
+    )
     assert all(e.name in words for e in (asked[0], asked[1], asked[3])) and asked[2].name not in words
     monkeypatch.setattr(dry_run_module, "load_dataset", no_download)
     e = replace(EXPERIMENT, dataset="dtd", checkpointing="none", epochs=1)
     row = dry_run([e], tmp_path, kept).iloc[0]
     assert row.seconds == pytest.approx(470 * forecast(e, 47, kept).step_seconds)
     assert dry_run([], tmp_path, kept).empty and summary(dry_run([], tmp_path, kept)) == "0 runs, 0 finished"
+
+
+def test_a_finished_run_stops_a_sweep_too(tmp_path, kept):
+    e = replace(EXPERIMENT, checkpointing="none", budget="1 MiB")  # less than the weights
+    _finish(e, tmp_path, 10.0)
+    frame = dry_run([e], tmp_path, kept)
+    assert frame.finished[0] and "only without 1 of them" in summary(frame)
+    with pytest.raises(InputError, match="smaller than the weights"):
+        check_runnable([e], tmp_path)
+
+
+def test_runs_on_other_data_are_to_be_done_again(tmp_path, kept):
+    e = replace(EXPERIMENT, checkpointing="none")
+    _finish(e, tmp_path, 10.0, train_sha256="0")
+    assert not dry_run([e], tmp_path, kept).finished[0]
+    _finish(e, tmp_path, 10.0)
+    assert dry_run([e], tmp_path, kept).finished[0]
+
+
+def test_batches_are_no_larger_than_the_data(tmp_path, monkeypatch, few_digits, kept):
+    monkeypatch.setattr(dry_run_module, "load_dataset", lambda name: few_digits)
+    e = replace(EXPERIMENT, checkpointing="none", batch_size=128, micro_batch_size=100)
+    found = forecast(replace(e, batch_size=96, micro_batch_size=96), 10, kept)
+    row = dry_run([e], tmp_path, kept).iloc[0]
+    assert row.predicted_peak_bytes == found.peak_bytes
+    assert row.seconds == pytest.approx(5 * found.step_seconds)
 
 
 def test_summary_counts_what_breaks_its_budget(tmp_path, kept):
@@ -253,7 +321,7 @@ def test_what_fits_and_its_picture(kept, built):
     asked = {"backbones": ["demo_vit", "a$b$c"], "methods": ["linear"], "folder": kept}
     options = {"batch_size": 4, "precision": "fp32", "num_classes": 10}
     limits = {"0.001 GB": 1e6, "0.003 GB": 3e6, "1 GB": 1e9}
-    frame = what_fits(["3MB", 10**6, "1GB"], **asked, **options)
+    frame = what_fits(["3MB", 10**6, "1GB", "1000MB"], **asked, **options)
     built.clear()
     assert what_fits(["3MB", 10**6, "1GB"], **asked, **options).equals(frame)
     assert len(built) == 1  # what cannot be built is tried again
@@ -266,7 +334,6 @@ def test_what_fits_and_its_picture(kept, built):
         assert row.card == next(card for card, limit in limits.items() if row.smallest_bytes <= limit)
     wrong = frame[frame.backbone == "a$b$c"]
     assert wrong.smallest_bytes.isna().all() and wrong.reason.str.contains("unknown backbone").all()
-
     figure = plot_what_fits(frame)
     figure.canvas.draw()
     left, right = figure.axes

@@ -94,6 +94,7 @@ def test_pretraining_runs_at_toy_size(tmp_path):
     assert (tmp_path / "demo_vit.safetensors").stat().st_size > 1_000_000
 
 
+@pytest.mark.long  # test_sweep_processes.py kills sweeps, test_training.py what trains
 def test_kill_dash_nine_in_the_middle_of_a_run(tmp_path, digits):
     """The killed command's kernel goes away; the next sweep resumes to the losses of an unbroken run."""
     experiment = toolkit.Experiment(method="lora", epochs=2, lora_dropout=0.1)

@@ -10,7 +10,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import median
 
@@ -24,13 +24,16 @@ from toolkit.datasets import load_dataset
 from toolkit.environment import device_name
 from toolkit.errors import InputError
 from toolkit.experiment import Experiment
-from toolkit.forecast import FORECASTS, TrainingStep, forecasts, kept, made_by, one_line, read
+from toolkit.explorer_cache import kept, read
+from toolkit.forecast import FORECASTS, TrainingStep, forecasts, made_by, one_line
 from toolkit.parameters import Parameters
 from toolkit.paths import RUNS
 from toolkit.records import FILE_NAME, is_finished, run_folder
 
 # Classes and training images of what is not in this repository, as `datasets` splits it.
 _DOWNLOADED = {"cifar100": (100, 45_000), "dtd": (47, 1_880)}
+_STOPS = "stops the sweep"
+_NOT_RUN = ("refused", _STOPS)
 _COLUMNS = (
     "name", "what", "finished", "predicted_peak_bytes", "within_budget", "reason", "seconds", "estimate_from"
 )  # fmt: skip
@@ -40,8 +43,9 @@ def dry_run(experiments: Sequence[Parameters], runs: Path = RUNS, folder: Path =
     """One row per run: what it would take, and whether it can be.  Starts and downloads nothing.
 
     Columns: `name` of its folder below `runs`, `what` it is, `finished`; `predicted_peak_bytes`;
-    `within_budget`: yes, no (it runs all the same), refused or unknown, and the `reason` where it is not
-    yes; `seconds` of the whole run, and what they are an `estimate_from`:
+    `within_budget`: yes; no (it runs all the same); refused (it fails, the others run); stops the sweep
+    (nothing starts while it is among the runs); or unknown; and the `reason` where it is not yes;
+    `seconds` of the whole run, and what they are an `estimate_from`:
 
     - "finished runs": the median of those on this device that differ in nothing but the seed;
     - "scaled planner": the planner's estimate of all steps, times what finished runs took per estimate (of
@@ -53,34 +57,42 @@ def dry_run(experiments: Sequence[Parameters], runs: Path = RUNS, folder: Path =
     data = {name: _data_of(name) for name in dict.fromkeys(e.dataset for e in experiments)}
     there = {name: found for name, found in data.items() if not isinstance(found, str)}
     tuned = [e for e in experiments if isinstance(e, Experiment) and e.dataset in there]
-    classes = {name: len(names) for name, (names, _) in there.items()}
-    predicted = dict(zip(tuned, forecasts(tuned, classes, folder)))
+    trained = [_as_trained(e, there[e.dataset].images) for e in tuned]
+    classes = {name: len(found.classes) for name, found in there.items()}
+    predicted = dict(zip(tuned, forecasts(trained, classes, folder)))
     past = _Past(Path(runs), folder)
     rows = []
     for e in tqdm(experiments, desc="runs", unit="run", leave=False):
-        planned_seconds = None
+        planned_seconds = train_sha256 = None
         if e.dataset not in there:
-            peak, within, reason = None, "refused", data[e.dataset]
+            peak, within, reason = None, _STOPS, data[e.dataset]
         elif isinstance(e, BaselineExperiment):
-            peak, within, reason = _baseline_need(e, there[e.dataset][0], folder)
+            peak, within, reason = _baseline_need(e, there[e.dataset].classes, folder)
         else:
             f = predicted[e]
             peak, reason = f.peak_bytes, f.reason or ""
-            within = "refused" if f.refused else "yes" if f.fits else "no"
-            if not f.refused:
-                steps = e.epochs * math.ceil(there[e.dataset][1] / e.batch_size)
+            if f.refused:  # what has no plan builds, which is all that a sweep asks before it starts
+                within = _STOPS if f.smallest_bytes is None else "refused"
+            else:
+                within = "yes" if f.fits else "no"
+                steps = e.epochs * math.ceil(there[e.dataset].images / e.batch_size)
                 planned_seconds = steps * f.step_seconds
-        seconds = (None, "refused") if within == "refused" else past.estimate(e, planned_seconds)
-        finished = is_finished(run_folder(e, Path(runs)))
+        seconds = (None, "refused") if within in _NOT_RUN else past.estimate(e, planned_seconds)
+        if e.dataset in there:
+            train_sha256 = there[e.dataset].train_sha256
+        finished = is_finished(run_folder(e, Path(runs)), train_sha256)
         rows.append((e.name, e.describe(), finished, peak, within, reason, *seconds))
     return pd.DataFrame(rows, columns=_COLUMNS).astype({"predicted_peak_bytes": "Int64", "seconds": float})
 
 
 def summary(frame: pd.DataFrame) -> str:
-    """A `dry_run` in words: counts, the time that is left, and which runs would be refused and why."""
+    """A `dry_run` in words: counts, the time that is left, and which runs cannot be and why."""
     left = frame[~frame.finished.astype(bool)]
     refused = left[left.within_budget == "refused"]
+    stopping = frame[frame.within_budget == _STOPS]  # the finished ones, too
     parts = [f"{len(frame)} runs, {len(frame) - len(left)} finished"]
+    if len(stopping):
+        parts.append(f"the sweep starts only without {len(stopping)} of them (named below)")
     if len(refused):
         parts.append(f"{len(refused)} would be refused (named below)")
     if above := (left.within_budget == "no").sum():
@@ -95,10 +107,12 @@ def summary(frame: pd.DataFrame) -> str:
     if len(guessed):
         least = _duration(guessed.seconds.sum())
         parts.append(f"at least {least} of training for {len(guessed)} that no finished run tells of")
-    untimed = left[left.seconds.isna() & (left.within_budget != "refused")]
+    untimed = left[left.seconds.isna() & ~left.within_budget.isin(_NOT_RUN)]
     parts += [f"{n} without an estimate: {why}" for why, n in untimed.estimate_from.value_counts().items()]
     names = [
-        f"  {', '.join(group['name'])}: {reason}" for reason, group in refused.groupby("reason", sort=False)
+        f"  {', '.join(group['name'])}: {reason}"
+        for rows in (stopping, refused)
+        for reason, group in rows.groupby("reason", sort=False)
     ]
     return "\n".join(["; ".join(parts), *names])
 
@@ -110,16 +124,31 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def _data_of(dataset: str) -> tuple[list[str], int] | str:
-    """Class names and number of training images, without a download; or why they cannot be had."""
+@dataclass(frozen=True)
+class _Data:
+    """What is known of a data set without a download."""
+
+    classes: list[str]
+    images: int  # to train on
+    train_sha256: str | None = None  # None: of what is not here
+
+
+def _as_trained(e: Experiment, images: int) -> Experiment:
+    """`e` with batches as `fit` makes them of so many training images."""
+    size = min(e.batch_size, images)
+    return replace(e, batch_size=size, micro_batch_size=min(e.micro_batch_size, size))
+
+
+def _data_of(dataset: str) -> _Data | str:
+    """The data set, or why it cannot be had."""
     if dataset in _DOWNLOADED:
         count, images = _DOWNLOADED[dataset]
-        return [f"class {number}" for number in range(count)], images  # about as long as the true names
+        return _Data([f"class {number}" for number in range(count)], images)  # about as long as true names
     try:
         splits = load_dataset(dataset)
     except InputError as error:
         return one_line(error)
-    return class_names(splits), len(splits.train)
+    return _Data(class_names(splits), len(splits.train), splits.hashes["train"])
 
 
 def _baseline_need(e: BaselineExperiment, classes: list[str], folder: Path) -> tuple[int | None, str, str]:
@@ -134,7 +163,7 @@ def _baseline_need(e: BaselineExperiment, classes: list[str], folder: Path) -> t
 
     found = kept(folder, made_by() | asked, make)
     if found["reason"]:
-        return None, "refused", found["reason"]
+        return None, _STOPS, found["reason"]
     if found["peak"] is None:
         return None, "unknown", "weights from a folder are what they are"
     return found["peak"], "yes", ""
@@ -151,9 +180,10 @@ class _Past:
             if isinstance(e, Experiment):
                 trained = record["time"]["train_seconds"]
                 beside.append(seconds - trained)
-                known = read(folder, TrainingStep(e, record["data"]["n_classes"]).key_of(e))
-                if known and known["step_seconds"]:
-                    ratios.append(trained / (record["time"]["steps"] * known["step_seconds"]))
+                same = _as_trained(e, record["data"]["n_train"])
+                known = read(folder, TrainingStep(same, record["data"]["n_classes"]).key_of(same))
+                if known and known[0]["step_seconds"]:
+                    ratios.append(trained / (record["time"]["steps"] * known[0]["step_seconds"]))
         self.ratio = median(ratios) if ratios else None
         self.beside_seconds = median(beside) if beside else 0.0
 

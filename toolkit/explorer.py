@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from dataclasses import asdict, astuple, replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -19,17 +19,15 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from toolkit import explorer_cache
-from toolkit.budget import Plan, Planner, format_bytes, parse_bytes
+from toolkit.budget import Plan, format_bytes, parse_bytes
 from toolkit.budget.checkpointing import RULES
 from toolkit.environment import PACKAGES, code_sha256, device_name, installed_packages
 from toolkit.errors import InputError
 from toolkit.experiment import Experiment
 from toolkit.files import write_atomically
+from toolkit.forecast import Forecast, TrainingStep
 from toolkit.paths import CACHE, NOTEBOOKS
 from toolkit.plots_budget import MARKS, BlockUse, StepPicture, kinds_of, picture_of, step_figure
-from toolkit.preview import Step, step_of
-from toolkit.rule_steps import RuleStep, rule_step
-from toolkit.training import held_bytes
 
 ANSWERS = CACHE / "explorer"
 STOPS = 40  # of the slider
@@ -46,13 +44,11 @@ class Explorer:
     """
 
     def __init__(self, experiment: Experiment, num_classes: int, folder: Path = ANSWERS):
-        if num_classes < 1:
-            raise InputError(f"num_classes must be at least 1, got {num_classes}.")
         self.experiment = replace(experiment, checkpointing="planned")
+        self._training = TrainingStep(self.experiment, num_classes)
         self.num_classes, self.folder = num_classes, folder
         self._plans: dict[int, Plan] = {}
-        self._rules: list[tuple[RuleStep, float]] = []  # with the estimated seconds
-        self._planned: dict[int, tuple[dict, StepPicture]] = {}  # budget -> row of the table, picture
+        self._answers: dict[int, tuple[list[dict], StepPicture]] = {}  # budget -> rows of the table, picture
         kept = explorer_cache.read(folder, self._question("plans"))
         if kept is None:
             self._profile()
@@ -81,24 +77,24 @@ class Explorer:
         size = parse_bytes(budget)
         if size not in self._plans:
             micro_batches = self.experiment.micro_batch_size or True
-            self._plans[size] = self._planner.plan(size, micro_batches=micro_batches)
+            self._plans[size] = self._training.planner.plan(size, micro_batches=micro_batches)
         return self._plans[size]
 
     def table(self, budget: int | str) -> pd.DataFrame:
         """One row per strategy: strategy, budget_bytes, peak_bytes (predicted), recompute_pct (of the
         forward pass's FLOPs), step_seconds (estimated), micro_batch_size, within_budget.
 
-        Only "planned" is in micro-batches; the others are of the whole batch.
+        Only "planned" chooses its micro-batches; the others take the experiment's, if it has any.
         """
-        known = len(self._planned) + len(self._rules)
-        rows = self._rows(parse_bytes(budget))
-        if len(self._planned) + len(self._rules) > known:
+        known = len(self._answers)
+        rows, _ = self._answer(parse_bytes(budget))
+        if len(self._answers) > known:
             self._keep()
         return pd.DataFrame(rows)
 
     def curve(self) -> pd.DataFrame:
         """The planned rows of `table` at all stops, and the rows of "none" and "static"."""
-        rows = [self._answer(size)[0] for size in self.stops]
+        rows = [self._answer(size)[0][-1] for size in self.stops]
         return pd.concat([pd.DataFrame(rows), self.table(self.stops[-1])[:2]], ignore_index=True)
 
     def summary(self, budget: int | str) -> pd.DataFrame:
@@ -122,7 +118,7 @@ class Explorer:
     @property
     def kinds(self) -> list[str]:
         """All that blocks do in the pictures so far, those of all stops among them."""
-        return kinds_of([picture for _, picture in self._planned.values()])
+        return kinds_of([picture for _, picture in self._answers.values()])
 
     def figure(self, budget: int | str) -> Figure:
         """`picture` as a figure."""
@@ -137,8 +133,9 @@ class Explorer:
         path = Path(path).resolve()
         if path.is_dir():
             raise InputError(f"parameters cannot be written to {path}: it is a folder; name a file in it.")
-        planned, _ = self._answer(parse_bytes(budget))
-        chosen = replace(self.experiment, budget=str(planned["budget_bytes"]))
+        size = parse_bytes(budget)
+        self._answer(size)
+        chosen = replace(self.experiment, budget=str(size))
         # Not json.dumps: it writes 5e-05, which YAML takes for text.
         write_atomically(path, yaml.safe_dump(chosen.to_dict(), sort_keys=False).encode())
         notebook, output = NOTEBOOKS / "finetune.ipynb", path.with_suffix(".ipynb")
@@ -148,7 +145,8 @@ class Explorer:
         """Peaks by the number of images in one pass: strategy, images, peak_bytes.
 
         "planned" is the smallest peak of any plan.  Sizes are 1 (2 where a batch norm takes statistics of
-        the batch), the experiment's, and the one at which plans pass 8 GB.  In between peaks grow evenly.
+        the batch), the experiment's, and the one at which plans pass 8 GB.  In between, peaks are at most
+        those of even growth: the first images may fit below what gradients take anyway.
         """
         question = self._question("batch sizes")
         kept = explorer_cache.read(self.folder, question)
@@ -159,7 +157,10 @@ class Explorer:
         return frame.sort_values("images", kind="stable", ignore_index=True)
 
     def images_that_fit(self) -> pd.DataFrame:
-        """Images in one pass on cards of 2, 4, 6 and 8 GB, one row per strategy, read off `batch_sizes`."""
+        """Images in one pass on cards of 2, 4, 6 and 8 GB, one row per strategy, read off `batch_sizes`.
+
+        Between its rows by even growth, so at least as many fit.
+        """
         return pd.DataFrame(
             {
                 strategy: {f"{mark // 10**9} GB": _images_within(mark, rows) for mark in MARKS}
@@ -168,7 +169,8 @@ class Explorer:
         ).T
 
     def _batch_sizes(self) -> list[tuple[str, int, int]]:
-        smallest = 2 if self._planner.chain(self.experiment.batch_size, False).profile.batch_statistics else 1
+        chain = self._training.planner.chain(self.experiment.batch_size, False)
+        smallest = 2 if chain.profile.batch_statistics else 1
         size = max(self.experiment.batch_size, 8)
         with tqdm(total=3, desc="batch sizes", unit="size", leave=False) as bar:
             low, high = self._peaks(smallest, bar), self._peaks(size, bar)
@@ -178,46 +180,29 @@ class Explorer:
 
     def _peaks(self, images: int, bar: tqdm) -> list[tuple[str, int, int]]:
         """A row of `batch_sizes` for each strategy, the planned one last."""
-        if images == self.experiment.batch_size:
-            rules = [self._rule(strategy, 0)[0] for strategy in ("none", "static")]
-            planner = self._planner
-        else:
-            # Not zeros, which would touch the memory.
-            batch = tuple(part.new_empty(images, *part.shape[1:]) for part in self._step.batch)
-            step = replace(self._step, batch=batch)
-            rules = [rule_step(step, self.experiment.precision, limit) for limit in (math.inf, 0)]
-            planner = self._planner_of(step)
-        peaks = [rule.peak_bytes for rule in rules] + [planner.smallest_bytes()]
+        training = self._training.of_images(images)
+        e = replace(self.experiment, batch_size=images, micro_batch_size=0)  # all images in one pass
+        peaks = {
+            strategy: training.by_rule(replace(e, checkpointing=strategy)).peak_bytes
+            for strategy in ("none", "static")
+        }
+        peaks["planned"] = training.planner.smallest_bytes()
         bar.update()
-        return [(strategy, images, peak) for strategy, peak in zip(("none", "static", "planned"), peaks)]
-
-    @cached_property
-    def _step(self) -> Step:
-        return step_of(self.experiment, self.num_classes)
-
-    @cached_property
-    def _planner(self) -> Planner:
-        return self._planner_of(self._step)
-
-    def _planner_of(self, step: Step) -> Planner:
-        return Planner(
-            step.model, step.batch, loss=step.loss, precision=self.experiment.precision,
-            held_bytes=held_bytes(step.model, "planned"),
-        )  # fmt: skip
+        return [(strategy, images, peak) for strategy, peak in peaks.items()]
 
     @cached_property
     def _without(self) -> Plan:
-        return self._planner.plan(1 << 62)
+        return self._training.planner.plan(1 << 62)
 
     def _profile(self) -> None:
         """Answer for all stops."""
-        sizes = self._micro_batch_sizes()
-        for size in tqdm(sizes, desc="profiling", unit="size", leave=False):
-            self._planner.chain(size, size == self.experiment.batch_size)
-        smallest = min(self._planner.smallest_bytes(size) for size in {sizes[0], sizes[-1]})
-        self._range = smallest, max(smallest, self._rule("none", 0)[0].peak_bytes)
+        for size in tqdm(self._micro_batch_sizes(), desc="profiling", unit="size", leave=False):
+            self._training.planner.chain(size, size == self.experiment.batch_size)
+        smallest = self._training.smallest_bytes(self.experiment.micro_batch_size)
+        plain = self._training.by_rule(replace(self.experiment, checkpointing="none"))
+        self._range = smallest, max(smallest, plain.peak_bytes)
         for stop in tqdm(self.stops, desc="budgets", unit="budget", leave=False):
-            self._rows(stop)
+            self._answer(stop)
 
     def _micro_batch_sizes(self) -> list[int]:
         """The sizes that the planner chooses among, the largest first."""
@@ -225,57 +210,20 @@ class Explorer:
         if size:
             return [size]
         sizes = [self.experiment.batch_size]
-        if not self._planner.chain(sizes[0], False).profile.batch_statistics:
+        if not self._training.planner.chain(sizes[0], False).profile.batch_statistics:
             while sizes[-1] > 1:
                 sizes.append(-(-sizes[-1] // 2))
         return sizes
 
-    def _rows(self, size: int) -> list[dict]:
-        planned, _ = self._answer(size)
-        return [*(self._rule_row(strategy, size) for strategy in RULES), planned]
-
-    def _answer(self, size: int) -> tuple[dict, StepPicture]:
-        if size not in self._planned:
+    def _answer(self, size: int) -> tuple[list[dict], StepPicture]:
+        if size not in self._answers:
             plan = self.plan(size)
-            row = {
-                "strategy": plan.strategy,
-                "budget_bytes": size,
-                "peak_bytes": int(plan.peak_bytes),
-                "recompute_pct": float(plan.recompute_pct),
-                "step_seconds": float(plan.plain_seconds + plan.extra_seconds),
-                "micro_batch_size": plan.micro_batch_size,
-                "within_budget": bool(plan.fits),
-            }
-            self._planned[size] = row, picture_of(plan, self._without)
-        return self._planned[size]
-
-    def _rule_row(self, strategy: str, budget_bytes: int) -> dict:
-        """The row of a strategy that does not plan."""
-        step, seconds = self._rule(strategy, budget_bytes)
-        return {
-            "strategy": strategy,
-            "budget_bytes": budget_bytes,
-            "peak_bytes": step.peak_bytes,
-            "recompute_pct": step.recompute_pct,
-            "step_seconds": seconds,
-            "micro_batch_size": self.experiment.batch_size,
-            "within_budget": step.peak_bytes <= budget_bytes,
-        }
-
-    def _rule(self, strategy: str, budget_bytes: int) -> tuple[RuleStep, float]:
-        """The step of a strategy that does not plan, and its estimated seconds."""
-        threshold = self.experiment.threshold * budget_bytes
-        limit = {"none": math.inf, "static": 0, "threshold": threshold}[strategy]
-        for step, seconds in self._rules:
-            if step.above < limit <= step.up_to:
-                return step, seconds
-        step = rule_step(self._step, self.experiment.precision, limit)
-        chain = self._planner.chain(self.experiment.batch_size, False)
-        passes = 3 + step.recompute_pct / 100  # forward and backward together count as three
-        ops = round(len(chain.profile.ops) * passes / 3)
-        seconds = self._planner.speed.step_seconds(passes * chain.plain_seconds, ops, False)
-        self._rules.append((step, seconds))
-        return step, seconds
+            e = replace(self.experiment, budget=str(size))
+            rules = [(rule, self._training.by_rule(replace(e, checkpointing=rule))) for rule in RULES]
+            found = [*rules, ("planned", Forecast.of_plan(plan))]
+            rows = [_row(strategy, forecast) for strategy, forecast in found]
+            self._answers[size] = rows, picture_of(plan, self._without)
+        return self._answers[size]
 
     def _question(self, asked: str) -> dict:
         """All that an answer depends on: not the budget, nor how long and how fast it trains."""
@@ -300,17 +248,16 @@ class Explorer:
 
     def _to_keep(self) -> tuple[dict, dict[str, np.ndarray]]:
         """All answers so far, for `explorer_cache`."""
-        pictures = {size: picture for size, (_, picture) in self._planned.items()}
+        pictures = {size: picture for size, (_, picture) in self._answers.items()}
         answer = {
             "range": self._range,
-            "rules": [[*astuple(step), seconds] for step, seconds in self._rules],
-            "planned": [
+            "answers": [
                 {
-                    "row": row,
+                    "rows": rows,
                     "fixed_bytes": picture.fixed_bytes,
                     "blocks": [asdict(block) for block in picture.blocks],
                 }
-                for row, picture in self._planned.values()
+                for rows, picture in self._answers.values()
             ],
         }
         arrays = {f"memory_{size}": picture.memory_bytes for size, picture in pictures.items()}
@@ -320,16 +267,25 @@ class Explorer:
     def _take(self, answer: dict, arrays: dict[str, np.ndarray]) -> None:
         """What `_to_keep` gave."""
         self._range = tuple(answer["range"])
-        self._rules = [(RuleStep(*fields), seconds) for *fields, seconds in answer["rules"]]
-        for kept in answer["planned"]:
-            size = kept["row"]["budget_bytes"]
+        for kept in answer["answers"]:
+            size = kept["rows"][0]["budget_bytes"]
             blocks = tuple(BlockUse(**block) for block in kept["blocks"])
-            self._planned[size] = (
-                kept["row"],
-                StepPicture(
-                    size, kept["fixed_bytes"], arrays[f"memory_{size}"], arrays[f"without_{size}"], blocks
-                ),
-            )
+            memory, without = arrays[f"memory_{size}"], arrays[f"without_{size}"]
+            picture = StepPicture(size, kept["fixed_bytes"], memory, without, blocks)
+            self._answers[size] = kept["rows"], picture
+
+
+def _row(strategy: str, forecast: Forecast) -> dict:
+    """A row of `Explorer.table`."""
+    return {
+        "strategy": strategy,
+        "budget_bytes": forecast.budget_bytes,
+        "peak_bytes": forecast.peak_bytes,
+        "recompute_pct": forecast.recompute_pct,
+        "step_seconds": forecast.step_seconds,
+        "micro_batch_size": forecast.micro_batch_size,
+        "within_budget": forecast.fits,
+    }
 
 
 def _images_within(budget_bytes: int, rows: pd.DataFrame) -> int:

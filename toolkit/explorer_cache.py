@@ -1,4 +1,4 @@
-"""Answers of the budget explorer on disk: one file each, named after the question.
+"""Answers of the budget explorer and of forecasts on disk: one file each, named after the question.
 
 The file is numpy's `.npz`, a zip archive, which checks itself.  The question is in it too: a file that
 answers another one is not believed.
@@ -12,6 +12,7 @@ import json
 import warnings
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ def read(folder: Path, question: dict) -> tuple[dict, dict[str, np.ndarray]] | N
         if content["question"] != question:
             raise ValueError("it answers another question")
         return content["answer"], arrays
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except _DAMAGED as error:
         warnings.warn(f"{path} cannot be read and is made anew: {error}", stacklevel=2)
@@ -39,13 +40,33 @@ def read(folder: Path, question: dict) -> tuple[dict, dict[str, np.ndarray]] | N
 
 
 def write(folder: Path, question: dict, answer: dict, arrays: dict[str, np.ndarray]) -> None:
-    """Keep `answer`, of what JSON has, and `arrays`, by names other than "json"."""
+    """Keep `answer`, of what JSON has, and `arrays`, by names other than "json".
+
+    A folder that cannot be written costs time the next time, and no work now: it is warned of.
+    """
     content = json.dumps({"question": question, "answer": answer}).encode()
     with io.BytesIO() as file:
         np.savez_compressed(file, json=np.frombuffer(content, np.uint8), **arrays)
-        write_atomically(_path(folder, question), file.getvalue())
+        try:
+            write_atomically(_path(folder, question), file.getvalue())
+        except OSError as error:  # without the file's name: one warning, not one for each answer
+            warnings.warn(f"the answer is not kept in {folder}: {error.strerror or error}", stacklevel=2)
+
+
+def kept(folder: Path, question: dict, make: Callable[[], dict]) -> dict:
+    """The answer to `question` from `folder`, or from `make` if none is there that is whole."""
+    found = read(folder, question)
+    if found is not None:
+        return found[0]
+    answer = make()
+    write(folder, question, answer, {})
+    return answer
+
+
+def digest(question: dict) -> str:
+    """Hex digest of what JSON has, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
 
 
 def _path(folder: Path, question: dict) -> Path:
-    name = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
-    return Path(folder) / f"{name}.npz"
+    return Path(folder) / f"{digest(question)}.npz"

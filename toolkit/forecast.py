@@ -7,12 +7,12 @@ on disk until the code that made them changes.  Bytes are of tensors: the contex
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
-import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,11 +20,12 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from toolkit.budget import Planner, format_bytes, parse_bytes
+from toolkit.budget import Plan, Planner, format_bytes, parse_bytes
+from toolkit.budget.solver import Chain
 from toolkit.environment import PACKAGES, device_name, installed_packages
 from toolkit.errors import InputError
 from toolkit.experiment import Experiment
-from toolkit.files import write_atomically
+from toolkit.explorer_cache import digest, kept
 from toolkit.methods import METHODS
 from toolkit.paths import CACHE
 from toolkit.preview import Step, step_of
@@ -34,11 +35,10 @@ from toolkit.training import check_fits_weights, held_bytes
 FORECASTS = CACHE / "forecasts"
 SHOWN_BACKBONES = ("demo_vit", "vit_small", "tiny_vit", "vim_small", "mambavision_t")
 
-# Whatever a model raises would end its run, too; InputError is a ValueError.
-_FAILURES = (RuntimeError, ValueError, TypeError)
+_FAILURES = (InputError, RuntimeError)  # that would end a run, too
 _SOURCES = (
-    "backbones/*.py", "baselines/*.py", "budget/*.py", "methods/*.py", "forecast.py", "preview.py",
-    "rule_steps.py", "training.py",
+    "backbones/*.py", "baselines/*.py", "budget/*.py", "methods/*.py", "explorer_cache.py", "forecast.py",
+    "preview.py", "rule_steps.py", "training.py",
 )  # fmt: skip
 
 
@@ -57,6 +57,14 @@ class Forecast:
     step_seconds: float | None = None  # the planner's estimate; on a CPU of the device that it assumes
     micro_batch_size: int | None = None  # images per forward pass
     reason: str | None = None  # why the budget is not kept, or the model not built
+
+    @classmethod
+    def of_plan(cls, plan: Plan) -> Forecast:
+        """What a plan that keeps its budget takes."""
+        return cls(
+            plan.budget_bytes, int(plan.peak_bytes), None, float(plan.recompute_pct),
+            float(plan.plain_seconds + plan.extra_seconds), plan.micro_batch_size,
+        )  # fmt: skip
 
     @property
     def fits(self) -> bool:
@@ -90,7 +98,7 @@ def forecasts(
     by_step: dict[str, tuple[TrainingStep, list[int]]] = {}
     for place, e in enumerate(experiments):
         step = TrainingStep(e, classes(e.dataset))
-        by_step.setdefault(_digest(step.key), (step, []))[1].append(place)
+        by_step.setdefault(digest(step.key), (step, []))[1].append(place)
     found: dict[int, Forecast] = {}
     with tqdm(total=len(experiments), desc="forecasts", unit="run", leave=False) as bar:
         while by_step:  # one after the other, each let go before the next is profiled
@@ -157,17 +165,35 @@ class TrainingStep:
 
         Where batch norms compute statistics, the batch is one piece.
         """
-        size = micro_batch_size or 1
-        try:
-            if self.planner.chain(size, False).profile.batch_statistics:
-                size = self.experiment.batch_size
-        except (RuntimeError, ValueError):  # a batch norm that cannot train on one sample
-            size = self.experiment.batch_size
-        return self.planner.smallest_bytes(size)
+        whole = self.experiment.batch_size
+        if micro_batch_size:
+            return self.planner.smallest_bytes(min(micro_batch_size, whole))
+        pieces = {whole}  # may take less than micro-batches, whose gradients stay from one to the next
+        if not self.chain(whole).profile.batch_statistics:
+            pieces.add(1)
+        return min(map(self.planner.smallest_bytes, pieces))
+
+    def of_images(self, images: int) -> TrainingStep:
+        """The same model's step with a batch of another size."""
+        if images == self.experiment.batch_size:
+            return self
+        other = TrainingStep(
+            replace(self.experiment, batch_size=images, micro_batch_size=0), self.num_classes
+        )
+        # Not zeros, which would touch the memory.
+        batch = tuple(part.new_empty(images, *part.shape[1:]) for part in self.step.batch)
+        other.step = replace(self.step, batch=batch)
+        return other
 
     @cached_property
     def step(self) -> Step:
-        return step_of(self.experiment, self.num_classes)
+        with _models_own_errors("built"):
+            return step_of(self.experiment, self.num_classes)
+
+    def chain(self, images: int) -> Chain:
+        """The profile of a step on so many images of the batch."""
+        with _models_own_errors("profiled"):
+            return self.planner.chain(images, False)
 
     @cached_property
     def planner(self) -> Planner:
@@ -179,23 +205,21 @@ class TrainingStep:
     def _forecast(self, e: Experiment) -> Forecast:
         check_fits_weights(self.step.model, e.budget_bytes)
         if e.checkpointing != "planned":
-            return self._by_rule(e)
+            return self.by_rule(e)
+        self.chain(min(e.micro_batch_size or e.batch_size, e.batch_size))
         try:
             plan = self.planner.plan(e.budget_bytes, micro_batches=e.micro_batch_size or True)
         except InputError as error:
             smallest = self.smallest_bytes(e.micro_batch_size)
             return Forecast(e.budget_bytes, smallest_bytes=smallest, reason=one_line(error))
-        seconds = plan.plain_seconds + plan.extra_seconds
-        return Forecast(
-            e.budget_bytes, plan.peak_bytes, None, plan.recompute_pct, seconds, plan.micro_batch_size
-        )
+        return Forecast.of_plan(plan)
 
-    def _by_rule(self, e: Experiment) -> Forecast:
-        """Of a strategy that does not plan."""
+    def by_rule(self, e: Experiment) -> Forecast:
+        """The forecast of `e`, which has this step and a strategy that does not plan."""
         limit = {"none": math.inf, "static": 0, "threshold": e.threshold * e.budget_bytes}[e.checkpointing]
         limit -= held_bytes(self.step.model, "none")
         size = e.micro_batch_size or e.batch_size
-        chain = self.planner.chain(size, False)
+        chain = self.chain(size)
         ran = self._rule_step(size, limit)
         # The threshold rule sees less in the very first step, the optimizer has no state yet, and more in
         # all but the first micro-batch of a step: the gradients of those before.
@@ -218,7 +242,8 @@ class TrainingStep:
             if ran.above < limit <= ran.up_to:
                 return ran
         part = replace(self.step, batch=tuple(tensor[:size] for tensor in self.step.batch))
-        self._ran[size].append(rule_step(part, self.experiment.precision, limit))
+        with _models_own_errors("profiled"):
+            self._ran[size].append(rule_step(part, self.experiment.precision, limit))
         return self._ran[size][-1]
 
 
@@ -238,7 +263,7 @@ def what_fits(
     micro-batches where batch norms allow them); `smallest_bytes`, `card` (the smallest of `budgets` that
     holds it, an ordered categorical; missing where none does), and the `reason` where there is no number.
     """
-    limits = sorted(map(parse_bytes, budgets))
+    limits = sorted(set(map(parse_bytes, budgets)))
     cards = [f"{limit / 1e9:g} GB" for limit in limits]
     rows = []
     with tqdm([(b, m) for b in backbones for m in methods], unit="step", leave=False) as bar:
@@ -251,27 +276,6 @@ def what_fits(
                 rows.append((backbone, method, strategy, smallest, next(iter(holds), None), reason))
     frame = pd.DataFrame(rows, columns=["backbone", "method", "strategy", "smallest_bytes", "card", "reason"])
     return frame.astype({"smallest_bytes": "Int64", "card": pd.CategoricalDtype(cards, ordered=True)})
-
-
-def kept(folder: Path, key: dict, make: Callable[[], dict]) -> dict:
-    """The answer to `key` from `folder`, or from `make` if none is there that is whole."""
-    answer = read(folder, key)
-    if answer is None:
-        answer = make()
-        content = {"key": key, "answer": answer, "sha256": _digest(answer)}
-        write_atomically(folder / f"{_digest(key)}.json", json.dumps(content, indent=1).encode())
-    return answer
-
-
-def read(folder: Path, key: dict) -> dict | None:
-    """The answer to `key` in `folder`; None if it is not there or not what was written."""
-    try:
-        content = json.loads((folder / f"{_digest(key)}.json").read_bytes())
-        if content["key"] == key and content["sha256"] == _digest(content["answer"]):
-            return content["answer"]
-    except (OSError, ValueError, KeyError, TypeError):  # a JSON error is a ValueError
-        pass
-    return None
 
 
 def made_by() -> dict:
@@ -288,8 +292,15 @@ def _code_sha256() -> str:
     return digest.hexdigest()
 
 
-def _digest(content: dict) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+@contextlib.contextmanager
+def _models_own_errors(done: str) -> Iterator[None]:
+    """Raise as `InputError` whatever the code of a model raises."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"the model cannot be {done}: {type(error).__name__}: {error}") from error
 
 
 def one_line(error: Exception) -> str:

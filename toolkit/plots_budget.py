@@ -212,7 +212,7 @@ def batch_sizes_against_memory(frame: pd.DataFrame) -> Figure:
     """Images in one forward pass against the memory that they take, with the common cards.
 
     `frame`: strategy, images, peak_bytes, as `Explorer.batch_sizes` gives them.  Between its rows
-    peaks grow evenly, which is no straight line on these axes.
+    peaks are drawn as growing evenly, the most they can be; that is no straight line on these axes.
     """
     figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     for mark in MARKS:

@@ -7,6 +7,7 @@ which is the strategy "none", and under a limit of 0 each, which is "static".
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -52,14 +53,15 @@ def rule_step(step: Step, precision: str, limit: float) -> RuleStep:
     """Run a step on fake tensors; blocks that begin with `limit` bytes or more are checkpointed.
 
     The rule compares the limit with what is allocated as each block begins.  So the step is the same under
-    every limit between two of these numbers.
+    every limit between two of these numbers.  Without a limit no block is needed: some models have none.
     """
     with on_fake_tensors(step.model, step.batch) as (images, labels):
         memory = TensorMemory(images.device)
         memory.track([*tensors_of(step.model), images, labels])
         stepper = optimizer_like("adamw", step.model)(step.model)
         readings = _Readings(memory)
-        rule = Checkpointing(step.model, "threshold", memory=readings, budget_bytes=0)
+        strategy = "none" if limit == math.inf else "threshold"
+        rule = Checkpointing(step.model, strategy, memory=readings, budget_bytes=0)
         rule.threshold_bytes = limit
         with memory, rule:
             for parameter in stepper.param_groups[0]["params"]:  # gives the optimizer its state
@@ -79,8 +81,9 @@ def rule_step(step: Step, precision: str, limit: float) -> RuleStep:
         sum(count for op, count in counter.counts[phase].items() if op not in NORMS)
         for phase in ("forward", "recompute")
     )
+    nothing_read = sys.float_info.max if limit == math.inf else -math.inf
     return RuleStep(
-        above=max((size for size in readings.bytes if size < limit), default=-math.inf),
+        above=max((size for size in readings.bytes if size < limit), default=nothing_read),
         up_to=min((size for size in readings.bytes if size >= limit), default=math.inf),
         peak_bytes=memory.peak_bytes + held_bytes(step.model, "none"),
         forward_flops=forward,
