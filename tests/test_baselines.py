@@ -24,7 +24,7 @@ TEXTS = ["What type of object is in this photo?", "a photo of the number: 0 1 2 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("toolkit.baselines.features.CACHE", tmp_path / "features")
-    monkeypatch.setattr("toolkit.baselines.contrastive.DATA", tmp_path)
+    monkeypatch.setattr("toolkit.baselines.contrastive.CACHE", tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ CONFIG = {
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path_factory):
-    monkeypatch.setattr(datasets, "DATA", tmp_path_factory.mktemp("data"))
+    monkeypatch.setattr(datasets, "CACHE", tmp_path_factory.mktemp("cache"))
 
 
 # --- embedded -------------------------------------------------------------------------------------
