@@ -95,7 +95,7 @@ def lab(tmp_path_factory, request) -> Iterator[Lab]:
     ):
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         try:
-            page = browser.new_page(viewport={"width": 1300, "height": 1000})
+            page = browser.new_page(viewport={"width": 1200, "height": 1400})
             page.set_default_timeout(1000 * PATIENCE_SECONDS)
             _wait_for(port, server)
             yield Lab(page, address, token, folder / "notebooks", request.config.cache.mkdir("screenshots"))
@@ -143,6 +143,8 @@ def test_explorer(lab, record_property):
         "before => [...document.querySelectorAll('.widget-html-content table')].at(-1).innerText != before",
         arg=before,
     )
+    time.sleep(0.2)  # the last step of the slider may be on its way
+    lab.page.wait_for_selector("text=/\\| Idle/")
     lab.screenshot("explorer-after")
     lab.button("Use this budget").click()
     lab.page.locator(".widget-html-content pre", has_text="finetune.ipynb").wait_for()
