@@ -176,7 +176,11 @@ def _run(experiments: list[Parameters], runs: Path, figures: Path | None, option
     ids = [experiment.id for experiment in experiments]
     records = load_records(runs)
     records = records[records.experiment_id.isin(ids)]
-    print(compare(records).to_string(index=False))
+    try:
+        print(compare(records).to_string(index=False))
+    except InputError as error:  # a sweep that went on after an update: the report keeps them apart
+        print(f"not compared: {error}")
+        figures = None
     if figures and (records.status == "ok").any():
         parameters = {"runs": str(runs), "figures": str(figures), "experiment_ids": ",".join(ids)}
         execute_notebook("compare", runs / "compare.ipynb", parameters)

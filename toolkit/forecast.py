@@ -217,13 +217,14 @@ class TrainingStep:
     def by_rule(self, e: Experiment) -> Forecast:
         """The forecast of `e`, which has this step and a strategy that does not plan."""
         limit = {"none": math.inf, "static": 0, "threshold": e.threshold * e.budget_bytes}[e.checkpointing]
-        limit -= held_bytes(self.step.model, "none")
+        held = held_bytes(self.step.model, "none")  # AdaLoRA's scores
+        limit -= held
         size = e.micro_batch_size or e.batch_size
         chain = self.chain(size)
         ran = self._rule_step(size, limit)
-        # The threshold rule sees less in the very first step, the optimizer has no state yet, and more in
-        # all but the first micro-batch of a step: the gradients of those before.
-        besides = [0, -chain.profile.fixed["optimizer"]]
+        # The threshold rule sees less in the very first step, there is no state of the optimizer and no
+        # score yet, and more in all but the first micro-batch of a step: the gradients of those before.
+        besides = [0, -chain.profile.fixed["optimizer"] - held]
         if size < e.batch_size:
             besides += [beside + chain.profile.fixed["gradients"] for beside in besides]
         peak = max(self._rule_step(size, limit - beside).peak_bytes + beside for beside in besides)
