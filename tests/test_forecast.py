@@ -171,7 +171,7 @@ def test_other_code_is_asked_anew(kept, built, monkeypatch):
     built.clear()
     forecast(EXPERIMENT, 10, kept)
     assert not built
-    monkeypatch.setattr(module, "_code_sha256", lambda: "changed")
+    monkeypatch.setattr(module, "code_sha256", lambda: "changed")
     forecast(EXPERIMENT, 10, kept)
     assert built
 

@@ -149,11 +149,8 @@ class Explorer:
         those of even growth: the first images may fit below what gradients take anyway.
         """
         question = self._question("batch sizes")
-        kept = explorer_cache.read(self.folder, question)
-        if kept is None:
-            kept = {"rows": self._batch_sizes()}, {}
-            explorer_cache.write(self.folder, question, *kept)
-        frame = pd.DataFrame(kept[0]["rows"], columns=["strategy", "images", "peak_bytes"])
+        kept = explorer_cache.kept(self.folder, question, lambda: {"rows": self._batch_sizes()})
+        frame = pd.DataFrame(kept["rows"], columns=["strategy", "images", "peak_bytes"])
         return frame.sort_values("images", kind="stable", ignore_index=True)
 
     def images_that_fit(self) -> pd.DataFrame:

@@ -8,8 +8,6 @@ on disk until the code that made them changes.  Bytes are of tensors: the contex
 from __future__ import annotations
 
 import contextlib
-import functools
-import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +20,7 @@ from tqdm.auto import tqdm
 
 from toolkit.budget import Plan, Planner, format_bytes, parse_bytes
 from toolkit.budget.solver import Chain
-from toolkit.environment import PACKAGES, device_name, installed_packages
+from toolkit.environment import PACKAGES, code_sha256, device_name, installed_packages
 from toolkit.errors import InputError
 from toolkit.experiment import Experiment
 from toolkit.explorer_cache import digest, kept
@@ -36,10 +34,6 @@ FORECASTS = CACHE / "forecasts"
 SHOWN_BACKBONES = ("demo_vit", "vit_small", "tiny_vit", "vim_small", "mambavision_t")
 
 _FAILURES = (InputError, RuntimeError)  # that would end a run, too
-_SOURCES = (
-    "backbones/*.py", "baselines/*.py", "budget/*.py", "methods/*.py", "explorer_cache.py", "forecast.py",
-    "preview.py", "rule_steps.py", "training.py",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -282,15 +276,7 @@ def what_fits(
 def made_by() -> dict:
     """The code that answers are made by."""
     packages = {name: installed_packages().get(name) for name in (*PACKAGES, "open_clip_torch")}
-    return {"packages": packages, "code_sha256": _code_sha256()}
-
-
-@functools.cache
-def _code_sha256() -> str:
-    digest = hashlib.sha256()
-    for path in sorted(path for pattern in _SOURCES for path in Path(__file__).parent.glob(pattern)):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+    return {"packages": packages, "code_sha256": code_sha256()}
 
 
 @contextlib.contextmanager
