@@ -1,4 +1,5 @@
 import hashlib
+import json
 import pickle
 
 import numpy as np
@@ -8,9 +9,10 @@ import torchvision
 from PIL import Image
 
 import toolkit
-from toolkit import datasets
 from toolkit.backbones import data_config
-from toolkit.datasets import Policy, load_dataset, loader
+from toolkit.corruptions import corrupt
+from toolkit.datasets import Policy, clean_name, coco, image_files, load_dataset, loader, shifted
+from toolkit.datasets.embedded import TEXTURE_CROPS, assign_tiles
 from toolkit.errors import InputError
 
 CONFIG = {
@@ -21,7 +23,7 @@ CONFIG = {
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path_factory):
-    monkeypatch.setattr(datasets, "CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setattr(image_files, "CACHE", tmp_path_factory.mktemp("cache"))
 
 
 # --- embedded -------------------------------------------------------------------------------------
@@ -40,7 +42,7 @@ def test_digits_is_split_three_ways(digits):
 def test_textures_crops_of_two_splits_share_no_pixel():
     """Tiles are 64 px, assigned to one split each, and every crop lies inside a tile."""
     rng = np.random.default_rng(0)
-    tiles = datasets._assign_tiles(rng, (300, 451))
+    tiles = assign_tiles(rng, (300, 451))
     corners = [tuple(corner) for split in tiles.values() for corner in split]
     assert len(corners) == len(set(corners)) == 4 * 7
     assert all(y % 64 == 0 and x % 64 == 0 for y, x in corners)
@@ -48,7 +50,7 @@ def test_textures_crops_of_two_splits_share_no_pixel():
     assert len(splits.classes) >= 12
     crops = [crop.tobytes() for s in (splits.train, splits.val, splits.test) for crop in s.images]
     assert len(set(crops)) > 0.99 * len(crops), "black sky aside, no crop occurs twice"
-    assert all(len(getattr(splits, s)) == n * len(splits.classes) for s, n in datasets.TEXTURE_CROPS.items())
+    assert all(len(getattr(splits, s)) == n * len(splits.classes) for s, n in TEXTURE_CROPS.items())
     assert splits.train[0][0].shape == (3, 48, 48)
 
 
@@ -62,6 +64,183 @@ def test_hashes_are_reproducible_and_differ_by_split(name):
 def test_unknown_dataset():
     with pytest.raises(InputError, match=r"unknown dataset 'digit'.*Did you mean 'digits'.*folder:PATH"):
         load_dataset("digit")
+
+
+# --- shifted --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "corruption"), [("digits", "mixed"), ("textures", "gaussian_noise")])
+def test_a_shifted_set_is_the_clean_one_image_by_image(name, corruption):
+    clean = load_dataset(name)
+    found = load_dataset(f"{name}-c:{corruption}:2")
+    assert found.name == f"{name}-c:{corruption}:2"
+    assert found.classes == clean.classes and found.policy == clean.policy
+    for split in ("train", "val", "test"):
+        before, after = getattr(clean, split), getattr(found, split)
+        images = shifted.enlarged(before.images) if name == "digits" else before.images
+        assert np.array_equal(after.labels, before.labels)
+        assert np.array_equal(after.images, corrupt(images, corruption, 2, split))
+        assert after[0][0].shape == ((3, 32, 32) if name == "digits" else (3, 48, 48))
+    harder = load_dataset(f"{name}-c:{corruption}:3")
+    hashes = [h for splits in (clean, found, harder) for h in splits.hashes.values()]
+    assert len(set(hashes)) == 9
+
+
+def test_clean_name():
+    assert clean_name("digits-c:mixed:3") == "digits" and clean_name("cifar10-c:fog:1") == "cifar10"
+    assert clean_name("dtd") == "dtd" and clean_name("folder:/a-c:b:1") == "folder:/a-c:b:1"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("digits-c", "not of the form digits-c:CORRUPTION:SEVERITY, such as 'digits-c:contrast:3'"),
+        ("textures-c:mixed", "not of the form textures-c:CORRUPTION:SEVERITY"),
+        ("digits-c:mixed:3:4", "not of the form"),
+        ("digits-c:gausian_noise:3", "corruption 'gausian_noise'.*Did you mean 'gaussian_noise'.*mixed"),
+        ("digits-c:mixed:6", "unknown severity '6'. Valid: 1, 2, 3, 4, 5"),
+        ("digits-c:mixed:03", "unknown severity '03'"),
+        ("digits:mixed:3", "unknown dataset 'digits:mixed:3'. Did you mean 'digits-c:mixed:3'"),
+        ("cifar10-c:mixed:3", "unknown corruption 'mixed'.*fog"),
+    ],
+)
+def test_bad_names_of_shifted_sets(name, message):
+    with pytest.raises(InputError, match=message):
+        load_dataset(name)
+
+
+def test_experiments_on_two_severities_have_two_names():
+    names = {toolkit.Experiment(dataset=f"digits-c:gaussian_noise:{s}", device="cpu").name for s in (3, 4)}
+    assert len(names) == 2 and all("noise" in name and ":" not in name for name in names)
+
+
+# --- CIFAR-10-C -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cifar10_c(tmp_path, monkeypatch):
+    """100 instead of 10,000 images per severity; an image's pixels all hold its severity and number."""
+    monkeypatch.setattr(shifted, "CIFAR10_C_IMAGES", 100)
+    folder = tmp_path / "CIFAR-10-C"
+    folder.mkdir()
+    images = np.zeros((500, 32, 32, 3), np.uint8)
+    images[..., 0] = np.repeat(np.arange(1, 6), 100)[:, None, None]
+    images[..., 1] = np.tile(np.arange(100), 5)[:, None, None]
+    np.save(folder / "fog.npy", images)
+    np.save(folder / "labels.npy", np.tile(np.arange(100) % 10, 5).astype(np.uint8))
+    return folder
+
+
+def test_cifar10_c_takes_the_severity_and_deals_its_images_to_the_splits(cifar10_c):
+    second, fifth = (load_dataset(f"cifar10-c:fog:{s}", root=cifar10_c.parent) for s in (2, 5))
+    assert fifth.classes[0] == "airplane" and len(fifth.classes) == 10
+    seen = []
+    for split, size in (("train", 40), ("val", 10), ("test", 50)):
+        data, easier = getattr(fifth, split), getattr(second, split)
+        assert len(data) == size and np.bincount(data.labels).tolist() == [size // 10] * 10
+        assert (data.images[:, 0] == 5).all() and (easier.images[:, 0] == 2).all()
+        number = data.images[:, 1, 0, 0]
+        assert np.array_equal(number % 10, data.labels), "image and label belong together"
+        assert np.array_equal(number, easier.images[:, 1, 0, 0]), (
+            "an image is in one split, however corrupted"
+        )
+        seen += number.tolist()
+    assert sorted(seen) == list(range(100))
+    assert fifth.train[0][0].shape == (3, 32, 32)
+    assert not set(second.hashes.values()) & set(fifth.hashes.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("fog", None, r"there is no .*fog\.npy.*CIFAR-10-C\.tar from https://zenodo.org/records/2535967"),
+        ("labels", None, r"there is no .*labels\.npy"),
+        ("fog", b"\x93NUMPY cut", r"fog\.npy cannot be read"),
+        ("fog", np.zeros((500, 32, 32), np.uint8), r"fog\.npy holds uint8 \(500, 32, 32\), not"),
+        ("fog", np.zeros((500, 32, 32, 3), np.float32), r"fog\.npy holds float32"),
+        ("labels", np.zeros(500), r"labels\.npy holds float64"),
+        ("labels", np.zeros(500, np.uint8), r"labels\.npy does not hold the labels 0 to 9"),
+        ("labels", np.array([{"evil": 1}] * 500), r"labels\.npy cannot be read \(.*Python objects"),
+    ],
+)
+def test_unusable_cifar10_c(cifar10_c, name, content, message):
+    path = cifar10_c / f"{name}.npy"
+    path.unlink()
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        np.save(path, content)
+    with pytest.raises(InputError, match=message):
+        load_dataset("cifar10-c:fog:1", root=cifar10_c.parent)
+
+
+# --- Visual Wake Words ----------------------------------------------------------------------------
+
+
+PERSON, DOG = 1, 18
+
+
+@pytest.fixture
+def coco_root(tmp_path):
+    """20 images to train on, 4 to test; every second one shows a person."""
+    root = tmp_path / "coco"
+    for part, count in (("train2017", 20), ("val2017", 4)):
+        images, boxes = [], []
+        for number in range(count):
+            write_image(root / part / f"{number:012}.jpg", size=(100, 50), seed=number)
+            images.append({"id": 7 * number, "file_name": f"{number:012}.jpg", "width": 100, "height": 50})
+            box = [0, 0, 6, 5] if number % 2 else [0, 0, 5, 5]  # 30 and 25 of 5,000 pixels: 0.6 and 0.5 %
+            boxes.append({"image_id": 7 * number, "category_id": PERSON, "bbox": box})
+            boxes.append({"image_id": 7 * number, "category_id": DOG, "bbox": [0, 0, 90, 45]})
+        categories = [{"id": PERSON, "name": "person"}, {"id": DOG, "name": "dog"}]
+        path = root / "annotations" / f"instances_{part}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"images": images, "annotations": boxes, "categories": categories}))
+    return root
+
+
+def test_vww_is_a_person_in_more_than_half_a_per_cent_of_the_image(coco_root):
+    splits = load_dataset("vww", root=coco_root.parent)
+    assert splits.classes == ["no person", "person"]
+    files = {s: getattr(splits, s).samples for s in ("train", "val", "test")}
+    assert [len(samples) for samples in files.values()] == [18, 2, 4]
+    for split, samples in files.items():
+        part = "val2017" if split == "test" else "train2017"
+        assert all(path.parent == coco_root / part and label == int(path.stem) % 2 for path, label in samples)
+    assert not {path for path, _ in files["train"]} & {path for path, _ in files["val"]}
+    assert sorted(label for _, label in files["val"]) == [0, 1]
+    assert splits.train[0][0].shape == (3, 50, 100)
+    (coco_root / "val2017" / f"{0:012}.jpg").unlink()
+    (coco_root / "val2017" / f"{2:012}.jpg").write_text("no image")
+    with pytest.raises(InputError, match="vww: the test split has readable images of fewer than two classes"):
+        load_dataset("vww", root=coco_root.parent)
+
+
+def test_vww_reads_annotations_once_and_again_when_they_change(coco_root, monkeypatch):
+    read = []
+    labels = coco._labels
+    monkeypatch.setattr(coco, "_labels", lambda path: read.append(path.stem) or labels(path))
+    first = load_dataset("vww", root=coco_root.parent)
+    assert load_dataset("vww", root=coco_root.parent).hashes == first.hashes
+    assert read == ["instances_train2017", "instances_val2017"]
+    path = coco_root / "annotations" / "instances_val2017.json"
+    path.write_text(path.read_text().replace("[0, 0, 6, 5]", "[0, 0, 1, 1]", 1))
+    changed = load_dataset("vww", root=coco_root.parent)
+    assert read[2:] == ["instances_val2017"]
+    assert changed.hashes["test"] != first.hashes["test"] and changed.hashes["train"] == first.hashes["train"]
+
+
+def test_vww_says_what_to_put_where(tmp_path, coco_root):
+    with pytest.raises(
+        InputError, match=r"lacks annotations/instances_train2017\.json.*val2017/ in .*cocodata"
+    ):
+        load_dataset("vww", root=tmp_path / "nowhere")
+    path = coco_root / "annotations" / "instances_val2017.json"
+    whole = path.read_text()
+    for content in ("{", "[]", '{"images": []}', whole.replace("file_name", "name")):
+        path.write_text(content)
+        with pytest.raises(InputError, match=r"instances_val2017\.json is not COCO's list.*unpack it again"):
+            load_dataset("vww", root=coco_root.parent)
 
 
 # --- batches --------------------------------------------------------------------------------------
@@ -232,7 +411,12 @@ def test_unusable_folders(tmp_path, make, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "archive"), [("cifar100", "cifar-100-python.tar.gz"), ("dtd", "dtd-r1.0.1.tar.gz")]
+    ("name", "archive"),
+    [
+        ("cifar10", "cifar-10-python.tar.gz"),
+        ("cifar100", "cifar-100-python.tar.gz"),
+        ("dtd", "dtd-r1.0.1.tar.gz"),
+    ],
 )
 def test_no_network_says_what_to_put_where(tmp_path, name, archive):
     with pytest.raises(InputError) as caught:
@@ -259,27 +443,33 @@ def test_dtd_keeps_the_three_parts_of_partition_1_apart(tmp_path):
         assert names == [f"{n}_{i}.jpg" for n in ("banded", "woven") for i in numbers]
 
 
-def test_cifar100_takes_validation_from_the_training_set(tmp_path, monkeypatch):
-    """1,000 and 100 images in CIFAR-100's format; torchvision's own reader checks and reads them."""
-    folder = tmp_path / "cifar-100-python"
+@pytest.mark.parametrize(
+    ("name", "count", "labels_key", "names_key"),
+    [("cifar100", 100, "fine_labels", "fine_label_names"), ("cifar10", 10, "labels", "label_names")],
+)
+def test_cifar_takes_validation_from_the_training_set(
+    tmp_path, monkeypatch, name, count, labels_key, names_key
+):
+    """1,000 and 100 images in CIFAR's format; torchvision's own reader checks and reads them."""
+    kind = getattr(torchvision.datasets, name.upper())
+    folder = tmp_path / kind.base_folder
     folder.mkdir()
-    lists = {}
-    for name, count in (("train", 1000), ("test", 100)):
-        labels = [i % 100 for i in range(count)]
-        pixels = np.random.default_rng(count).integers(0, 256, (count, 3072), dtype=np.uint8)
-        (folder / name).write_bytes(pickle.dumps({"data": pixels, "fine_labels": labels}))
-        lists[name] = [[name, hashlib.md5((folder / name).read_bytes()).hexdigest()]]
-    meta = {"fine_label_names": [f"class {i}" for i in range(100)]}
-    (folder / "meta").write_bytes(pickle.dumps(meta))
-    digest = hashlib.md5((folder / "meta").read_bytes()).hexdigest()
-    CIFAR100 = torchvision.datasets.CIFAR100
-    monkeypatch.setattr(CIFAR100, "train_list", lists["train"])
-    monkeypatch.setattr(CIFAR100, "test_list", lists["test"])
-    monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": digest})
-    splits = load_dataset("cifar100", root=tmp_path)
+
+    def write(file, content) -> str:
+        (folder / file).write_bytes(pickle.dumps(content))
+        return hashlib.md5((folder / file).read_bytes()).hexdigest()
+
+    for file, images in (("train", 1000), ("test", 100)):
+        pixels = np.random.default_rng(images).integers(0, 256, (images, 3072), dtype=np.uint8)
+        digest = write(file, {"data": pixels, labels_key: [i % count for i in range(images)]})
+        monkeypatch.setattr(kind, f"{file}_list", [[file, digest]])
+    meta = {"filename": "meta", "key": names_key}
+    meta["md5"] = write("meta", {names_key: [f"class {i}" for i in range(count)]})
+    monkeypatch.setattr(kind, "meta", meta)
+    splits = load_dataset(name, root=tmp_path)
     assert [len(splits.train), len(splits.val), len(splits.test)] == [900, 100, 100]
-    assert len(splits.classes) == 100
-    assert np.bincount(splits.val.labels).tolist() == [1] * 100
+    assert len(splits.classes) == count
+    assert np.bincount(splits.val.labels).tolist() == [100 // count] * count
     image, _ = splits.test[0]
     assert image.shape == (3, 32, 32)
     train = {image.tobytes() for image in splits.train.images}

@@ -34,14 +34,26 @@ def test_every_parameter_is_part_of_the_identity():
     changed = {
         "dataset": "textures", "backbone": "vit_small", "pretrained": False, "method": "full",
         "checkpointing": "static", "budget": "1GB", "threshold": 0.5, "lora_rank": 4, "lora_alpha": 8,
-        "lora_dropout": 0.1, "epochs": 1, "batch_size": 8, "micro_batch_size": 4, "lr": 0.5,
-        "double_quantisation": True, "weight_decay": 0.0, "warmup_fraction": 0.0, "precision": "bf16",
-        "seed": 1,
+        "lora_dropout": 0.1, "lora_targets": "x", "clip_rank": True, "depthwise": "freeze",
+        "batch_norm": "updated", "epochs": 1, "batch_size": 8, "micro_batch_size": 4, "lr": 0.5,
+        "weight_decay": 0.0, "warmup_fraction": 0.0, "precision": "bf16", "seed": 1,
     }  # fmt: skip
+    of_methods = {
+        "qlora": {"double_quantisation": True},
+        "galore": {"galore_rank": 4, "galore_gap": 4, "galore_scale": 0.5, "galore_spectrum": 0.5},
+    }
     fields = set(toolkit.Experiment().to_dict())
-    assert set(changed) == fields - {"device"}  # auto is the only value that is valid everywhere
-    ids = {toolkit.Experiment(**{name: value}).id for name, value in changed.items()}
-    assert len(ids | {toolkit.Experiment().id}) == len(changed) + 1
+    assert set(changed).union(*of_methods.values()) == fields - {"device"}  # its one value valid everywhere
+    for method, own in {"lora": changed, **of_methods}.items():
+        ids = {toolkit.Experiment(**{"method": method, name: value}).id for name, value in own.items()}
+        assert len(ids | {toolkit.Experiment(method=method).id}) == len(own) + 1
+
+
+def test_options_that_a_method_does_not_have_make_no_other_run():
+    linear = toolkit.Experiment(method="linear")
+    assert toolkit.Experiment(method="linear", lora_rank=4, galore_gap=7, batch_norm="frozen") == linear
+    assert toolkit.Experiment(method="full", batch_norm="updated") == toolkit.Experiment(method="full")
+    assert toolkit.Experiment(method="full", batch_norm="frozen").batch_norm == "frozen"
 
 
 def test_equal_budgets_are_the_same_experiment():
@@ -62,6 +74,9 @@ def test_equal_budgets_are_the_same_experiment():
         ({"lr": float("nan")}, "lr must lie"),
         ({"batch_size": 8, "micro_batch_size": 9}, "micro_batch_size must lie between 0 and 8"),
         ({"precision": "fp16", "device": "cpu"}, "needs a GPU"),
+        ({"depthwise": "traim"}, "Did you mean 'train'"),
+        ({"batch_norm": "on"}, "Valid: auto, frozen, updated"),
+        ({"galore_spectrum": 2}, "galore_spectrum must lie between"),
     ],
 )
 def test_bad_values_are_named(parameters, message):

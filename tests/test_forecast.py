@@ -82,6 +82,7 @@ def test_agrees_with_plan(kept):
             },
             2e-3,
         ),
+        ({"method": "galore", "galore_rank": 4, "checkpointing": "threshold"}, 2e-3),
         # Gradients of the slices before are counted as if those of this one came on top: a little high.
         ({"checkpointing": "none", "micro_batch_size": 8}, 0.1),
     ],
@@ -112,7 +113,7 @@ def test_only_planned_is_refused(kept):
 def test_models_without_blocks_run_without_checkpointing(tmp_path, monkeypatch):
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 32), nn.ReLU(), nn.Linear(32, 10))
     batch = torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
-    monkeypatch.setattr(module, "step_of", lambda *_: Step(model, batch, F.cross_entropy))
+    monkeypatch.setattr(module, "step_of", lambda *_: Step(model, batch, F.cross_entropy, "adamw"))
     plain = forecast(replace(EXPERIMENT, checkpointing="none"), 10, tmp_path)
     assert plain.fits and plain.recompute_pct == 0
     static = forecast(replace(EXPERIMENT, checkpointing="static"), 10, tmp_path)

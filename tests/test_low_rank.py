@@ -13,9 +13,11 @@ from toolkit.backbones import small_instance
 from toolkit.errors import InputError
 from toolkit.methods import merge, set_train_mode
 from toolkit.methods.allocation import RankAllocation, allocation_of
-from toolkit.methods.low_rank import four_bit_layers, quantise, target_names, unpacked_weight
+from toolkit.methods.low_rank import four_bit_layers, quantise, unpacked_weight
+from toolkit.methods.targets import targets_of
 
 LOW_RANK = ("lora", "dora", "adalora", "qlora")
+ADAPTERS = (*LOW_RANK, "ia3", "lokr")
 
 
 def trained(model, batch, steps=4, lr=1e-2):
@@ -39,36 +41,38 @@ def relative(a, b):
     return float((a - b).abs().max() / b.abs().max())
 
 
-@pytest.mark.parametrize("method", LOW_RANK)
+@pytest.mark.parametrize("method", ADAPTERS)
 def test_all_adapt_the_same_layers(demo_model, method):
     plain, adapted = demo_model("linear"), demo_model(method)
-    names = {n.removeprefix("base_model.model.") for n, m in adapted.named_modules() if hasattr(m, "lora_A")}
-    assert names == set(target_names(plain)) and len(names) == 16
+    names = {
+        n.removeprefix("base_model.model.") for n, m in adapted.named_modules() if hasattr(m, "base_layer")
+    }
+    assert names == set(targets_of(plain, method).adapted) and len(names) == 16
 
 
 # peft says this of every AdaLoRA adapter that it saved itself, and loads it rightly.
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match")
-@pytest.mark.parametrize("method", LOW_RANK)
+@pytest.mark.parametrize("method", ADAPTERS)
 def test_a_saved_adapter_gives_the_same_logits_in_plain_peft(demo_model, batch, tmp_path, method):
     model = trained(demo_model(method), batch)
     model.save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").exists()
     base = demo_model("full")
     if method == "qlora":
-        quantise(base, target_names(base), double_quantisation=False)
+        quantise(base, targets_of(base, method).adapted, double_quantisation=False)
     loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
     with torch.no_grad():
         assert relative(loaded(batch[0]), model(batch[0])) < 1e-5
 
 
-@pytest.mark.parametrize("method", LOW_RANK)
+@pytest.mark.parametrize("method", ADAPTERS)
 def test_a_merged_model_gives_the_same_logits(demo_model, batch, method):
     model = trained(demo_model(method), batch)
     with torch.no_grad():
         expected = model(batch[0])
         plain = merge(model)
         assert relative(plain(batch[0]), expected) < 1e-5
-    assert not any("lora" in name for name in plain.state_dict()) and not four_bit_layers(plain)
+    assert not hasattr(plain, "peft_config") and not four_bit_layers(plain)
     assert plain.state_dict().keys() == demo_model("full").state_dict().keys()
 
 
@@ -88,7 +92,7 @@ def test_a_head_that_another_module_is_named_like():
         def get_classifier(self):
             return self.head
 
-    with pytest.raises(InputError, match=r"2 modules for the head.*aux_head"):
+    with pytest.raises(InputError, match=r"2 modules \(aux_head, head\)"):
         toolkit.adapt(Net(), "lora")
 
 
@@ -259,7 +263,7 @@ def test_four_bits_without_bitsandbytes(demo_model, monkeypatch):
 
 @pytest.mark.parametrize("method", LOW_RANK)
 def test_a_rank_above_what_a_layer_allows(demo_model, method):
-    with pytest.raises(InputError, match=r"lora_rank 97.*above the 96 that blocks\.0\.attn\.qkv"):
+    with pytest.raises(InputError, match=r"lora_rank 97 .*above the 96 that blocks\.0\.attn\.qkv"):
         demo_model(method, lora_rank=97)
 
 
@@ -269,20 +273,23 @@ def test_targets_that_cannot_be_adapted():
 
         def __init__(self):
             super().__init__()
-            self.stem, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+            self.stem, self.body, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)
 
         def get_classifier(self):
             return self.head
 
-    with pytest.raises(InputError, match="stem is a Conv2d"):
+    with pytest.raises(InputError, match="stem is a convolution"):
+        toolkit.adapt(Net(), "qlora")
+    Net.lora_targets = r"body"
+    with pytest.raises(InputError, match="only BatchNorm2d"):
         toolkit.adapt(Net(), "lora")
     with pytest.raises(InputError, match="only plain linear layers can be stored in 4 bits"):
-        toolkit.adapt(Net(), "qlora")
+        quantise(Net(), ["stem"], double_quantisation=False)
     odd = nn.Sequential(nn.Linear(40, 8))
     with pytest.raises(InputError, match="0 has 40 inputs"):
         quantise(odd, ["0"], double_quantisation=False)
     Net.lora_targets = r"nothing"
-    with pytest.raises(InputError, match="for LoRA to adapt"):
+    with pytest.raises(InputError, match="lora_targets 'nothing' matches no module"):
         toolkit.adapt(Net(), "lora")
 
 
@@ -317,7 +324,7 @@ def test_batch_norms_keep_their_statistics_unless_everything_trains(method):
         assert any(not torch.equal(b, before[n]) for n, b in model.named_buffers()) == moves
 
 
-@pytest.mark.parametrize("method", LOW_RANK)
+@pytest.mark.parametrize("method", ADAPTERS)
 def test_what_trained_is_saved_and_loaded(demo_model, batch, tmp_path, method):
     model = trained(demo_model(method), batch)
     other = demo_model(method).eval()

@@ -6,7 +6,8 @@ from torch import nn
 
 from toolkit.budget import Checkpointing, TensorMemory, device_memory
 from toolkit.budget.fake_step import on_fake_tensors
-from toolkit.measure.memory import MemoryTrace, memory_of_adam_step
+from toolkit.measure.memory import MemoryTrace, memory_of_step
+from toolkit.methods.galore import GaLore
 
 CPU = torch.device("cpu")
 
@@ -68,9 +69,18 @@ def test_tracing_leaves_no_hooks(demo_model, batch):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def adam_step(model, images):
+    """Memory of an AdamW step on the sum of the outputs."""
+
+    def make_optimizer(model):
+        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+
+    return memory_of_step(model, [images], lambda: model(images).sum(), make_optimizer)
+
+
 def test_categories_partition_the_memory(demo_model, batch):
     model = demo_model("full")
-    memory = memory_of_adam_step(model, batch[0])
+    memory = adam_step(model, batch[0])
     assert sum(memory.category_bytes.values()) == memory.allocated_bytes
     parameters = sum(-(-p.numel() * 4 // 512) * 512 for p in model.parameters())
     assert memory.category_bytes["parameters"] == memory.category_peaks["gradients"] == parameters
@@ -79,14 +89,26 @@ def test_categories_partition_the_memory(demo_model, batch):
 
 
 def test_frozen_parameters_have_no_gradients(demo_model, batch):
-    memory = memory_of_adam_step(demo_model("lora"), batch[0])
+    memory = adam_step(demo_model("lora"), batch[0])
     assert 0 < memory.category_peaks["gradients"] < memory.category_peaks["parameters"] / 4
+
+
+def test_gradients_of_a_fused_optimizer_are_counted_in_both_shapes():
+    """One layer's whole gradient at a time, beside the projected ones; the projectors are the optimizer's."""
+    model = nn.Sequential(*(nn.Linear(128, 128, bias=False) for _ in range(8)))
+    x, size, projected = torch.randn(4, 128), 4 * 128 * 128, 4 * 4 * 128
+    memory = memory_of_step(
+        model, [x], lambda: model(x).sum(), lambda m: GaLore(m.parameters(), rank=4, gap=1)
+    )
+    assert memory.category_peaks["gradients"] == size + 7 * projected
+    assert memory.category_bytes["gradients"] == 0, "none is left"
+    assert memory.category_bytes["optimizer"] == 8 * (3 * projected + 512), "projector, moments, step"
 
 
 def test_fake_tensors_take_the_bytes_of_real_ones():
     images = torch.randn(2, 3, 64, 64)
-    real = memory_of_adam_step(timm.create_model("resnet18"), images)
+    real = adam_step(timm.create_model("resnet18"), images)
     model = timm.create_model("resnet18")
     with on_fake_tensors(model, images) as fake_images:
-        fake = memory_of_adam_step(model, fake_images)
+        fake = adam_step(model, fake_images)
     assert (fake.peak_bytes, fake.category_peaks) == (real.peak_bytes, real.category_peaks)

@@ -8,7 +8,6 @@ from torch import nn
 import toolkit
 from toolkit.errors import InputError
 from toolkit.methods import METHODS, head_name
-from toolkit.methods.low_rank import target_names
 
 VIT_S, HEAD_100 = 21_665_664, 384 * 100 + 100
 
@@ -87,8 +86,15 @@ def test_model_without_a_head():
         head_name(headless)
 
 
-def test_convolutional_model_has_no_linear_targets():
-    with torch.device("meta"):
-        model = timm.create_model("resnet18")
-    with pytest.raises(InputError, match="no linear layers"):
-        target_names(model)
+def test_what_methods_take_and_mean():
+    """Names of options, and what "auto" means for batch norms: other modules go by them."""
+    assert set(METHODS["galore"].optimizer_options) == {
+        "galore_rank",
+        "galore_gap",
+        "galore_scale",
+        "galore_spectrum",
+    }
+    assert all("batch_norm" in method.options for method in METHODS.values())
+    assert {name for name, method in METHODS.items() if method.batch_norm == "updated"} == {"full", "galore"}
+    names = [*METHODS]
+    assert names[-1] == "full" and names.index("galore") < names.index("full")

@@ -83,15 +83,23 @@ def test_grid_and_search_run_small(tmp_path):
     assert len(toolkit.load_records(tmp_path / "runs")) == 1
 
 
-def test_pretraining_runs_at_toy_size(tmp_path):
+@pytest.mark.parametrize(
+    ("backbone", "sources"), [pytest.param("demo_vit", "", marks=pytest.mark.long), ("demo_cnn", "digits")]
+)
+def test_pretraining_runs_at_toy_size(tmp_path, backbone, sources):
     execute_notebook(
         "pretrain_demo_backbone", tmp_path / "out.ipynb",
         {
-            "fractals": 2, "curves": 2, "textures": 2, "images_per_class": 16, "epochs": 1,
-            "folder": str(tmp_path), "transfer_seeds": 1, "transfer_epochs": 1,
+            "backbone": backbone, "fractals": 2, "curves": 2, "textures": 2, "images_per_class": 16,
+            "epochs": 1, "folder": str(tmp_path), "sources": sources, "source_epochs": 1,
+            "transfer_methods": "linear", "transfer_seeds": 1, "transfer_epochs": 1,
         },
     )  # fmt: skip
-    assert (tmp_path / "demo_vit.safetensors").stat().st_size > 1_000_000
+    weights = {path.stem: path.stat().st_size for path in tmp_path.glob("*.safetensors")}
+    assert set(weights) == {backbone, *(f"{backbone}_{name}" for name in sources.split(",") if name)}
+    assert all(500_000 < size < 2_000_000 for size in weights.values())
+    if sources:  # which has a head too
+        assert weights[f"{backbone}_{sources}"] > weights[backbone]
 
 
 @pytest.mark.long  # test_sweep_processes.py kills sweeps, test_training.py what trains

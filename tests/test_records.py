@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -198,6 +199,17 @@ def test_no_record_is_left_out_with_a_warning(finished, tmp_path):
     with pytest.warns(UserWarning, match="is no record") as caught:
         assert len(toolkit.load_records(tmp_path)) == 1
     assert len(caught) == 3
+
+
+def test_older_runs_have_the_defaults_of_parameters_that_came_later(finished, tmp_path):
+    record, *_ = finished
+    path = record.save(tmp_path / "old")
+    content = json.loads(path.read_text())
+    del content["config"]["batch_norm"]
+    content["config"] |= {"method": "full", "lora_rank": 4}
+    path.write_text(json.dumps(content))
+    (row,) = toolkit.load_records(tmp_path).itertuples()
+    assert (row.batch_norm, row.method, row.lora_rank) == ("auto", "full", 8)
 
 
 def test_no_records_is_an_empty_frame(tmp_path):

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import urllib.parse
+from unittest import mock
 
 import mistune
 import pandas as pd
@@ -218,6 +219,16 @@ def test_the_same_records_give_the_same_bytes(written):
     assert counts == {".csv": 12, ".tex": 12, ".md": 12, ".svg": pictures} and pictures
     for path in tables:
         assert path.read_bytes() == (again.parent / "report_tables" / path.name).read_bytes()
+
+
+def test_claims_about_cnns_are_shown_where_there_are_such_runs(runs, tmp_path):
+    subject = "arXiv 2507.23536"
+    assert subject not in write_report(runs, tmp_path / "report.html").read_text()
+    write(runs, "cnn", backbone="demo_cnn_digits", dataset="digits-c:mixed:5")
+    with mock.patch("toolkit.edge.claims._of_costs", list):  # which take seconds
+        page = Page(write_report(runs, tmp_path / "report.html").read_text())
+    assert f"then what {subject} says of CNNs" in page.text
+    assert "GaLore's accuracy is the closest" in page.text and "no finished run of full" in page.text
 
 
 @pytest.mark.parametrize("content", ["nothing", "missing", "failures"])

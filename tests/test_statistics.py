@@ -221,3 +221,21 @@ def test_what_cannot_be_paired_is_an_error(value, against, message):
         paired_differences(runs(), value, against)
     with pytest.raises(InputError, match="seed occurs twice"):
         paired_differences(runs(seed=0), "test_top1_pct", {"method": "full"})
+
+
+def test_partners_need_not_share_what_their_method_does_not_have():
+    lora = runs()[3:]
+    frame = pd.concat(
+        [
+            runs(lora_rank=8, batch_norm="auto")[:3],
+            lora.assign(lora_rank=4, batch_norm="auto"),
+            lora.assign(lora_rank=16, batch_norm="updated"),
+        ],
+        ignore_index=True,
+    )
+    table = paired_differences(frame, "test_top1_pct", {"method": "full"})
+    rows = table[table.method == "lora"].set_index("lora_rank")
+    assert rows.n.to_dict() == {4: 3, 16: 3} and rows["mean"].tolist() == pytest.approx([-2.0, -2.0])
+    # Two ranks among the partners: none of them is the one to compare with.
+    table = paired_differences(frame, "test_top1_pct", {"method": "lora"}).set_index("method")
+    assert table.n["full"] == 0

@@ -190,7 +190,7 @@ def test_as_many_workers_as_there_are_devices(fake_run, tmp_path, workers):
         (["--pretrained", "maybe"], "neither true nor false"),
         (["--batchsize", "8"], "unrecognized arguments"),
         (["--epoch", "8"], "unrecognized arguments"),
-        (["--backbone", "resnet18", "--pretrained", "false", "--method", "lora"], "no linear layers"),
+        (["--backbone", "resnet18", "--pretrained", "false", "--method", "qlora"], "adapts linear layers"),
         (["--backbone", "vit_small_patch16_224.nope", "--pretrained", "false"], "timm cannot build"),
     ],
 )

@@ -70,6 +70,15 @@ def test_law_parameters_survive_the_file(write, experiments):
     assert read_sweep(write({"runs": [e.to_dict() for e in experiments]})) == experiments
 
 
+def test_several_grids_run_one_after_the_other(write):
+    grids = [{"method": ["lora", "dora"], "lora_rank": [2, 4]}, {"method": ["full"], "batch_size": [8, 16]}]
+    experiments = read_sweep(write({"common": {"epochs": 1}, "grid": grids, "seeds": [5]}))
+    expected = [("lora", 2, 64), ("lora", 4, 64), ("dora", 2, 64), ("dora", 4, 64)]
+    expected += [("full", 8, 8), ("full", 8, 16)]  # the rank is none of its options
+    assert [(e.method, e.lora_rank, e.batch_size) for e in experiments] == expected
+    assert {(e.epochs, e.seed) for e in experiments} == {(1, 5)}
+
+
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.dates(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
@@ -139,7 +148,9 @@ def test_what_is_named_twice_runs_once(write):
         ("grid: {}", "grid is empty"),
         ("grid: {method: []}", "grid.method is empty"),
         ("grid: {method: lora}", "grid.method must be a list"),
-        ("grid: [lora]", "grid must be a mapping"),
+        ("grid: [lora]", r"grid\[1\] must be a mapping"),
+        ("grid: [{method: [lora]}, {method: []}]", r"grid\[2\].method is empty"),
+        ("grid: lora", "grid must be a mapping"),
         ("runs:", "runs must be a list"),
         ("grid: {seed: [1]}\nexclude: {seed: 1}", "exclude must be a list"),
         ("common: {method: [lora]}\nruns: [{seed: 1}]", "common.method must be one value.*in grid"),

@@ -10,6 +10,7 @@ import weakref
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -57,6 +58,23 @@ def test_training_learns(demo_model, few_digits):
     assert result.history[-1]["train_loss"] < 0.7 * result.history[0]["train_loss"]
     assert [row["epoch"] for row in result.history] == list(range(1, 9))
     assert 0 <= result.data_seconds < result.train_seconds
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ({"batch_size": 1}, "choose a batch_size"),
+        ({"batch_size": 19}, r"above 1 that leaves no single image over \(19 does\)"),
+        ({"batch_size": 8, "micro_batch_size": 1}, "micro_batch_size"),
+    ],
+)
+def test_a_single_image_is_refused_before_training_where_batch_norms_need_more(few_digits, sizes, message):
+    model = timm.create_model("resnet10t", num_classes=10)
+    model.pretrained_cfg = model.pretrained_cfg | {"input_size": (3, 32, 32)}
+    assert len(few_digits.train) % 19 == 1
+    e = experiment(backbone="resnet10t", method="full", pretrained=False, **sizes)
+    with pytest.raises(InputError, match=message):
+        toolkit.fit(toolkit.adapt(model, "full"), few_digits, e)
 
 
 @pytest.mark.parametrize("method", ["linear", "bitfit", "lora", "full"])

@@ -1,4 +1,4 @@
-"""`run`, `sweep`: experiments in batch; `report`: what came out; `plan`, `baselines`: what they take.
+"""`run`, `sweep`: experiments in batch; `report`, `ranking`: what came out; `plan`, `baselines`: their cost.
 
 Each flag is a parameter of `Experiment`, or with `--baseline` of `BaselineExperiment`.  `run` without flags
 runs the default comparison on the embedded data; its flags take one value or several, and their product is
@@ -19,6 +19,7 @@ from toolkit.baselines.experiment import BaselineExperiment
 from toolkit.baselines.need import need_table
 from toolkit.budget import format_bytes
 from toolkit.dry_run import dry_run, summary
+from toolkit.edge.recommend import write_ranking
 from toolkit.errors import InputError
 from toolkit.experiment import Experiment
 from toolkit.forecast import forecast
@@ -46,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     source = sweep.add_mutually_exclusive_group(required=True)
     source.add_argument("file", nargs="?", type=Path, help="a sweep file, see toolkit/sweep_file.py")
-    source.add_argument("--preset", metavar="NAME", help="demo or paper")
+    source.add_argument("--preset", metavar="NAME", help="demo, edge, edge_paper or paper")
     sweep.add_argument("--dry-run", action="store_true", help="list the runs and start none")
     sweep.add_argument("--yes", action="store_true", help="run more than 1,000 experiments")
     run.add_argument(
@@ -57,7 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     report = commands.add_parser("report", help="write one HTML file about all runs, and its tables")
     report.add_argument("--output", type=Path, metavar="FILE", help="default: report.html among the runs")
-    for command in (run, sweep, report):
+    ranking = commands.add_parser("ranking", help="all finished runs by accuracy, as CSV, Markdown and LaTeX")
+    ranking.add_argument("--output", type=Path, metavar="FILE", help="default: ranking.* among the runs")
+    for command in (run, sweep, report, ranking):
         command.add_argument(
             "--runs", type=Path, default=RUNS, metavar="FOLDER", help=f"where runs are kept ({RUNS})"
         )
@@ -105,6 +108,10 @@ def main(arguments: list[str] | None = None) -> int:
         if options["command"] == "report":
             print(write_report(runs, (options["output"] or runs / "report.html").resolve()))
             return 0
+        if options["command"] == "ranking":
+            table = write_ranking(runs, (options["output"] or runs / "ranking.md").resolve())
+            print(table.text.to_string(index=False))
+            return 0
         figures = options["figures"] or (runs if values else FIGURES)
         kind = BaselineExperiment if "baseline" in values else Experiment
         for name in values:
@@ -151,6 +158,7 @@ def _plan(experiment: Experiment, num_classes: int) -> str:
     return plan(
         step.model, experiment.budget, step.batch, precision=experiment.precision, loss=step.loss,
         micro_batches=experiment.micro_batch_size or True, held_bytes=held_bytes(step.model, "planned"),
+        optimizer=step.optimizer,
     ).explain()  # fmt: skip
 
 

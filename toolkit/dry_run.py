@@ -31,7 +31,12 @@ from toolkit.paths import RUNS
 from toolkit.records import FILE_NAME, is_finished, run_folder
 
 # Classes and training images of what is not in this repository, as `datasets` splits it.
-_DOWNLOADED = {"cifar100": (100, 45_000), "dtd": (47, 1_880)}
+_DOWNLOADED = {
+    "cifar10": (10, 45_000),
+    "cifar100": (100, 45_000),
+    "dtd": (47, 1_880),
+    "cifar10-c": (10, 4_000),
+}
 _STOPS = "stops the sweep"
 _NOT_RUN = ("refused", _STOPS)
 _COLUMNS = (
@@ -141,8 +146,8 @@ def _as_trained(e: Experiment, images: int) -> Experiment:
 
 def _data_of(dataset: str) -> _Data | str:
     """The data set, or why it cannot be had."""
-    if dataset in _DOWNLOADED:
-        count, images = _DOWNLOADED[dataset]
+    if dataset.partition(":")[0] in _DOWNLOADED:
+        count, images = _DOWNLOADED[dataset.partition(":")[0]]
         return _Data([f"class {number}" for number in range(count)], images)  # about as long as true names
     try:
         splits = load_dataset(dataset)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from toolkit.budget import STRATEGIES, format_bytes
 from toolkit.errors import InputError, check_name
 from toolkit.hyperparameters import hyperparameters
-from toolkit.methods import METHODS
+from toolkit.methods import BATCH_NORMS, METHODS, options_not_of
 from toolkit.parameters import Parameters
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -16,12 +16,16 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment(Parameters):
-    """One fine-tuning run.  Raises `InputError` for a value that cannot be run."""
+    """One fine-tuning run.  Raises `InputError` for a value that cannot be run.
+
+    Options that the chosen method does not have are set back to their defaults: equal runs are one run.
+    """
 
     notebook: ClassVar = "finetune"  # that runs it
     phase: ClassVar = "training"
 
-    dataset: str = "digits"  # digits | textures | cifar100 | dtd | folder:PATH
+    dataset: str = "digits"  # digits | textures | cifar10 | cifar100 | dtd | vww | folder:PATH, or shifted:
+    # digits-c:CORRUPTION:SEVERITY | textures-c:... | cifar10-c:..., see `toolkit.corruptions`
     backbone: str = (
         "demo_vit"  # demo_vit | vit_small | tiny_vit | vim_small | mambavision_t | small:NAME | any timm name
     )
@@ -33,7 +37,16 @@ class Experiment(Parameters):
     lora_rank: int = 8
     lora_alpha: int = 16
     lora_dropout: float = 0.0
+    lora_targets: str = ""  # regular expression of whole names of layers to adapt; "": the backbone's own
+    clip_rank: bool = False  # layers too narrow for `lora_rank` take the most that they allow
+    depthwise: str = "train"  # beside adapters of convolutions: train | freeze those with groups
     double_quantisation: bool = False  # of `method="qlora"`: the scales of packed weights are packed too
+    galore_rank: int = 32  # of the subspace in which GaLore keeps the optimizer's state
+    galore_gap: int = 50  # steps from one choice of it to the next
+    galore_scale: float = 1.0  # of the update
+    galore_spectrum: float = 0.0  # share of the squared singular values that it holds, at most `galore_rank`
+    # of them; 0: always `galore_rank`
+    batch_norm: str = "auto"  # statistics: frozen | updated | auto, updated by the methods that train all
     epochs: int = 5
     batch_size: int = 64
     micro_batch_size: int = 0  # images per forward pass; 0: the plan's choice, without one the whole batch
@@ -55,6 +68,13 @@ class Experiment(Parameters):
             self._set("pretrained", False)
         if self.lr == 0:
             self._set("lr", hyperparameters(self.backbone, self.method).lr)
+        check_name("depthwise", self.depthwise, ("train", "freeze"))
+        check_name("batch_norm", self.batch_norm, BATCH_NORMS)
+        if self.method == "galore" and self.precision == "fp16":
+            raise InputError(
+                "method 'galore' cannot scale gradients, which precision 'fp16' needs: it has projected them "
+                "by then; use 'bf16' or 'fp32'."
+            )
         self._check_ranges(
             epochs=(1, 100_000),
             batch_size=(1, 1_000_000),
@@ -66,13 +86,31 @@ class Experiment(Parameters):
             lora_rank=(1, 4096),
             lora_alpha=(1, 65536),
             lora_dropout=(0, 0.99),
+            galore_rank=(1, 65536),
+            galore_gap=(1, 1_000_000),
+            galore_scale=(0, 1000),
+            galore_spectrum=(0, 1),
             seed=(0, 2**31 - 1),
         )
+        self._forget_what_is_ignored()
+
+    def _forget_what_is_ignored(self) -> None:
+        ignored = options_not_of(self.method)
+        if self.batch_norm == METHODS[self.method].batch_norm:  # as "auto" says
+            ignored.add("batch_norm")
+        for field in fields(self):
+            if field.name in ignored:
+                self._set(field.name, field.default)
 
     @property
     def method_options(self) -> dict:
         """The parameters that `adapt(model, method, **options)` takes for this method."""
         return {name: getattr(self, name) for name in METHODS[self.method].options}
+
+    @property
+    def optimizer_options(self) -> dict:
+        """The parameters that `optimizer_for(model, method, **options)` takes for this method."""
+        return {name: getattr(self, name) for name in METHODS[self.method].optimizer_options}
 
     @property
     def name(self) -> str:

@@ -230,6 +230,7 @@ class Explorer:
             "backbone": e.backbone,
             "method": e.method,
             **e.method_options,
+            **e.optimizer_options,
             "batch_size": e.batch_size,
             "micro_batch_size": e.micro_batch_size,
             "precision": e.precision,

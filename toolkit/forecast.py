@@ -124,6 +124,7 @@ class TrainingStep:
             "backbone": e.backbone,
             "method": e.method,
             **e.method_options,
+            **e.optimizer_options,
             "batch_size": e.batch_size,
             "precision": e.precision,
             "num_classes": self.num_classes,
@@ -192,8 +193,8 @@ class TrainingStep:
     @cached_property
     def planner(self) -> Planner:
         return Planner(
-            self.step.model, self.step.batch, loss=self.step.loss, precision=self.experiment.precision,
-            held_bytes=held_bytes(self.step.model, "planned"),
+            self.step.model, self.step.batch, loss=self.step.loss, optimizer=self.step.optimizer,
+            precision=self.experiment.precision, held_bytes=held_bytes(self.step.model, "planned"),
         )  # fmt: skip
 
     def _forecast(self, e: Experiment) -> Forecast:

@@ -79,7 +79,7 @@ class Parameters:
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
     def _folder_name(self, model: str, *rest: str) -> str:
-        dataset = "".join(c if c.isalnum() else "-" for c in self.dataset)[-24:].strip("-")
+        dataset = "".join(c if c.isalnum() else "-" for c in self.dataset)[-40:].strip("-")
         model = "".join(c if c.isalnum() or c == "_" else "-" for c in model)[:40]
         return "-".join([dataset, model, *rest, f"s{self.seed}", self.id])
 

@@ -13,15 +13,17 @@ from toolkit.backbones import build_backbone, data_config
 from toolkit.experiment import Experiment
 from toolkit.methods import adapt, set_train_mode
 from toolkit.methods.allocation import allocation_of
+from toolkit.methods.optimizer import optimizer_of
 
 
 @dataclass(frozen=True)
 class Step:
-    """An adapted model with random weights in training mode, a batch of zeros, and the loss of `fit`."""
+    """An adapted model with random weights in training mode, a batch of zeros, `fit`'s loss and optimizer."""
 
     model: nn.Module
     batch: tuple[torch.Tensor, torch.Tensor]  # images (B, C, H, W), labels (B,)
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of logits and labels
+    optimizer: torch.optim.Optimizer
 
 
 def step_of(experiment: Experiment, num_classes: int) -> Step:
@@ -41,4 +43,4 @@ def step_of(experiment: Experiment, num_classes: int) -> Step:
         loss = F.cross_entropy(logits, labels)
         return loss + allocation.penalty() if allocation else loss
 
-    return Step(model, (images, labels), loss)
+    return Step(model, (images, labels), loss, optimizer_of(model, experiment))

@@ -10,7 +10,7 @@ import json
 import sys
 import uuid
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from toolkit.experiment import Experiment
 from toolkit.files import write_atomically
 from toolkit.fit_result import FitResult
 from toolkit.measure import Window, total
-from toolkit.methods import summarize
+from toolkit.methods import METHODS, options_not_of, summarize
 from toolkit.parameters import Parameters
 from toolkit.paths import RUNS
 from toolkit.scores import netscore, why_no_score
@@ -383,11 +383,21 @@ def load_records(folder: Path = RUNS) -> pd.DataFrame:
             record = json.loads(path.read_text())
             row = {name: value for group in GROUPS for name, value in record[group].items()}
             row.setdefault("phase", "training")  # before there were baselines
+            if row["phase"] == "training":
+                row = _completed(row)
         except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             warnings.warn(f"{path} is no record and was left out: {error!r}", stacklevel=2)
             continue
         rows.append(row | {"folder": str(path.parent)})
     return pd.DataFrame(rows)
+
+
+def _completed(row: dict) -> dict:
+    """A row with what `Experiment` has learnt since its run: new parameters, whose defaults are what was done
+    before, and that options which a method does not have make no difference."""
+    defaults = {field.name: field.default for field in fields(Experiment)}
+    ignored = options_not_of(row["method"]) if row.get("method") in METHODS else set()
+    return defaults | row | {name: defaults[name] for name in ignored}
 
 
 def load_curves(folder: Path) -> dict:

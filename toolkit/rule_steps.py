@@ -10,12 +10,10 @@ import math
 import sys
 from dataclasses import dataclass
 
-import torch
-
 from toolkit.budget import Checkpointing, TensorMemory, tensors_of
 from toolkit.budget.fake_step import on_fake_tensors
 from toolkit.budget.flops import NORMS, FlopCounter
-from toolkit.budget.step import autocast, optimizer_like
+from toolkit.budget.step import autocast, deposit_gradients, optimizer_like
 from toolkit.preview import Step
 from toolkit.training import held_bytes
 
@@ -55,18 +53,18 @@ def rule_step(step: Step, precision: str, limit: float) -> RuleStep:
     The rule compares the limit with what is allocated as each block begins.  So the step is the same under
     every limit between two of these numbers.  Without a limit no block is needed: some models have none.
     """
+    make_optimizer = optimizer_like(step.optimizer, step.model)
     with on_fake_tensors(step.model, step.batch) as (images, labels):
         memory = TensorMemory(images.device)
         memory.track([*tensors_of(step.model), images, labels])
-        stepper = optimizer_like("adamw", step.model)(step.model)
+        stepper = make_optimizer(step.model)
         readings = _Readings(memory)
         strategy = "none" if limit == math.inf else "threshold"
         rule = Checkpointing(step.model, strategy, memory=readings, budget_bytes=0)
         rule.threshold_bytes = limit
         with memory, rule:
-            for parameter in stepper.param_groups[0]["params"]:  # gives the optimizer its state
-                parameter.grad = torch.zeros_like(parameter)
-            stepper.step()
+            deposit_gradients(p for p in step.model.parameters() if p.requires_grad)
+            stepper.step()  # gives the optimizer its state
             stepper.zero_grad(set_to_none=True)
             memory.reset_peak()
             with FlopCounter() as counter:

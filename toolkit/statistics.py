@@ -13,7 +13,7 @@ from toolkit.baselines.registry import PROTOCOLS
 from toolkit.budget import STRATEGIES
 from toolkit.errors import InputError, check_name
 from toolkit.experiment import Experiment
-from toolkit.methods import METHODS
+from toolkit.methods import METHODS, options_not_of
 from toolkit.records import SIMULATED
 from toolkit.scores import hypervolume, pareto_rank
 
@@ -208,15 +208,24 @@ def _text(values: pd.Series | None, unit: float, digits: int) -> str:
     return f"{mean:.{digits}f}" if half_width is None else f"{mean:.{digits}f} ± {half_width:.{digits}f}"
 
 
+def _not_shared(first: str, second: str) -> set[str]:
+    """Parameters that cannot be alike in runs of these two methods, or need not be."""
+    if not {first, second} <= set(METHODS):
+        return set()
+    alike = set() if first == second else {"batch_norm"}  # "auto" is not the same in all
+    return options_not_of(first) | options_not_of(second) | alike
+
+
 def paired_differences(
     frame: pd.DataFrame, value: str, against: Mapping[str, object], *, mix: bool = False
 ) -> pd.DataFrame:
     """Difference in `value` of every group from the group `against` names, paired by seed.
 
     `against`: column -> value, such as `{"method": "full", "checkpointing": "none"}`.  The partner of a
-    run has these values, its seed and data, and its other parameters (save the learning rate, if there
-    is one for each of `against`: every method has its own default).  Columns: `SHOWN`, what else varies,
-    `mean`, `half_width` (95 % Student-t), `n` pairs, `tied`: the interval contains 0 (None below two
+    run has these values, its seed and data, and its other parameters, save what has one value among the
+    partners and is a matter of a method: the policy of batch norms, an option that one of the two methods
+    does not have, and the learning rate if there is one for each of `against`.  Columns: `SHOWN`, what else
+    varies, `mean`, `half_width` (95 % Student-t), `n` pairs, `tied`: the interval contains 0 (None below two
     pairs).  Raises `InputError` for an unknown column, where there is no such group, a seed occurs twice,
     or runs that would be compared were not measured alike (unless `mix`).
     """
@@ -235,8 +244,14 @@ def paired_differences(
     if partners.empty:
         raise InputError(f"no finished run has {dict(against)}.")
     own_lr = "lr" in by and (ok.groupby(list(against)).lr.nunique() == 1).all()
-    key = [name for name in by if name not in against and not (name == "lr" and own_lr)] + ["seed"]
-    pairs = ok.join(partners.set_index(key)[value].rename("_partner"), on=key)
+    pairs = []
+    for method, runs in ok.groupby("method", sort=False):
+        own = _not_shared(method, against["method"]) if "method" in against else set()
+        own = {name for name in own & set(by) if partners[name].nunique(dropna=False) == 1}
+        own |= {"lr"} if own_lr else set()
+        key = [name for name in by if name not in against and name not in own] + ["seed"]
+        pairs.append(runs.join(partners.set_index(key)[value].rename("_partner"), on=key))
+    pairs = pd.concat(pairs).loc[ok.index]
     pairs["_difference"] = pairs[value].astype(float) - pairs["_partner"].astype(float)
     rows = []
     for group_key, group in pairs.groupby(by, sort=False):

@@ -24,7 +24,7 @@ from papermill.exceptions import PapermillExecutionError
 from tqdm.auto import tqdm
 
 from toolkit import cluster, progress
-from toolkit.backbones import build_backbone
+from toolkit.backbones import build_backbone, data_config
 from toolkit.baselines.evaluate import form_and_batch
 from toolkit.baselines.experiment import BaselineExperiment
 from toolkit.baselines.prompts import class_names
@@ -32,11 +32,11 @@ from toolkit.budget import find_blocks
 from toolkit.datasets import Splits, load_dataset
 from toolkit.errors import InputError, check_name
 from toolkit.experiment import Experiment
-from toolkit.methods import adapt
+from toolkit.methods import adapt, check_batch_norms
 from toolkit.parameters import Parameters
 from toolkit.paths import NOTEBOOKS, RUNS
 from toolkit.records import RunRecord, is_finished, run_folder
-from toolkit.training import check_fits_weights
+from toolkit.training import batch_sizes, check_fits_weights
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -72,13 +72,16 @@ def check_runnable(experiments: Iterable[Parameters], runs: Path = RUNS) -> dict
         if isinstance(e, BaselineExperiment):
             form_and_batch(e, class_names(data[e.dataset]))
             continue
-        key = (e.dataset, e.backbone, e.pretrained, e.method, e.checkpointing, e.budget)
+        batches = batch_sizes(e, len(data[e.dataset].train))
+        key = (e.dataset, e.backbone, e.pretrained, e.method, e.checkpointing, e.budget, 1 in batches)
+        key += tuple(sorted(e.method_options.items()))
         if key in checked:
             continue
         checked.add(key)
         model = build_backbone(e.backbone, len(data[e.dataset].classes), e.pretrained)
         model = adapt(model, e.method, **e.method_options)
         check_fits_weights(model, e.budget_bytes)
+        check_batch_norms(model, batches, data_config(model)["input_size"])
         if e.checkpointing != "none":
             find_blocks(model)
     try:

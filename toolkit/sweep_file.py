@@ -13,7 +13,8 @@
       common: {dataset: digits}
       grid: {protocol: [logreg, knn]}
 
-At least one `grid` or list of `runs` is needed, all else is optional.  Parameters are those of `Experiment`.
+At least one `grid` or list of `runs` is needed, all else is optional.  `grid` may also be a list of grids.
+Parameters are those of `Experiment`.
 """
 
 from __future__ import annotations
@@ -108,11 +109,11 @@ def _experiments(
     """The experiments of one section; `at`: what stands before the names of its keys in messages."""
     common = _parameters(kind, f"{at}common", section["common"]) if "common" in section else {}
     blocks = []  # of lists, whose product is taken; a single run is a product too
-    if "grid" in section:
-        lists = _mapping(f"{at}grid", section["grid"], _types(kind))
+    for where, one in _grids(at, section):
+        lists = _mapping(where, one, _types(kind))
         for name, values in lists.items():
-            for value in _filled(f"{at}grid.{name}", values, list):
-                _check_value(kind, f"{at}grid.{name}", name, value)
+            for value in _filled(f"{where}.{name}", values, list):
+                _check_value(kind, f"{where}.{name}", name, value)
         blocks.append(lists)
     for where, run in _numbered(at, section, "runs"):
         blocks.append(_one_each(_parameters(kind, where, run)))
@@ -137,6 +138,13 @@ def _experiments(
         where: _parameters(kind, where, exclusion) for where, exclusion in _numbered(at, section, "exclude")
     }
     return _without(exclusions, experiments)
+
+
+def _grids(at: str, section: dict) -> list[tuple[str, object]]:
+    """The grid of a section, or its grids, each with its place."""
+    if isinstance(section.get("grid"), list) and section["grid"]:
+        return _numbered(at, section, "grid")
+    return [(f"{at}grid", section["grid"])] if "grid" in section else []
 
 
 def _without(exclusions: dict[str, dict], experiments: list[Parameters]) -> list[Parameters]:

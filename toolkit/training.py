@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from timm.optim import param_groups_weight_decay
 from timm.utils import random_seed
 from torch import nn
 from torch.utils.data import DataLoader
@@ -42,8 +41,9 @@ from toolkit.fit_result import FitResult
 from toolkit.interruption import Interrupt, claim
 from toolkit.measure import FlopCounter, Meter, SensorError
 from toolkit.measure.memory import MemoryTrace, context_bytes
-from toolkit.methods import set_train_mode
+from toolkit.methods import check_batch_norms, set_train_mode
 from toolkit.methods.allocation import allocation_of
+from toolkit.methods.optimizer import in_use, optimizer_of
 from toolkit.progress import Progress, Screen, View, plain_view
 from toolkit.run_windows import RunWindows, Stretches
 from toolkit.snapshots import load_newest_snapshot, save_snapshot
@@ -82,7 +82,7 @@ def fit(
 ) -> FitResult:
     """Train `model` on `splits.train` as `experiment` says; validate after each epoch.
 
-    AdamW (norms and biases without weight decay), linear warm-up and cosine to zero, cross-entropy.
+    AdamW or GaLore (norms and biases without weight decay), linear warm-up and cosine to zero, cross-entropy.
     With a `folder`, the state is saved there at most every `snapshot_seconds` (less often where saving
     takes more than 2 % of the time), and a run that finds a snapshot goes on from it.  Time and energy
     are those of `meter` (default: a new one); what a killed process measured after its last snapshot is
@@ -96,14 +96,16 @@ def fit(
     repeated, with the same random numbers, on a tighter plan; the batch never changes.  Otherwise out of
     memory, a loss that is not finite, and an interrupt (Ctrl-C, Jupyter's stop button, the view's;
     at the end of the step) end the run with that status.  Raises `InputError` if the weights exceed the
-    budget, no plan fits it, or another process trains in `folder`.
+    budget, no plan fits it, a batch norm that updates its statistics would meet a single value, or another
+    process trains in `folder`.
     """
     check_fits_weights(model, experiment.budget_bytes)
+    check_batch_norms(model, batch_sizes(experiment, len(splits.train)), data_config(model)["input_size"])
     with claim(folder), Interrupt() as interrupt, Screen(view or plain_view(), interrupt) as screen:
         run = _Run(model, splits, experiment, folder, workers, meter or Meter(experiment.device))
         try:
             run.prepare()
-            with run.checkpointing():
+            with in_use(run.optimizer), run.checkpointing():
                 run.train(screen, snapshot_seconds)
         except _NotFinite as error:
             run.result.status, run.result.error = "nan", str(error)
@@ -128,7 +130,7 @@ class _Run:
         self.device = torch.device(experiment.device)
         self.memory = device_memory(self.device)
         self.data_config = data_config(model)
-        self.counted_steps = Counter()  # by batch size
+        self.counted_steps = Counter()  # by batch size, and whether subspaces move
         self.steps_per_epoch = math.ceil(len(splits.train) / experiment.batch_size)
         self.total_steps = self.steps_per_epoch * experiment.epochs
         self.result = FitResult(
@@ -149,10 +151,7 @@ class _Run:
     def prepare(self) -> None:
         """Put everything on the device and go on from the newest snapshot, if there is one."""
         self.model.to(self.device)
-        groups = param_groups_weight_decay(
-            self.model, self.experiment.weight_decay, no_weight_decay_list=_without_weight_decay(self.model)
-        )
-        self.optimizer = torch.optim.AdamW(groups, lr=self.experiment.lr, fused=True)
+        self.optimizer = optimizer_of(self.model, self.experiment)
         if self.allocation:
             self.allocation.begin(self.total_steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.experiment.precision == "fp16")
@@ -398,11 +397,12 @@ class _Run:
         """The memory counter where it has something to learn.
 
         Counting on the CPU slows a small step by a third.  Equal shapes take equal bytes, so the first
-        two steps of each batch size are enough (the very first lacks the optimizer's state); the
-        strategy `threshold` reads the counter in every step.
+        two steps of each batch size are enough (the very first lacks the optimizer's state), and of those
+        in which GaLore moves its subspaces; the strategy `threshold` reads the counter in every step.
         """
-        if self.experiment.checkpointing == "threshold" or self.counted_steps[batch_size] < 2:
-            self.counted_steps[batch_size] += 1
+        kind = batch_size, getattr(self.optimizer, "refreshes", False)
+        if self.experiment.checkpointing == "threshold" or self.counted_steps[kind] < 2:
+            self.counted_steps[kind] += 1
             return self.memory
         return contextlib.nullcontext()
 
@@ -511,6 +511,15 @@ class _Run:
         print(f"resumed at step {self.result.steps} of {self.total_steps}")
 
 
+def batch_sizes(experiment: Experiment, images: int) -> set[int]:
+    """Images of all forward passes that an experiment asks for; plans choose smaller ones only where
+    batch norms allow it."""
+    batches = {min(experiment.batch_size, images), images % experiment.batch_size}
+    micro = experiment.micro_batch_size
+    passes = {size for batch in batches for size in (min(micro, batch), batch % micro)} if micro else batches
+    return passes - {0}
+
+
 def held_bytes(model: nn.Module, checkpointing: str) -> int:
     """What `fit` holds during a step beside model, batch and optimizer: the scores of AdaLoRA, and under
     `planned` copies of buffers for repeating the step."""
@@ -522,15 +531,6 @@ def held_bytes(model: nn.Module, checkpointing: str) -> int:
 def _running_buffers(model: nn.Module) -> list[torch.Tensor]:
     """Buffers that a forward pass may change: of modules in training mode, so not of frozen batch norms."""
     return [b for module in model.modules() if module.training for b in module.buffers(recurse=False)]
-
-
-def _without_weight_decay(model: nn.Module) -> set[str]:
-    """Names of parameters that the backbone wants no weight decay for, as they are called in `model`."""
-    names: set[str] = set()
-    for prefix, module in model.named_modules():
-        if hasattr(module, "no_weight_decay"):
-            names |= {f"{prefix}.{name}" if prefix else name for name in module.no_weight_decay()}
-    return names
 
 
 class _NotFinite(Exception):

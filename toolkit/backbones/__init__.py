@@ -7,12 +7,15 @@ without (all of timm's) these are the linear layers in the blocks.
 
 from __future__ import annotations
 
+import functools
+
 import timm
 import timm.data
 from timm.layers import to_2tuple
 from torch import nn
 
 from toolkit.backbones.demo import build_demo_vit
+from toolkit.backbones.demo_cnn import SOURCE_CLASSES, build_demo_cnn, build_source_model
 from toolkit.backbones.mambavision import mambavision_t
 from toolkit.backbones.vim import vim_small
 from toolkit.errors import InputError, check_name
@@ -23,7 +26,13 @@ TIMM_NAMES = {
     "tiny_vit": "tiny_vit_21m_224.dist_in22k_ft_in1k",
 }
 # Models that timm lacks, written here.
-OWN = {"demo_vit": build_demo_vit, "vim_small": vim_small, "mambavision_t": mambavision_t}
+OWN = {
+    "demo_vit": build_demo_vit,
+    "demo_cnn": build_demo_cnn,
+    **{name: functools.partial(build_source_model, name) for name in SOURCE_CLASSES},
+    "vim_small": vim_small,
+    "mambavision_t": mambavision_t,
+}
 BACKBONES = (*OWN, *TIMM_NAMES)
 SMALL = "small:"  # before a name: the reduced instance of it
 
@@ -75,13 +84,14 @@ def build_backbone(name: str, num_classes: int, pretrained: bool = True, **sizes
     """Build a classifier for `num_classes` classes on the backbone `name`.
 
     `small:vit_small` and the like are small instances with random weights, see `small_instance`.
-    `demo_vit` takes its pretrained weights from this repository, all others from the Hugging Face hub,
-    and only if `pretrained`.  The head is new and random: seed torch before.  `sizes` (`depth`,
-    `embed_dim`, `img_size`, ...) are arguments of the model's class, for small instances with random
-    weights.
+    `demo_vit` and `demo_cnn` take their pretrained weights from this repository, all others from the
+    Hugging Face hub, and only if `pretrained`.  The head is new and random: seed torch before.  Only the
+    source models `demo_cnn_digits` and `demo_cnn_textures` bring a trained one, for 10 and 15 classes.
+    `sizes` (`depth`, `embed_dim`, `img_size`, ...) are arguments of the model's class, for small
+    instances with random weights.
 
-    Raises `InputError` for an unknown name or size, sizes of pretrained weights, a damaged weight file,
-    or hub weights that cannot be had.
+    Raises `InputError` for an unknown name or size, sizes of pretrained weights, other classes than a
+    source model's, a damaged weight file, or hub weights that cannot be had.
     """
     check_backbone(name)
     if name.startswith(SMALL):

@@ -23,7 +23,7 @@ class BaselineExperiment(Parameters):
     phase: ClassVar = "inference"
 
     baseline: str = "demo_vit"  # a name of `baselines.BASELINES`
-    dataset: str = "digits"  # digits | textures | cifar100 | dtd | folder:PATH
+    dataset: str = "digits"  # as of `Experiment`
     protocol: str = ""  # see `baselines.PROTOCOLS`; empty: the first of the family
     source: str = ""  # a folder with the files of the hub repository; empty: the hub
     form: str = "auto"  # of the weights: fp32 | bf16 | fp16 | nf4 | nf4_pruned; auto: see `form_and_batch`

@@ -121,7 +121,10 @@ def extractor(source: str, *, dtype: torch.dtype = torch.float32, image_size: in
     else:
         model = build_backbone(source, num_classes=1, pretrained=True)
     if source in OWN:
-        model.head = nn.Identity()
+        if hasattr(model, "reset_classifier"):
+            model.reset_classifier(0)
+        else:
+            model.head = nn.Identity()
         return FeatureExtractor(source, model, dtype)
     model.reset_classifier(0)
     if hasattr(model, "set_input_size") and hasattr(model, "patch_embed"):

@@ -1,7 +1,7 @@
 """What zero-shot models are asked: prompt templates, class names and questions, per data set.
 
-CIFAR-100 and DTD have the prompts that CLIP's authors publish (openai/CLIP, data/prompts.md), so that
-accuracies can be held against published ones.  The class names are the data set's own; how they are
+CIFAR-10, CIFAR-100 and DTD have the prompts that CLIP's authors publish (openai/CLIP, data/prompts.md), so
+that accuracies can be held against published ones.  The class names are the data set's own; how they are
 lower-cased or stripped of punctuation is each model's tokenizer's business.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from toolkit.datasets import Splits
+from toolkit.datasets import Splits, clean_name
 from toolkit.errors import InputError
 
 _QUALITIES = ("", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good ")
@@ -27,6 +27,7 @@ _TEXTURES = [
     for noun in ("texture", "pattern", "thing", "object")
 ]
 _TEMPLATES = {
+    "cifar10": _PHOTOS,
     "cifar100": _PHOTOS,
     "dtd": _TEXTURES,
     "textures": _TEXTURES,
@@ -38,11 +39,11 @@ _GENERAL = ["a photo of a {}."]
 def templates(dataset: str) -> list[str]:
     """Prompt templates for the data set of that name (`Splits.name`); `{}` stands for the class.
 
-    cifar100 has the 18 and dtd the 8 published ones, digits the one published for MNIST; textures has
-    DTD's.  Anything else, such as a folder, has the one that CLIP's paper calls a good default (Radford
-    et al. 2021, arXiv 2103.00020, sec. 3.1.4).
+    cifar10 and cifar100 have the 18 and dtd the 8 published ones, digits the one published for MNIST;
+    textures has DTD's, and a shifted set what the clean one has.  Anything else, such as a folder, has the
+    one that CLIP's paper calls a good default (Radford et al. 2021, arXiv 2103.00020, sec. 3.1.4).
     """
-    return list(_TEMPLATES.get(dataset, _GENERAL))
+    return list(_TEMPLATES.get(clean_name(dataset), _GENERAL))
 
 
 def class_names(splits: Splits) -> list[str]:
@@ -52,7 +53,7 @@ def class_names(splits: Splits) -> list[str]:
 
 def question(dataset: str) -> str:
     """What a generative model is asked about each image of the data set."""
-    kind = "texture" if dataset in ("dtd", "textures") else "object"
+    kind = "texture" if clean_name(dataset) in ("dtd", "textures") else "object"
     return f"What type of {kind} is in this photo?"
 
 

@@ -2,9 +2,10 @@
 
 `plan()` predicts, `auto_checkpoint()` keeps a budget.  From the bottom: `sizes` parses budgets, `memory`
 reads what is allocated (on the CPU too), `flops` counts, `blocks` finds where a model can be cut,
-`checkpointing` has the strategies of others, `lean` the LoRA layers that keep nothing twice.  The planner:
-`tape` records operators and computes dropped tensors again, `profile` runs a step on fake tensors,
-`levels` finds what a block can keep, `solver` chooses, `plan` puts it together, `auto` applies it.
+`checkpointing` has the strategies of others, `lean` and `lean_conv` the layers that keep nothing twice or
+in vain.  The planner: `tape` records operators and computes dropped tensors again, `profile` runs a step on
+fake tensors, `levels` finds what a block can keep, `solver` chooses, `plan` puts it together, `auto` applies
+it.
 """
 
 from toolkit.budget.auto import AutoCheckpoint, auto_checkpoint, taken_beside_tensors

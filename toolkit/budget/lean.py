@@ -21,18 +21,25 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from toolkit.budget.lean_conv import LeanLoraConv, conv_forward, geometry, is_norm, norm_forward, norm_of_sum
+
 
 class LeanForms:
-    """Replaces the forward of every low-rank layer on a frozen linear layer in `model` until `remove()`.
+    """Replaces the forward of layers in `model` by forms that keep less for backward, until `remove()`.
 
-    LoRA, DoRA (without dropout) and AdaLoRA.  Other variants, merged, disabled, several active adapters,
-    adapters with a bias or of another type than the base weight (without autocast): peft's own forward runs.
+    LoRA, DoRA (without dropout) and AdaLoRA on a frozen linear layer, LoRA and DoRA on a frozen convolution;
+    other frozen convolutions, and frozen batch norms that use their running statistics.  Other variants,
+    merged, disabled, several active adapters, adapters with a bias or of another type than the base weight
+    (without autocast): peft's own forward runs.
     """
 
     def __init__(self, model: nn.Module):
-        self.layers = [module for module in model.modules() if _is_low_rank_linear(module)]
-        for layer in self.layers:
-            layer.forward = functools.partial(_forward, layer, layer.forward)
+        self.layers = []
+        for module in model.modules():
+            form = _form_of(module)
+            if form is not None:
+                module.forward = functools.partial(form, module, module.forward)
+                self.layers.append(module)
 
     def remove(self) -> None:
         """Give every layer its own forward back."""
@@ -43,19 +50,28 @@ class LeanForms:
 
 @dataclass(frozen=True)
 class _Update:
-    """What an adapter adds to its base: s·B·A, A (r, in), B (out, r); then rows are scaled."""
+    """What an adapter adds to its base: s·B·A, A (r, in), B (out, r); then rows are scaled.
+
+    Of a convolution: A (r, in, height, width), B (out, r, 1, 1).
+    """
 
     a: torch.Tensor
     b: torch.Tensor
     scaling: float
-    magnitude: torch.Tensor | None = None  # (out,), of DoRA
+    magnitude: torch.Tensor | None = None  # (out,), or (1, out, 1, 1), of DoRA
 
 
-def _is_low_rank_linear(module: nn.Module) -> bool:
+def _form_of(module: nn.Module) -> Callable | None:
+    """The lean forward of a module: a function of the module, its own forward and its arguments."""
     parts = ("base_layer", "lora_A", "lora_B", "lora_dropout", "scaling", "active_adapters")
-    if not all(hasattr(module, part) for part in parts):
-        return False
-    return type(module.base_layer) is nn.Linear or is_packed(module.base_layer)
+    if all(hasattr(module, part) for part in parts):
+        base = module.base_layer
+        place = geometry(base)
+        single = place is not None and base.groups == 1
+        return _forward if type(base) is nn.Linear or is_packed(base) or single else None
+    if geometry(module) is not None:
+        return conv_forward
+    return norm_forward if is_norm(module) else None
 
 
 def is_packed(layer: nn.Module) -> bool:
@@ -74,15 +90,22 @@ def _active_adapter(layer: nn.Module) -> str | None:
 def _update_of(layer: nn.Module, name: str) -> _Update | None:
     """The adapter as an `_Update`; None if it is none."""
     a, b, scaling = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
+    base = layer.base_layer
     if hasattr(layer, "lora_E"):  # AdaLoRA: P·diag(E)·Q (arXiv 2303.10512, eq. 3)
-        return _Update(a * (layer.lora_E[name] * (scaling / (layer.ranknum[name] + 1e-5))), b, 1.0)
-    if not (type(a) is nn.Linear and type(b) is nn.Linear and a.bias is None and b.bias is None):
+        a = a * (layer.lora_E[name] * (scaling / (layer.ranknum[name] + 1e-5)))
+        if geometry(base) is not None:
+            a, b = a.view(-1, *base.weight.shape[1:]), b[:, :, None, None]
+        return _Update(a, b, 1.0)
+    kind = nn.Conv2d if geometry(base) is not None else nn.Linear
+    if not (type(a) is kind and type(b) is kind and a.bias is None and b.bias is None):
+        return None
+    if geometry(a) != geometry(base):
         return None
     variant = getattr(layer, "lora_variant", {})
     if name not in variant:
         return _Update(a.weight, b.weight, scaling)
     alone = isinstance(layer.lora_dropout[name], nn.Identity) or not layer.training
-    if type(variant[name]).__name__ == "DoraLinearVariant" and alone:
+    if type(variant[name]).__name__ in ("DoraLinearVariant", "DoraConv2dVariant") and alone:
         return _Update(a.weight, b.weight, scaling, layer.lora_magnitude_vector[name].weight)
     return None
 
@@ -115,12 +138,13 @@ def _unpacked(state, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _forward(layer: nn.Module, stock, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-    """x (..., in) -> (..., out)."""
+    """x (..., in) -> (..., out); a convolution: x (B, in, H, W) -> (B, out, H', W')."""
     name = None if args or kwargs else _active_adapter(layer)
     update = None if name is None else _update_of(layer, name)
-    if update is None:
-        return stock(x, *args, **kwargs)
     base = layer.base_layer
+    place = geometry(base)
+    if update is None or (place is not None and x.dim() != 4):
+        return stock(x, *args, **kwargs)
     base_dtype = base.weight.quant_state.dtype if is_packed(base) else base.weight.dtype
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else base_dtype
@@ -132,19 +156,13 @@ def _forward(layer: nn.Module, stock, x: torch.Tensor, *args, **kwargs) -> torch
     if update.magnitude is not None:
         # The norm is taken for a constant (arXiv 2402.09353, section 4.3).
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            norm = torch.linalg.norm(_merged(unpack(base.weight), update.a, update.b, update.scaling), dim=1)
+            parts = unpack(base.weight), update.a, update.b, update.scaling
+            norm = torch.linalg.norm(_merged(*parts), dim=1) if place is None else norm_of_sum(*parts)
         rescale = update.magnitude / norm
-    return _LeanLora.apply(
-        x.to(dtype),
-        low_rank_input,
-        base.weight,
-        base.bias,
-        update.a,
-        update.b,
-        rescale,
-        update.scaling,
-        unpack,
-    )
+    arguments = (x.to(dtype), low_rank_input, base.weight, base.bias, update.a, update.b, rescale)
+    if place is None:
+        return _LeanLora.apply(*arguments, update.scaling, unpack)
+    return LeanLoraConv.apply(*arguments, update.scaling, place)
 
 
 def _merged(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:

@@ -389,6 +389,15 @@ def menu(segment: Segment, seconds: Sequence[float]) -> list[Level]:
     return [simulate(segment, cuts.decisions(cut), seconds) for cut in ordered]
 
 
+def plain(segment: Segment, saved: set[int], seconds: Sequence[float]) -> Level:
+    """Keeps what autograd saves and nothing for others: right where no segment computes anything again.
+
+    `saved`: all buffers of the profile that autograd saves.
+    """
+    kept = [segment.first_buffer + place in saved for place in range(segment.own)]
+    return simulate(segment, [KEEP if keep else DROP for keep in kept], seconds)
+
+
 @dataclass(frozen=True)
 class _Cut:
     kept: frozenset[int]

@@ -122,9 +122,9 @@ def plan(
     trained parameters.  `precision`: of autocast.  `blocks`: names of modules to plan by, found if None.
     `reserve`: part of the budget for what is no tensor (a CUDA context, fragmentation).  `micro_batches`:
     True: the batch may also run in slices whose gradients accumulate; a number: in slices of that size.
-    `lean`: LoRA layers run as in `budget.lean`.  `speed`: of the device, see `budget.device`.  `held_bytes`:
-    of tensors that the loop holds beside model, batch and optimizer.  Strategies other than "planned" are
-    predicted as they are, whether or not they fit.
+    `lean`: low-rank and frozen layers run as in `budget.lean`.  `speed`: of the device, see `budget.device`.
+    `held_bytes`: of tensors that the loop holds beside model, batch and optimizer.  Strategies other than
+    "planned" are predicted as they are, whether or not they fit.
 
     Raises `InputError` if no plan fits, naming the smallest budget that does.
     """

@@ -20,7 +20,15 @@ from torch.utils._pytree import tree_iter, tree_map_only
 from toolkit.budget.fake_step import on_fake_tensors
 from toolkit.budget.flops import operator_flops
 from toolkit.budget.memory import StorageRef, TensorMemory, tensors_of, workspace_bytes
-from toolkit.budget.step import autocast, call, loss_of, optimizer_like, segmented, split_batch
+from toolkit.budget.step import (
+    autocast,
+    call,
+    deposit_gradients,
+    loss_of,
+    optimizer_like,
+    segmented,
+    split_batch,
+)
 from toolkit.budget.tape import (
     DROP,
     External,
@@ -111,7 +119,11 @@ class Profile:
 
 
 class _Timeline(TensorMemory):
-    """Logs every allocation and release; `ghosts` are not counted."""
+    """Logs every allocation and release; `ghosts` are not counted.
+
+    What is logged may be another micro-batch of the same step after `again()`: then it takes, between two
+    events, at least what the one before took there.
+    """
 
     def __init__(self, device: torch.device):
         super().__init__(device)
@@ -121,6 +133,8 @@ class _Timeline(TensorMemory):
         self.ghosts = False
         self.ended = False
         self.at_next_allocation: Callable[[], None] | None = None
+        self.highest: list[int] = [0]  # before each event since the one before, and since the last
+        self.before: list[int] = []  # the same of an earlier micro-batch
 
     @property
     def time(self) -> int:
@@ -130,7 +144,30 @@ class _Timeline(TensorMemory):
         """Add an event that happens now."""
         if self.ended:
             return
+        if kind != "died":  # autograd lets go in any order
+            self.take_as_before()
+            self.highest.append(self.allocated_bytes)
         self.events.append((self.time, kind, index))
+
+    def begin(self) -> None:
+        """Forget what is logged."""
+        self.before = []
+        self.contents.clear()
+        self.deltas.clear()
+        self.events.clear()
+        self.highest = [self.allocated_bytes]
+
+    def again(self) -> None:
+        """Begin another micro-batch."""
+        highest = self.highest
+        self.begin()
+        self.before = highest
+
+    def take_as_before(self) -> None:
+        """For a moment, what an earlier micro-batch took since the same event."""
+        place = len(self.highest) - 1
+        if place < len(self.before) and self.before[place] > self.highest[-1]:
+            self._take_for_a_moment(self.before[place] - self.allocated_bytes)
 
     def size_of(self, key: int) -> int:
         """Bytes of a live storage; 0 if it is not counted here."""
@@ -143,6 +180,7 @@ class _Timeline(TensorMemory):
             return
         before = self.allocated_bytes
         super()._count(tensor)
+        self.highest[-1] = max(self.highest[-1], self.allocated_bytes)
         if self.allocated_bytes != before:
             if self.at_next_allocation:
                 self.at_next_allocation()
@@ -151,6 +189,7 @@ class _Timeline(TensorMemory):
 
     def _take_for_a_moment(self, nbytes: int) -> None:
         if not self.ended:
+            self.highest[-1] = max(self.highest[-1], self.allocated_bytes + nbytes)
             self.deltas += [nbytes, -nbytes]
 
     def _freed(self, reference) -> None:
@@ -323,29 +362,40 @@ def profile(
         trained = [p for p in model.parameters() if p.requires_grad]
         with timeline:
             stepper = make_optimizer(model)
-            for parameter in trained:
-                parameter.grad = torch.zeros_like(parameter)
-            grad_bytes = timeline.allocated_bytes - weights_bytes - batch_bytes
+            deposit_gradients(trained)
+            in_hooks = any(parameter.grad is None for parameter in trained)  # an optimizer has taken them
             stepper.step()
-            if not accumulates:
-                stepper.zero_grad(set_to_none=True)
-            state_bytes = timeline.allocated_bytes - weights_bytes - batch_bytes - accumulates * grad_bytes
-            timeline.deltas.clear()
-            timeline.events.clear()
+            with_gradients = timeline.allocated_bytes
+            stepper.zero_grad(set_to_none=True)
+            grad_bytes = with_gradients - timeline.allocated_bytes
+            state_bytes = timeline.allocated_bytes - weights_bytes - batch_bytes
+
+            def run_passes() -> tuple[_ProfilingTape, int]:
+                """A forward and a backward pass; the time between them comes with the tape."""
+                tape = _ProfilingTape(timeline)
+                with autocast(device, precision):
+                    with tape, segmented(blocks, tape.block_ended, slices):
+                        outputs = call(model, inputs)
+                    tape.forward_ended()
+                    forward_end = timeline.time
+                    if timeline.at_next_allocation:  # nothing runs after the last block
+                        timeline.at_next_allocation()
+                        timeline.at_next_allocation = None
+                    value = loss_of(outputs, targets, loss)
+                timeline.note("backward", len(tape.segments) - 1)
+                value.backward()
+                return tape, forward_end
+
+            timeline.begin()
+            if accumulates and in_hooks:  # what a hook does may differ in the first micro-batch
+                run_passes()[0].forget()
+                timeline.again()
+            elif accumulates:
+                deposit_gradients(trained)
+                timeline.begin()
             start_bytes = timeline.allocated_bytes + held_bytes
-            tape = _ProfilingTape(timeline)
-            with autocast(device, precision):
-                with tape, segmented(blocks, tape.block_ended, slices):
-                    outputs = call(model, inputs)
-                tape.forward_ended()
-                forward_end = timeline.time
-                if timeline.at_next_allocation:  # nothing runs after the last block
-                    timeline.at_next_allocation()
-                    timeline.at_next_allocation = None
-                value = loss_of(outputs, targets, loss)
-            timeline.note("backward", len(tape.segments) - 1)
-            value.backward()
-            del value, outputs
+            tape, forward_end = run_passes()
+            timeline.take_as_before()
             optimizer_start = timeline.time
             stepper.step()
             stepper.zero_grad(set_to_none=True)

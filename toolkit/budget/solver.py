@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from toolkit.budget.levels import Level, Segment, menu, segments_of
+from toolkit.budget.levels import Level, Segment, menu, plain, segments_of
 from toolkit.budget.profile import OpCost, Profile
 
 _CELLS = 8192  # of the table; a cell is this share of what a plan that recomputes nothing keeps
@@ -110,6 +110,11 @@ class Chain:
                     other, number, parts[number], slices, op_seconds, whole
                 )
         self.options = [by_kind[segment.kind] for segment in self.segments]
+        saved = {tensor.buffer for tensor in profile.saved}
+        self._plain = tuple(
+            _option(profile, number, segment, 1, plain(segment, saved, [0.0] * len(segment.ops)), 0.0)
+            for number, segment in enumerate(self.segments)
+        )
         # Per segment and option: the highest moment, what segments before it keep left out.
         starts: dict[int, dict[str, int]] = {i: {} for i in range(-1, len(self.segments) + 1)}
         for chunk in self._chunks:
@@ -168,10 +173,9 @@ class Chain:
 
     def solve(self, budget_bytes: int) -> Solution | None:
         """The fastest plan whose peak is within the budget; None if there is none."""
-        fastest = tuple(min(options, key=lambda option: option.seconds) for options in self.options)
-        peak, seconds = self.peak_bytes(fastest), sum(option.seconds for option in fastest)
+        peak = self.peak_bytes(self._plain)
         if peak <= budget_bytes:
-            return Solution(fastest, peak, seconds, seconds)
+            return Solution(self._plain, peak, 0.0, 0.0)
         limit = budget_bytes
         for _ in range(8):
             found = self._best(limit, np.ceil)
@@ -245,29 +249,33 @@ def _options(
     seconds = [op_seconds(op) for op in segment.ops]
     # A slice's operators do less, and may do it less efficiently: forward, and twice that in backward.
     slower = 0.0 if whole_seconds is None else 3 * max(0.0, sum(seconds) - whole_seconds)
+    return [
+        _option(profile, number, segment, slices, level, level.seconds + slower)
+        for level in menu(segment, seconds)
+    ]
+
+
+def _option(
+    profile: Profile, number: int, segment: Segment, slices: int, level: Level, seconds: float
+) -> Option:
+    """One level with what it holds when."""
     chunks = _chunks(profile)
     forward = next(c for c in chunks if (c.direction, c.segment) == ("forward", number))
     backward = next((c for c in chunks if (c.direction, c.segment) == ("backward", number)), None)
     loss = next(c for c in chunks if c.direction == "loss")
-    options = []
-    for level in menu(segment, seconds):
-        after, highest = _over_time(segment, level, len(profile.base))
-        between = after[forward.end : (backward or loss).start]
-        kept = int(between.max(initial=int(after[forward.end])))
-        options.append(
-            Option(
-                segment,
-                slices,
-                level,
-                level.seconds + slower,
-                kept,
-                int((np.array(segment.before) + forward.of(highest)).max()),
-                0 if backward is None else int((np.array(segment.during) + backward.of(highest)).max()),
-                int(after[forward.end : loss.start + 1].max()),
-                after[loss.start : loss.end].copy(),
-            )
-        )
-    return options
+    after, highest = _over_time(segment, level, len(profile.base))
+    between = after[forward.end : (backward or loss).start]
+    return Option(
+        segment,
+        slices,
+        level,
+        seconds,
+        int(between.max(initial=int(after[forward.end]))),
+        int((np.array(segment.before) + forward.of(highest)).max()),
+        0 if backward is None else int((np.array(segment.during) + backward.of(highest)).max()),
+        int(after[forward.end : loss.start + 1].max()),
+        after[loss.start : loss.end].copy(),
+    )
 
 
 def _over_time(segment: Segment, level: Level, times: int) -> tuple[np.ndarray, np.ndarray]:

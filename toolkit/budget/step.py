@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -96,6 +96,12 @@ def optimizer_like(optimizer, model: nn.Module) -> Callable[[nn.Module], torch.o
             return type(optimizer)(groups, **settings)
 
     return make
+
+
+def deposit_gradients(parameters: Iterable[torch.Tensor]) -> None:
+    """Give each parameter a gradient of zeros as backward does: optimizers may wait for it in hooks."""
+    for parameter in parameters:
+        parameter.backward(torch.zeros_like(parameter))
 
 
 @contextmanager

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from toolkit.budget import DeviceMemory, TensorMemory, find_blocks, tensors_of
 from toolkit.budget.phases import current_phase
+from toolkit.budget.step import deposit_gradients
 from toolkit.errors import InputError
 from toolkit.measure.sensors import GpuSensor, SensorError
 
@@ -101,13 +103,14 @@ class CategoryMemory(TensorMemory):
         self.category_bytes: Counter = Counter()
         self.category_peaks: Counter = Counter()
         self.optimizing = False
+        self.optimizer: torch.optim.Optimizer | None = None  # one that is fused into backward
         self._category: dict[int, str] = {}
         self._announced: str | None = None
         self.track_as("parameters", model.parameters())
         self.track_as("buffers", tensors_of(model))  # the parameters are known
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(lambda p: self._move(p.grad, "gradients"))
+                parameter.register_post_accumulate_grad_hook(self._has_gradient)
 
     def track_as(self, category: str, tensors: Iterable[torch.Tensor]) -> None:
         """Count tensors that were made outside, under `category`."""
@@ -138,6 +141,18 @@ class CategoryMemory(TensorMemory):
         self.category_bytes[category] += nbytes
         self.category_peaks[category] = max(self.category_peaks[category], self.category_bytes[category])
 
+    def start_optimizer(self) -> None:
+        """What follows is the step of `optimizer`, which may have made state in backward."""
+        self.optimizing = True
+        for tensor in (t for state in self.optimizer.state.values() for t in state.values()):
+            self._move(tensor, "optimizer")
+
+    def _has_gradient(self, parameter: torch.Tensor) -> None:
+        """Backward has made `parameter.grad`, and a fused optimizer has put away those before it."""
+        kept = getattr(self.optimizer, "gradients", {}).values()
+        for tensor in (parameter.grad, *kept):
+            self._move(tensor, "gradients")
+
     def _move(self, tensor: torch.Tensor, category: str) -> None:
         key = tensor.untyped_storage()._cdata
         nbytes = self._live[key].nbytes
@@ -150,20 +165,38 @@ class CategoryMemory(TensorMemory):
         super()._freed(reference)
 
 
-def memory_of_adam_step(model: nn.Module, images: torch.Tensor) -> CategoryMemory:
-    """Memory of the second of two Adam steps on the sum of the outputs; from it on Adam has its state."""
-    memory = CategoryMemory(images.device, model)
-    memory.track_as("inputs", [images])
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], fused=True)
+def memory_of_step(
+    model: nn.Module,
+    inputs: Iterable[torch.Tensor],
+    loss: Callable[[], torch.Tensor],
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    *counters: AbstractContextManager,
+) -> CategoryMemory:
+    """Memory of a training step whose optimizer has its state already, from a step on gradients of zeros.
+
+    `loss` runs the model on `inputs`.  `make_optimizer` is called when the gradients are watched already,
+    so that those which a fused optimizer takes away at once are counted.  `counters` are entered for the
+    step that is measured.
+    """
+    memory = CategoryMemory(next(model.parameters()).device, model)
+    memory.track_as("inputs", inputs)
+    memory.optimizer = optimizer = make_optimizer(model)
+
+    def step_optimizer() -> None:
+        memory.start_optimizer()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        memory.optimizing = False
+
     with memory:
-        for step in range(2):
-            model(images).sum().backward()
-            memory.optimizing = True
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            memory.optimizing = False
-            if step == 0:
-                memory.reset_peak()
+        deposit_gradients([p for p in model.parameters() if p.requires_grad])
+        step_optimizer()
+        memory.reset_peak()
+        with ExitStack() as counting:
+            for counter in counters:
+                counting.enter_context(counter)
+            loss().backward()
+            step_optimizer()
     return memory
 
 

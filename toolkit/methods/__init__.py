@@ -14,12 +14,30 @@ import torch
 from torch import nn
 
 from toolkit.errors import InputError, check_name
-from toolkit.methods.low_rank import adalora, dora, lora, merge, qlora
-from toolkit.methods.trainable import bitfit, full, head_name, linear, norm, set_train_mode
+from toolkit.methods.batch_norms import (
+    BATCH_NORMS,
+    check_batch_norms,
+    freeze_statistics,
+    set_train_mode,
+)
+from toolkit.methods.low_rank import adalora, dora, ia3, lokr, lora, merge, qlora
+from toolkit.methods.trainable import bitfit, full, head_name, linear, norm
 
-__all__ = ["METHODS", "Summary", "adapt", "head_name", "merge", "set_train_mode", "summarize"]
+__all__ = [
+    "BATCH_NORMS",
+    "METHODS",
+    "Summary",
+    "adapt",
+    "check_batch_norms",
+    "head_name",
+    "merge",
+    "set_train_mode",
+    "summarize",
+]
 
-_LOW_RANK = ("lora_rank", "lora_alpha", "lora_dropout")
+_TARGETS = ("lora_targets", "clip_rank")
+_LOW_RANK = ("lora_rank", "lora_alpha", "lora_dropout", *_TARGETS)
+_GALORE = ("galore_rank", "galore_gap", "galore_scale", "galore_spectrum")
 
 
 @dataclass(frozen=True)
@@ -27,19 +45,36 @@ class Method:
     """A way to adapt: `apply(model, **options)` returns the model to train."""
 
     apply: Callable[..., nn.Module]
-    options: tuple[str, ...]  # the options that `apply` understands
+    apply_options: tuple[str, ...] = ()  # that `apply` understands
+    optimizer_options: tuple[str, ...] = ()  # that `optimizer_for` understands
+    batch_norm: str = "frozen"  # what "auto" means: frozen | updated
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The options that `adapt` takes."""
+        return (*self.apply_options, "batch_norm")
 
 
 METHODS = {
-    "linear": Method(linear, ()),
-    "bitfit": Method(bitfit, ()),
-    "norm": Method(norm, ()),
-    "lora": Method(lora, _LOW_RANK),
-    "dora": Method(dora, _LOW_RANK),
-    "adalora": Method(adalora, _LOW_RANK),
+    "linear": Method(linear),
+    "bitfit": Method(bitfit),
+    "norm": Method(norm),
+    "lora": Method(lora, (*_LOW_RANK, "depthwise")),
+    "dora": Method(dora, (*_LOW_RANK, "depthwise")),
+    "adalora": Method(adalora, (*_LOW_RANK, "depthwise")),
     "qlora": Method(qlora, (*_LOW_RANK, "double_quantisation")),
-    "full": Method(full, ()),
+    "ia3": Method(ia3, ("lora_targets",)),
+    "lokr": Method(lokr, ("lora_rank", "lora_alpha", "lora_targets")),
+    "galore": Method(full, (), _GALORE, batch_norm="updated"),
+    "full": Method(full, batch_norm="updated"),
 }
+
+
+def options_not_of(method: str) -> set[str]:
+    """Options of other methods that `method` does not have."""
+    own = METHODS[method]
+    every = set().union(*(m.options + m.optimizer_options for m in METHODS.values()))
+    return every - {*own.options, *own.optimizer_options}
 
 
 @dataclass(frozen=True)
@@ -62,16 +97,29 @@ def adapt(model: nn.Module, method: str, **options: object) -> nn.Module:
     """Prepare `model` for training by `method`; the head trains under each.
 
     `full`: everything.  `linear`: nothing else.  `bitfit`: bias terms (Ben Zaken et al. 2022, arXiv
-    2106.10199).  `norm`: weights and biases of norms (Frankle et al. 2021, arXiv 2003.00152).  `lora`:
-    low-rank updates of the linear layers in the blocks (Hu et al. 2022, arXiv 2106.09685); `dora`: with
-    magnitudes apart from directions (Liu et al. 2024, arXiv 2402.09353); `adalora`: with ranks that move
-    between layers, see `allocation` (Zhang et al. 2023, arXiv 2303.10512); `qlora`: on weights of four bits
-    (Dettmers et al. 2023, arXiv 2305.14314).  Options of these four: `lora_rank`, `lora_alpha`,
-    `lora_dropout`; of `qlora` also `double_quantisation`.
+    2106.10199).  `norm`: weights and biases of norms (Frankle et al. 2021, arXiv 2003.00152).  `galore`:
+    everything, by an optimizer that works in subspaces of the gradients, see `optimizer_for` (Zhao et al.
+    2024, arXiv 2403.03507).
 
-    Under all but `full` batch norms keep their statistics.  Works in place; the returned module is the one
-    to train (peft wraps).  Raises `InputError` for an unknown method or option, a rank that a layer
-    cannot have, and a model without a head or layers that can be found.
+    Adapters, of the layers that `targets.targets_of` says, linear ones or convolutions.  `lora`: low-rank
+    updates (Hu et al. 2022, arXiv 2106.09685); `dora`: with magnitudes apart from directions (Liu et al.
+    2024, arXiv 2402.09353); `adalora`: with ranks that move between layers, see `allocation` (Zhang et al.
+    2023, arXiv 2303.10512); `qlora`: on weights of four bits, of linear layers (Dettmers et al. 2023, arXiv
+    2305.14314); `ia3`: a factor for each output channel (Liu et al. 2022, arXiv 2205.05638); `lokr`:
+    Kronecker products (LyCORIS, Yeh et al. 2023, arXiv 2309.14859).
+
+    Options, `METHODS[method].options`, say which of them a method takes:
+    `batch_norm`: "frozen", batch norms normalise by their running statistics and keep them; "updated", by the
+    batch, and the statistics follow; "auto", updated where everything trains, else frozen.
+    `lora_rank`, `lora_alpha`, `lora_dropout`: updates are scaled by alpha / rank.
+    `lora_targets`: regular expression of the whole names of the layers to adapt; "": the backbone's own.
+    `clip_rank`: layers too narrow for `lora_rank` take the most that they allow, at the same scale.
+    `depthwise`: "train" or "freeze" convolutions with groups beside adapters of convolutions.
+    `double_quantisation`: the scales of weights of four bits are packed too.
+
+    Works in place; the returned module is the one to train (peft wraps).  Raises `InputError`, before
+    anything is changed, for an unknown method or option, a rank that a layer cannot have, a layer that the
+    method cannot adapt, and a model without a head or layers that can be found.
     """
     chosen = METHODS[check_name("method", method, METHODS)]
     if hasattr(model, "peft_config"):
@@ -79,8 +127,11 @@ def adapt(model: nn.Module, method: str, **options: object) -> nn.Module:
             "the model carries adapters already; take a fresh backbone, or methods.merge(model) first."
         )
     for name in options:
-        check_name(f"option of method {method!r}", name, chosen.options or ["(it has none)"])
-    return chosen.apply(model, **options)
+        check_name(f"option of method {method!r}", name, chosen.options)
+    kept = check_name("batch_norm", str(options.pop("batch_norm", "auto")), BATCH_NORMS)
+    model = chosen.apply(model, **options)
+    freeze_statistics(model, (chosen.batch_norm if kept == "auto" else kept) == "frozen")
+    return model
 
 
 def summarize(model: nn.Module) -> Summary:

@@ -1,7 +1,8 @@
-"""Low-rank adapters, by peft: LoRA, DoRA, AdaLoRA, and LoRA on weights of four bits.
+"""Adapters, by peft: LoRA, DoRA, AdaLoRA, LoRA on weights of four bits, IA3 and LoKr.
 
-Every one of them adapts the same layers of a backbone: those that its class names in `lora_targets` (an
-anchored pattern of module names), or else all linear layers in its blocks.  The head trains too.
+Every one of them adapts the same layers of a backbone, see `targets`; the head trains too.  All are peft's
+own configurations with whole names, so what `save_pretrained` writes loads and merges in plain peft (but
+AdaLoRA's with `clip_rank`, see `adalora`).
 """
 
 from __future__ import annotations
@@ -10,10 +11,9 @@ import re
 
 from torch import nn
 
-from toolkit.budget import find_blocks
 from toolkit.budget.lean import is_packed, unpacked_weight
 from toolkit.errors import InputError
-from toolkit.methods.trainable import freeze_statistics, head_name
+from toolkit.methods.targets import Targets, narrow_layers, targets_of
 
 # AdaLoRA starts with half as many ranks again as it ends with, as peft's defaults do (12 and 8).
 INITIAL_RANK_FACTOR = 1.5
@@ -22,32 +22,23 @@ INITIAL_RANK_FACTOR = 1.5
 BLOCK_SIZES = (64, 32)
 
 
-def target_names(model: nn.Module) -> list[str]:
-    """Names of the layers that low-rank methods adapt, in the model's order.
-
-    Full names, not suffixes: the suffix `proj` of a ViT's attention also matches `patch_embed.proj`.
-    """
-    pattern = getattr(model, "lora_targets", None)
-    if pattern is not None:
-        names = [name for name, _ in model.named_modules() if re.fullmatch(pattern, name)]
-    else:
-        names = [
-            f"{block_name}.{name}" if name else block_name
-            for block_name, block in find_blocks(model).items()
-            for name, module in block.named_modules()
-            if isinstance(module, nn.Linear)
-        ]
-    if not names:
-        raise InputError(f"{type(model).__name__} has no linear layers in its blocks for LoRA to adapt.")
-    return names
+def lora(
+    model: nn.Module,
+    lora_rank: int = 8,
+    lora_alpha: int = 16,
+    lora_dropout: float = 0.0,
+    lora_targets: str = "",
+    clip_rank: bool = False,
+    depthwise: str = "train",
+    use_dora: bool = False,
+) -> nn.Module:
+    targets = targets_of(model, "dora" if use_dora else "lora", lora_targets, depthwise)
+    narrow = narrow_layers(model, targets, lora_rank, clip_rank)
+    return _with_lora(model, targets, lora_rank, lora_alpha, lora_dropout, narrow, use_dora=use_dora)
 
 
-def lora(model: nn.Module, lora_rank: int = 8, lora_alpha: int = 16, lora_dropout: float = 0.0) -> nn.Module:
-    return _with_adapters(model, lora_rank, lora_alpha, lora_dropout)
-
-
-def dora(model: nn.Module, lora_rank: int = 8, lora_alpha: int = 16, lora_dropout: float = 0.0) -> nn.Module:
-    return _with_adapters(model, lora_rank, lora_alpha, lora_dropout, use_dora=True)
+def dora(model: nn.Module, **options) -> nn.Module:
+    return lora(model, use_dora=True, **options)
 
 
 def qlora(
@@ -55,32 +46,79 @@ def qlora(
     lora_rank: int = 8,
     lora_alpha: int = 16,
     lora_dropout: float = 0.0,
+    lora_targets: str = "",
+    clip_rank: bool = False,
     double_quantisation: bool = False,
 ) -> nn.Module:
-    targets = target_names(model)
-    pattern = getattr(model, "four_bit_targets", None)
-    quantise(model, [n for n in targets if pattern is None or re.fullmatch(pattern, n)], double_quantisation)
-    return _with_adapters(model, lora_rank, lora_alpha, lora_dropout, targets)
+    targets = targets_of(model, "qlora", lora_targets)
+    narrow = narrow_layers(model, targets, lora_rank, clip_rank)
+    pattern = getattr(model, "four_bit_targets", ".*")
+    quantise(model, [n for n in targets.adapted if re.fullmatch(pattern, n)], double_quantisation)
+    return _with_lora(model, targets, lora_rank, lora_alpha, lora_dropout, narrow)
 
 
 def adalora(
-    model: nn.Module, lora_rank: int = 8, lora_alpha: int = 16, lora_dropout: float = 0.0
+    model: nn.Module,
+    lora_rank: int = 8,
+    lora_alpha: int = 16,
+    lora_dropout: float = 0.0,
+    lora_targets: str = "",
+    clip_rank: bool = False,
+    depthwise: str = "train",
 ) -> nn.Module:
+    """peft has one initial rank for all layers.  With `clip_rank` narrow ones begin with fewer, here; such
+    adapters are to be saved by `toolkit.save_adapted`, as plain peft would build them too large."""
     import peft
 
-    targets = target_names(model)
-    initial_rank = max(lora_rank + 1, int(INITIAL_RANK_FACTOR * lora_rank))
-    _check_rank(model, targets, initial_rank, f"lora_rank {lora_rank} (AdaLoRA starts at {initial_rank})")
+    targets = targets_of(model, "adalora", lora_targets, depthwise)
+    narrow = narrow_layers(model, targets, lora_rank, clip_rank, start=_initial_rank)
+    initial_rank = _initial_rank(lora_rank)
+    limits = [narrow.get(layer, initial_rank) for layer in targets.adapted]
+    target = sum(min(lora_rank, limit) for limit in limits)
+    if target == sum(limits):
+        raise InputError(
+            f"at lora_rank {lora_rank} every layer has all ranks that it allows, {max(limits)} at most, so "
+            "adalora has none to move; choose a lower lora_rank, or method 'lora'."
+        )
     config = peft.AdaLoraConfig(
         target_r=lora_rank,
         init_r=initial_rank,
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
         total_step=1,  # unknown yet: see RankAllocation.begin
-        target_modules=_pattern(targets),
-        modules_to_save=[head_name(model)],
+        **_places(targets),
     )
-    return _wrap(model, config)
+    wrapped = peft.get_peft_model(model, config)
+    if narrow:
+        tuner = wrapped.base_model
+        name = tuner.trainable_adapter_name
+        for layer, most in narrow.items():
+            alpha = lora_alpha * most / initial_rank
+            tuner.model.get_submodule(layer).update_layer(name, most, alpha, config=config)
+        tuner.rankallocator = peft.tuners.adalora.RankAllocator(tuner.model, config, name)
+        tuner.rankallocator.target_bgt = target
+    return wrapped
+
+
+def ia3(model: nn.Module, lora_targets: str = "") -> nn.Module:
+    """A factor for each output channel of each layer.  (The paper's places are keys, values and the inside of
+    MLPs; timm's attention computes queries, keys and values in one layer.)"""
+    import peft
+
+    targets = targets_of(model, "ia3", lora_targets)
+    return peft.get_peft_model(model, peft.IA3Config(feedforward_modules=[], **_places(targets)))
+
+
+def lokr(model: nn.Module, lora_rank: int = 8, lora_alpha: int = 16, lora_targets: str = "") -> nn.Module:
+    """Updates alpha / rank · W1 ⊗ W2, whose sides are the factors of the layer's that are nearest each other.
+
+    W2 is a product of rank `lora_rank` where that is less than half of its longer side, and whole elsewhere:
+    so no rank is too high for a layer.
+    """
+    import peft
+
+    targets = targets_of(model, "lokr", lora_targets)
+    return peft.get_peft_model(model, peft.LoKrConfig(r=lora_rank, alpha=lora_alpha, **_places(targets)))
 
 
 def quantise(model: nn.Module, names: list[str], double_quantisation: bool) -> None:
@@ -93,18 +131,21 @@ def quantise(model: nn.Module, names: list[str], double_quantisation: bool) -> N
             f"weights of 4 bits need bitsandbytes, which cannot be imported here ({error}); install it or "
             "choose method 'lora'."
         ) from error
+    blocks = {}
     for name in names:
         linear = model.get_submodule(name)
         if type(linear) is not nn.Linear:
             raise InputError(
                 f"{name} is a {type(linear).__name__}: only plain linear layers can be stored in 4 bits."
             )
-        block = next((size for size in BLOCK_SIZES if linear.in_features % size == 0), None)
-        if block is None:
+        blocks[name] = next((size for size in BLOCK_SIZES if linear.in_features % size == 0), None)
+        if blocks[name] is None:
             raise InputError(
                 f"{name} has {linear.in_features} inputs, no multiple of {BLOCK_SIZES[-1]}, so its weights "
                 f"cannot be stored in 4 bits; leave it out of {type(model).__name__}.four_bit_targets."
             )
+    for name, block in blocks.items():
+        linear = model.get_submodule(name)
         packed = bitsandbytes.nn.Linear4bit(
             linear.in_features,
             linear.out_features,
@@ -155,63 +196,42 @@ def merge(model: nn.Module) -> nn.Module:
             setattr(model.get_submodule(parent), child, plain)
     merged = model.merge_and_unload()
     merged.is_loaded_in_4bit = False
-    freeze_statistics(merged, False)
+    for module in merged.modules():
+        module.__dict__.pop("frozen_statistics", None)
     return merged
 
 
-def _with_adapters(
+def _initial_rank(lora_rank: int) -> int:
+    """Of AdaLoRA, which ends with a mean of `lora_rank`."""
+    return max(lora_rank + 1, int(INITIAL_RANK_FACTOR * lora_rank))
+
+
+def _with_lora(
     model: nn.Module,
+    targets: Targets,
     rank: int,
     alpha: int,
     dropout: float,
-    targets: list[str] | None = None,
-    **options,
+    narrow: dict[str, int],
+    use_dora: bool = False,
 ) -> nn.Module:
+    """`narrow`: layers with a rank of their own; their scale is alpha / `rank` as that of all others."""
     import peft  # here, because it brings transformers along: seconds that the other methods do without
 
-    targets = targets or target_names(model)
-    _check_rank(model, targets, rank, f"lora_rank {rank}")
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=_pattern(targets),
-        modules_to_save=[head_name(model)],
-        **options,
+        # peft lets a pattern match the end of a name; the ^ keeps it from that.
+        rank_pattern={f"^{re.escape(name)}": most for name, most in narrow.items()},
+        alpha_pattern={f"^{re.escape(name)}": alpha * most / rank for name, most in narrow.items()},
+        use_dora=use_dora,
+        **_places(targets),
     )
-    return _wrap(model, config)
+    return peft.get_peft_model(model, config)
 
 
-def _wrap(model: nn.Module, config) -> nn.Module:
-    """`model` with peft's layers; checks that of its own only the head trains, which peft goes by suffix."""
-    import peft
-
-    freeze_statistics(model)
-    wrapped = peft.get_peft_model(model, config)
-    saved = [n for n, m in wrapped.named_modules() if isinstance(m, peft.utils.ModulesToSaveWrapper)]
-    if len(saved) != 1:
-        raise InputError(
-            f"peft takes {len(saved)} modules for the head, {', '.join(saved)}; rename what ends like it."
-        )
-    return wrapped
-
-
-def _pattern(names: list[str]) -> str:
-    return "|".join(map(re.escape, names))
-
-
-def _check_rank(model: nn.Module, targets: list[str], rank: int, said: str) -> None:
-    """A rank above what a layer can have adds parameters and no freedom."""
-    for name in targets:
-        layer = model.get_submodule(name)
-        if not hasattr(layer, "in_features"):
-            raise InputError(
-                f"{name} is a {type(layer).__name__}, which LoRA of linear layers cannot adapt; name other "
-                f"layers in {type(model).__name__}.lora_targets."
-            )
-        most = min(layer.in_features, layer.out_features)
-        if rank > most:
-            raise InputError(
-                f"{said} is above the {most} that {name} ({layer.in_features} -> {layer.out_features}) "
-                f"allows; choose at most {most}."
-            )
+def _places(targets: Targets) -> dict:
+    """`targets` as peft's configurations take them."""
+    names = "|".join(map(re.escape, targets.adapted))
+    return {"target_modules": names, "modules_to_save": list(targets.beside)}

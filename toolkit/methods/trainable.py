@@ -26,7 +26,6 @@ def head_name(model: nn.Module) -> str:
 
 
 def full(model: nn.Module) -> nn.Module:
-    freeze_statistics(model, False)
     return model.requires_grad_(True)
 
 
@@ -34,7 +33,6 @@ def linear(model: nn.Module) -> nn.Module:
     head = head_name(model)
     model.requires_grad_(False)
     model.get_submodule(head).requires_grad_(True)
-    freeze_statistics(model)
     return model
 
 
@@ -52,24 +50,3 @@ def norm(model: nn.Module) -> nn.Module:
         if isinstance(module, NORMS):
             module.requires_grad_(True)
     return model
-
-
-def freeze_statistics(model: nn.Module, frozen: bool = True) -> None:
-    """Let the batch norms of `model` normalise by the statistics that they have, in training too, or not.
-
-    They are no parameters, so no adapter would carry them, and small batches make them drift.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase):
-            module.frozen_statistics = frozen
-
-
-def set_train_mode(model: nn.Module) -> None:
-    """`model.train()`, but batch norms with frozen statistics or parameters keep their statistics."""
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase):
-            parameters = list(module.parameters(recurse=False))
-            frozen = parameters and not any(p.requires_grad for p in parameters)
-            if frozen or getattr(module, "frozen_statistics", False):
-                module.eval()

@@ -202,8 +202,13 @@ def budgets(runs: Runs) -> Table:
 
 
 def claims(runs: Runs) -> Table:
-    """Published claims, our figures, and a verdict on each."""
-    table = pd.DataFrame([asdict(finding) for finding in findings(runs.frame)])
+    """Published claims, our figures, and a verdict on each; those on CNNs if there are such runs."""
+    from toolkit.edge.claims import edge_findings, is_about_edge  # which are made of this package
+
+    found = findings(runs.frame)
+    if is_about_edge(runs.frame):
+        found += edge_findings(runs.frame)
+    table = pd.DataFrame([asdict(finding) for finding in found])
     table["n"] = table.n.astype(str).where(table.n > 0, "–")
     return Table("claims", table.rename(columns={"tested_on": "tested on"}), ("n",))
 

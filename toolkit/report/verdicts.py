@@ -7,7 +7,7 @@ is "not tested here" wherever these cannot decide.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -55,27 +55,43 @@ def findings(frame: pd.DataFrame) -> list[Finding]:
     `frame`: as `load_records`, with a column `environment` of runs that may be compared.  A claim that no
     data set can tell about has one finding that says why.
     """
-    found = [_table_v_scores()]
     ok = frame[frame.status == "ok"] if len(frame) else frame
-    for claim in CLAIMS:
+    return [_table_v_scores(), *judged(CLAIMS, ok, PAPER, "no run ended ok")]
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where claims come from, and what they were made on."""
+
+    name: str
+    datasets: tuple[str, ...]  # names, up to the first colon
+    backbones: tuple[str, ...]
+
+
+PAPER = Paper(
+    "arXiv 2607.02158", ("cifar100", "dtd"), ("vit_small", "tiny_vit", "vim_small", "mambavision_t")
+)
+
+
+def judged(claims: Sequence[Claim], ok: pd.DataFrame, paper: Paper, why_none: str) -> list[Finding]:
+    """`claims` against finished runs, once per environment and data set that can tell.
+
+    A claim that none can tell about has one finding that says why: `why_none` if there are no runs.
+    """
+    found = []
+    for claim in claims:
         own = []
         for _, part in ok.groupby(["environment", "dataset"]) if len(ok) else ():
-            own.append(Finding(claim.text, claim.source, _where(part), *claim.judge(part)))
+            own.append(Finding(claim.text, claim.source, _where(part, paper), *claim.judge(part)))
         told = [finding for finding in own if finding.n] or own[:1]
-        nothing = Finding(claim.text, claim.source, "–", "–", 0, UNTESTED, "no run ended ok")
-        found += told or [nothing]
+        found += told or [Finding(claim.text, claim.source, "–", "–", 0, UNTESTED, why_none)]
     return found
 
 
-PAPER = "arXiv 2607.02158"
-PAPERS_DATA = ("cifar100", "dtd")
-PAPERS_BACKBONES = ("vit_small", "tiny_vit", "vim_small", "mambavision_t")
-
-
-def _where(part: pd.DataFrame) -> str:
+def _where(part: pd.DataFrame, paper: Paper) -> str:
     dataset, backbones = part.dataset.iloc[0], sorted(part.backbone[part.phase == "training"].unique())
-    others = [] if dataset in PAPERS_DATA else ["data"]
-    others += [] if set(backbones) <= set(PAPERS_BACKBONES) else ["backbones"]
+    others = [] if dataset.split(":")[0] in paper.datasets else ["data"]
+    others += [] if set(backbones) <= set(paper.backbones) else ["backbones"]
     text = f"{dataset}, {', '.join(backbones) or 'baselines alone'} ({part.environment.iloc[0]})"
     return text + (f"; not the paper's {' and '.join(others)}" if others else "")
 
@@ -119,16 +135,16 @@ def _over_settings(table: pd.DataFrame, quantity: str, published: tuple[float, f
         keys = [name for name in table if name not in (*FIGURES, *DATA) and table[name].nunique() > 1]
     for row in table.sort_values("mean").to_dict("records"):
         values = [format_bytes(int(row[k])) if k == "budget" else str(row[k]) for k in keys]
-        half = _wider(row["half_width"], row["n"], len(table))
+        half = wider(row["half_width"], row["n"], len(table))
         ends = [change(quantity, row["mean"] + side * half) for side in (-1, 1)]
-        verdicts.append(_verdict(*ends, published) if row["n"] >= ENOUGH else UNTESTED)
+        verdicts.append(meets(*ends, published) if row["n"] >= ENOUGH else UNTESTED)
         name = f" ({', '.join(values)})" if values else ""
         texts.append(interval(quantity, row["mean"], half, unit) + name)
     shown = texts[0] if len(texts) == 1 else f"{len(texts)} settings, from {texts[0]} to {texts[-1]}"
     return shown, fewest, *_together(verdicts, fewest)
 
 
-def _wider(half_width: float | None, n: int, settings: int) -> float:
+def wider(half_width: float | None, n: int, settings: int) -> float:
     """Half width of one of so many intervals that hold together with 95 % (Bonferroni); NaN for one pair."""
     if n < 2:
         return math.nan
@@ -136,7 +152,7 @@ def _wider(half_width: float | None, n: int, settings: int) -> float:
     return half_width * together / alone
 
 
-def _verdict(low: float, high: float, published: tuple[float, float]) -> str:
+def meets(low: float, high: float, published: tuple[float, float]) -> str:
     """A range is met by an interval that touches it and leaves 0 out, a bound by one that is inside."""
     if high < published[0] or low > published[1]:
         return REFUTED
@@ -210,7 +226,7 @@ def _judge_monotone(part: pd.DataFrame) -> Evidence:
     if not pairs:
         return "–", 0, UNTESTED, f"no two methods without checkpointing have {ENOUGH} pairs"
     top = pd.Series(max(pairs, key=lambda pair: pair["mean"]))
-    half = _wider(top.half_width, top.n, len(pairs))
+    half = wider(top.half_width, top.n, len(pairs))
     text = f"peak of {top.method} against {top.against}'s: {interval('peak memory', top['mean'], half, ' %')}"
     text += f"; it trains {trainable[top.backbone, top.method]:,.0f} parameters instead of "
     text += f"{trainable[top.backbone, top.against]:,.0f}"
@@ -242,7 +258,7 @@ def _table_v_scores() -> Finding:
     met = all(abs(ours[kind] - score) < 0.01 for kind, score in TABLE_V_SCORES.items())
     return Finding(
         "Table V: NS-E 69.39, NS-M 70.52, NS# 61.81 for 89.7 %, 21.3 s, 144.2 W and 1084 MiB.",
-        f"{PAPER}, as quoted in public code",
+        f"{PAPER.name}, as quoted in public code",
         "the published figures; no run is needed",
         ", ".join(f"{kind} {score:.2f}" for kind, score in ours.items()),
         0,
@@ -253,7 +269,7 @@ def _table_v_scores() -> Finding:
 
 _NONE, _FULL, _RULE = {"checkpointing": "none"}, {"method": "full"}, {"checkpointing": "threshold"}
 _EXCESS = double_count().loc["as its meter adds: both", "joules too high %"]
-_ABSTRACT = f"{PAPER}, abstract"
+_ABSTRACT = f"{PAPER.name}, abstract"
 CLAIMS = (  # ranges are as wide as rounding to whole per cents leaves them
     Claim(
         "Adaptive checkpointing lowers the peak memory by 43 to 79 %.",
@@ -290,12 +306,12 @@ CLAIMS = (  # ranges are as wide as rounding to whole per cents leaves them
     ),
     Claim(
         "Peak memory does not follow the number of trained parameters.",
-        f"{PAPER}, text, as quoted second-hand",
+        f"{PAPER.name}, text, as quoted second-hand",
         _judge_monotone,
     ),
     Claim(
         "Full fine-tuning of ViT-S reaches 89.7 % on CIFAR-100 (table V).",
-        f"{PAPER}, as quoted in public code",
+        f"{PAPER.name}, as quoted in public code",
         _judge_table_v,
     ),
 )

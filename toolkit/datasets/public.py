@@ -1,0 +1,67 @@
+"""Published data sets that torchvision downloads and reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torchvision
+
+from toolkit.datasets.image_files import from_files
+from toolkit.datasets.splits import POLICIES, Splits, in_memory, two_way
+from toolkit.errors import InputError
+
+
+def _fetch(dataset: str, archive: str, url: str, folder: Path, build: Callable[[bool], object]) -> object:
+    """`build(download=False)`, else `build(download=True)`, else one error that says what to put where."""
+    try:
+        return build(False)
+    except (RuntimeError, OSError):  # torchvision: "Dataset not found or corrupted"; half unpacked
+        pass
+    try:
+        return build(True)
+    except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong checksum a RuntimeError
+        raise InputError(
+            f"dataset {dataset!r} is not in {folder} and could not be downloaded ({error}). "
+            f"Put {archive} from {url} into {folder}; it is unpacked there."
+        ) from error
+
+
+def cifar(name: str, root: Path) -> Splits:
+    """`cifar10` or `cifar100`: 45,000 train and 5,000 val out of the training set, the 10,000 test images."""
+    kind, archive = {
+        "cifar10": (torchvision.datasets.CIFAR10, "cifar-10-python.tar.gz"),
+        "cifar100": (torchvision.datasets.CIFAR100, "cifar-100-python.tar.gz"),
+    }[name]
+
+    def read(train: bool):
+        return _fetch(
+            name, archive, "https://www.cs.toronto.edu/~kriz/", root,
+            lambda download: kind(root, train=train, download=download),
+        )  # fmt: skip
+
+    root.mkdir(parents=True, exist_ok=True)
+    train, test = read(True), read(False)
+    images, labels = train.data.transpose(0, 3, 1, 2), np.array(train.targets)
+    parts = {
+        split: (images[rows], labels[rows]) for split, rows in zip(("train", "val"), two_way(labels, 0.1))
+    }
+    parts["test"] = (test.data.transpose(0, 3, 1, 2), np.array(test.targets))
+    return in_memory(name, parts, train.classes, POLICIES[name])
+
+
+def describable_textures(root: Path) -> Splits:
+    """Describable Textures (Cimpoi et al. 2014), partition 1: its own train, val and test, 1,880 each."""
+    root.mkdir(parents=True, exist_ok=True)
+    listed = {
+        split: _fetch(
+            "dtd", "dtd-r1.0.1.tar.gz", "https://www.robots.ox.ac.uk/~vgg/data/dtd/", root / "dtd",
+            lambda download, split=split: torchvision.datasets.DTD(
+                root, split=split, partition=1, download=download
+            ),
+        )
+        for split in ("train", "val", "test")
+    }  # fmt: skip
+    files = {split: list(zip(data._image_files, data._labels)) for split, data in listed.items()}
+    return from_files("dtd", root / "dtd", files, listed["train"].classes, POLICIES["dtd"])

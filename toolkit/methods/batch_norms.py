@@ -1,0 +1,81 @@
+"""Where batch norms get the mean and variance by which they normalise, in training.
+
+From their running statistics, as the backbone brought them ("frozen"), or from the batch, which the running
+statistics then follow ("updated").  The statistics are no parameters, so no method trains them, but moving
+them alone adapts a network to shifted data, and small batches make them drift: so it is said for each run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+from toolkit.budget.fake_step import on_fake_tensors
+from toolkit.errors import InputError
+
+BATCH_NORMS = ("auto", "frozen", "updated")
+
+
+def freeze_statistics(model: nn.Module, frozen: bool = True) -> None:
+    """Let the batch norms of `model` keep the statistics that they have, in training too, or not."""
+    for module in model.modules():
+        if isinstance(module, _NormBase):
+            module.frozen_statistics = frozen
+
+
+def set_train_mode(model: nn.Module) -> None:
+    """`model.train()`, but batch norms with frozen statistics stay in evaluation mode.
+
+    Those of a model that was not adapted do if all their parameters are frozen.
+    """
+    model.train()
+    for module in model.modules():
+        if isinstance(module, _NormBase):
+            parameters = list(module.parameters(recurse=False))
+            untrained = bool(parameters) and not any(p.requires_grad for p in parameters)
+            if getattr(module, "frozen_statistics", untrained):
+                module.eval()
+        elif hasattr(module, "lokr_w1"):
+            # In training peft's LoKr draws a number in each layer to drop it at a rate of 0, and so takes
+            # from the run's random numbers and follows a value, which no plan can.
+            module.training = False
+
+
+def check_batch_norms(model: nn.Module, batch_sizes: Iterable[int], input_size: tuple[int, int, int]) -> None:
+    """Raise `InputError` if a batch of one image would give a batch norm in training one value per channel,
+    of which there is no variance.
+
+    `batch_sizes`: of all batches that training will meet, in images; `input_size`: (channels, height, width)
+    in pixels.  Computes nothing, and leaves the model as it is.
+    """
+    sizes = sorted(set(batch_sizes))
+    if 1 not in sizes:
+        return
+    parameter = next(model.parameters())
+    images = torch.zeros(1, *input_size, device=parameter.device)
+
+    def check(name: str):
+        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            values = inputs[0].numel() // inputs[0].shape[1]
+            if module.training and values == 1:
+                more = f" ({sizes[-1]} does)" if len(sizes) > 1 else ""
+                raise InputError(
+                    f"{name} normalises by the statistics of the batch, and one image of {input_size[1]} x "
+                    f"{input_size[2]} pixels gives it a single value per channel; choose a batch_size (and "
+                    f"micro_batch_size) above 1 that leaves no single image over{more}, larger images, or "
+                    "batch_norm='frozen'."
+                )
+
+        return hook
+
+    # Mode and hooks go when the model comes back from being fake.
+    with on_fake_tensors(model, images) as fake, torch.no_grad():
+        set_train_mode(model)
+        norms = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.training}
+        for name, module in norms.items():
+            module.register_forward_pre_hook(check(name))
+        if norms:
+            model(fake)
