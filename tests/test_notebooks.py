@@ -83,6 +83,11 @@ def test_grid_and_search_run_small(tmp_path):
     assert len(toolkit.load_records(tmp_path / "runs")) == 1
 
 
+def test_edge_cnn_runs_without_any_finished_run(tmp_path):
+    parameters = {"published_claims": False, "methods": "norm", "batch_sizes": "1", "runs": str(tmp_path)}
+    execute_notebook("edge_cnn", tmp_path / "edge.ipynb", parameters)
+
+
 @pytest.mark.parametrize(
     ("backbone", "sources"), [pytest.param("demo_vit", "", marks=pytest.mark.long), ("demo_cnn", "digits")]
 )
