@@ -396,10 +396,11 @@ def _completed(row: dict) -> dict:
     """A row with what `Experiment` has learnt since its run: new parameters, whose defaults are what was done
     before, and that options which a method does not have make no difference."""
     defaults = {field.name: field.default for field in fields(Experiment)}
-    ignored = options_not_of(row["method"]) if row.get("method") in METHODS else set()
+    method = str(row.get("method"))
+    ignored = options_not_of(method) if method in METHODS else set()
     return defaults | row | {name: defaults[name] for name in ignored}
 
 
 def load_curves(folder: Path) -> dict:
-    """`history` and `memory_trace_bytes` of the run in `folder`."""
-    return json.loads((Path(folder) / FILE_NAME).read_text())["curves"]
+    """`history` and `memory_trace_bytes` of the run in `folder`, as far as it has them."""
+    return json.loads((Path(folder) / FILE_NAME).read_text()).get("curves", {})
