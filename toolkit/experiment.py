@@ -26,9 +26,7 @@ class Experiment(Parameters):
 
     dataset: str = "digits"  # digits | textures | cifar10 | cifar100 | dtd | vww | folder:PATH, or shifted:
     # digits-c:CORRUPTION:SEVERITY | textures-c:... | cifar10-c:..., see `toolkit.corruptions`
-    backbone: str = (
-        "demo_vit"  # demo_vit | vit_small | tiny_vit | vim_small | mambavision_t | small:NAME | any timm name
-    )
+    backbone: str = "demo_vit"  # a name of `backbones.BACKBONES` | any timm name | small:NAME
     pretrained: bool = True
     method: str = "lora"
     checkpointing: str = "planned"  # none | static | threshold | planned

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _TUNED = "searched here on the validation splits of digits and textures, notebooks/tune.ipynb"
-_TUNED_ON = "searched here on the validation split of {}, notebooks/tune.ipynb"
+_TUNED_ON = "searched here on the validation split of {}, as notebooks/tune.ipynb does"
 _SCRIPTS = "training scripts of arXiv 2607.02158"
 _NOT_TRIED = "not searched here"
 

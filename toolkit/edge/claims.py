@@ -17,7 +17,7 @@ import pandas as pd
 from toolkit.edge.costs import PUBLISHED_SETTING, StepCosts, step_costs
 from toolkit.explorer_cache import kept
 from toolkit.forecast import FORECASTS, made_by
-from toolkit.methods import METHODS
+from toolkit.methods import options_not_of
 from toolkit.records import load_curves
 from toolkit.report.paired import FIGURES, change, differences, interval
 from toolkit.report.verdicts import (
@@ -154,10 +154,8 @@ def _dora_memory() -> Finding:
 
 
 def _own_settings(part: pd.DataFrame) -> list[str]:
-    """Columns that some methods look at and full fine-tuning does not."""
-    full = (*METHODS["full"].options, *METHODS["full"].optimizer_options)
-    names = dict.fromkeys(n for m in METHODS.values() for n in (*m.options, *m.optimizer_options))
-    return [name for name in names if name in part and name not in full]
+    """Columns that some methods look at and full fine-tuning does not, in their order."""
+    return [name for name in part if name in options_not_of("full")]
 
 
 def _from_full(part: pd.DataFrame, methods: tuple[str, ...]) -> pd.DataFrame:
@@ -165,17 +163,11 @@ def _from_full(part: pd.DataFrame, methods: tuple[str, ...]) -> pd.DataFrame:
 
     Columns: `method`, `setting` (what tells it from others in words), and `FIGURES`.
     """
-    own, full = _own_settings(part), part[part.method == "full"]
-    shown = [name for name in (*own, "batch_size", "backbone") if name in part and part[name].nunique() > 1]
-    tables = [pd.DataFrame(columns=["method", "setting", *FIGURES])]
-    for _, runs in part[part.method.isin(methods)].groupby(["method", *own], dropna=False):
-        values = {name: runs[name].iloc[0] for name in own}  # full fine-tuning has any of them
-        table = differences(pd.concat([runs, full]).assign(**values), "accuracy", {"method": "full"})
-        named = table.assign(**values)[[*dict.fromkeys(shown)]].astype(str)
-        words = [", ".join(f"{n} {v}" for n, v in row.items()) for row in named.to_dict("records")]
-        tables.append(table[["method", *FIGURES]].assign(setting=words))
-    tables = [table for table in tables if len(table)] or tables
-    return pd.concat(tables, ignore_index=True)
+    table = differences(part[part.method.isin((*methods, "full"))], "accuracy", {"method": "full"})
+    own = (*_own_settings(table), "batch_norm", "batch_size", "backbone")
+    shown = [name for name in own if name in table and table[name].nunique() > 1]
+    words = [", ".join(f"{n} {v}" for n, v in row.items()) for row in table[shown].to_dict("records")]
+    return table[["method", *FIGURES]].assign(setting=words)
 
 
 def _ends(row: pd.Series, settings: int) -> tuple[float, float]:
