@@ -163,3 +163,19 @@ def test_a_compiled_model_and_one_under_ddp_train_the_same(demo_model, batch):
         assert handle.plan.recompute_flops > 0
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_plan_holds_no_batch():
+    """On a GPU it would stay there beside the loop's own."""
+    model, memory = (
+        nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)),
+        TensorMemory(torch.device("cpu")),
+    )
+    images, wider = torch.randn(4, 8), torch.randn(9, 8)
+    memory.track([images, wider])
+    with toolkit.auto_checkpoint(model, "1MB", images) as handle:
+        del images
+        model(wider).sum().backward()
+        del wider
+        assert handle.replans == 1 and handle.plan.batch_size == 9
+        assert memory.allocated_bytes == 0

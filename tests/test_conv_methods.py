@@ -22,13 +22,21 @@ from torch import nn
 import toolkit
 from toolkit.budget import Planner, TensorMemory
 from toolkit.errors import InputError
-from toolkit.methods import METHODS, check_batch_norms, merge, set_train_mode
+from toolkit.methods import (
+    DENSE_METHODS,
+    METHODS,
+    SIDE_METHODS,
+    check_batch_norms,
+    merge,
+    set_train_mode,
+)
 from toolkit.methods.allocation import allocation_of
 from toolkit.methods.optimizer import optimizer_for
 from toolkit.methods.targets import Targets, narrow_layers, targets_of
 
 ADAPTERS = ("lora", "dora", "adalora", "ia3", "lokr")
 LOW_RANK = ("lora", "dora", "adalora")
+CONVOLUTIONAL = [m for m in METHODS if m not in ("qlora", *SIDE_METHODS, *DENSE_METHODS)]
 NETWORKS = ("resnet18", "mobilenetv2_100", "mobilenetv3_small_100", "mobilenetv3_large_100")
 PADDED = "tf_mobilenetv3_small_100"  # whose convolutions pad in a way of their own
 
@@ -118,7 +126,7 @@ def networks(*methods):
             yield pytest.param(network, method, marks=[] if network == "small" else [pytest.mark.long])
 
 
-@pytest.mark.parametrize("network, method", networks(*(m for m in METHODS if m != "qlora")))
+@pytest.mark.parametrize("network, method", networks(*CONVOLUTIONAL))
 def test_what_trains_and_nothing_else_changes(network, method):
     model = adapted(network, method)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -434,7 +442,7 @@ def test_the_check_leaves_the_model_as_it_was():
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize("network, method", networks(*(m for m in METHODS if m != "qlora")))
+@pytest.mark.parametrize("network, method", networks(*CONVOLUTIONAL))
 def test_planned_keeps_its_budget(network, method):
     """Half-way between the least that any plan takes and what the step takes as it is."""
     model = adapted(network, method)

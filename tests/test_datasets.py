@@ -7,6 +7,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from torch.utils.data import Subset
 
 import toolkit
 from toolkit.backbones import data_config
@@ -218,8 +219,10 @@ def test_vww_is_a_person_in_more_than_half_a_per_cent_of_the_image(coco_root):
 
 def test_vww_reads_annotations_once_and_again_when_they_change(coco_root, monkeypatch):
     read = []
-    labels = coco._labels
-    monkeypatch.setattr(coco, "_labels", lambda path: read.append(path.stem) or labels(path))
+    made = coco._made
+    monkeypatch.setattr(
+        coco, "_made", lambda name, path, make: read.append(path.stem) or made(name, path, make)
+    )
     first = load_dataset("vww", root=coco_root.parent)
     assert load_dataset("vww", root=coco_root.parent).hashes == first.hashes
     assert read == ["instances_train2017", "instances_val2017"]
@@ -342,6 +345,20 @@ def test_folder_of_classes_is_split(photos):
     assert batch.shape == (4, 3, 32, 32)
     batch, _ = next(iter(loader(splits.test, CONFIG, splits.policy, batch_size=3)))
     assert batch.shape == (3, 3, 32, 32)
+
+
+def test_images_of_several_sizes_are_squeezed_one_by_one_where_there_are_no_crops(photos):
+    write_image(photos / "cat" / "0.png", size=(64, 16))
+    splits = load_dataset(f"folder:{photos}")
+    sizes = {image.shape for split in (splits.train, splits.val, splits.test) for image, _ in split}
+    assert sizes == {(3, 30, 40), (3, 16, 64)}
+    for split in (splits.train, splits.val, splits.test):
+        images, _ = next(iter(loader(split, CONFIG, Policy(), batch_size=20)))
+        alone = [
+            next(iter(loader(Subset(split, [row]), CONFIG, Policy(), batch_size=1)))[0]
+            for row in range(len(split))
+        ]
+        assert images.shape[1:] == (3, 32, 32) and torch.equal(images, torch.cat(alone))
 
 
 def test_folder_with_its_own_splits(tmp_path):

@@ -8,7 +8,7 @@ from matplotlib import pyplot as plt
 
 from toolkit import plots_edge
 from toolkit.errors import InputError
-from toolkit.methods import METHODS
+from toolkit.methods import DENSE_METHODS, METHODS, SIDE_METHODS
 from toolkit.sweep_file import check_count, preset
 from toolkit.widgets.edge import MethodChooser
 
@@ -152,7 +152,7 @@ def test_names_of_others_stay_text(text):
 def test_the_preset_runs_every_method_that_convolutions_allow():
     runs = preset("edge")
     methods = {run.method for run in runs if run.dataset == "digits-c:mixed:5"}
-    assert methods == set(METHODS) - {"qlora"}
+    assert methods == set(METHODS) - {"qlora", *SIDE_METHODS, *DENSE_METHODS}
     assert {run.seed for run in runs} == {0, 1, 2} and len(runs) == len(set(runs)) <= 140
     ranks = {run.lora_rank for run in runs if run.method == "lora" and run.batch_size == 64}
     assert ranks == {1, 4, 8, 16, 64}

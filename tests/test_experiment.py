@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 import toolkit
 from toolkit.errors import InputError
 from toolkit.hyperparameters import TABLE, hyperparameters
-from toolkit.methods import METHODS
+from toolkit.methods import DENSE_METHODS, METHODS
 
 
 @given(
@@ -41,9 +41,18 @@ def test_every_parameter_is_part_of_the_identity():
     of_methods = {
         "qlora": {"double_quantisation": True},
         "galore": {"galore_rank": 4, "galore_gap": 4, "galore_scale": 0.5, "galore_spectrum": 0.5},
-    }
+        "losa": {
+            "side_rank": 4, "side_taps": 2, "losa_start": "first", "losa_mixer": "tokens",
+            "four_bit_backbone": True, "feature_cache": "1GB",
+        },
+        "lst": {"side_reduction": 4, "lst_init": "random"},
+        "dtl": {"dtl_feedback": 1, "dtl_backprop": False},
+    }  # fmt: skip
     fields = set(toolkit.Experiment().to_dict())
-    assert set(changed).union(*of_methods.values()) == fields - {"device"}  # its one value valid everywhere
+    assert set(changed).union(*of_methods.values()) == fields - {"device", "head"}  # their one value here
+    assert (
+        toolkit.Experiment(dataset="mosaics").id != toolkit.Experiment(dataset="mosaics", head="upernet").id
+    )
     for method, own in {"lora": changed, **of_methods}.items():
         ids = {toolkit.Experiment(**{"method": method, name: value}).id for name, value in own.items()}
         assert len(ids | {toolkit.Experiment(method=method).id}) == len(own) + 1
@@ -76,6 +85,15 @@ def test_equal_budgets_are_the_same_experiment():
         ({"precision": "fp16", "device": "cpu"}, "needs a GPU"),
         ({"depthwise": "traim"}, "Did you mean 'train'"),
         ({"batch_norm": "on"}, "Valid: auto, frozen, updated"),
+        ({"losa_start": "middle"}, "losa_start"),
+        ({"dataset": "digit_scenes"}, "'planned' cannot predict detectors"),
+        ({"head": "fpn"}, "dataset 'digits' is for classification"),
+        ({"dataset": "mosaics", "head": "retinanet"}, "unknown head for segmentation 'retinanet'"),
+        ({"dataset": "mosaics", "method": "losa"}, "for segmentation choose 'e3va'"),
+        ({"method": "e3va"}, "is for dense tasks"),
+        ({"method": "lora", "feature_cache": "1GB"}, "choose linear or losa or lst"),
+        ({"method": "losa", "feature_cache": "much"}, "budget 'much'"),
+        ({"dataset": "mosaics", "method": "linear", "feature_cache": "1GB"}, "is for classification"),
         ({"galore_spectrum": 2}, "galore_spectrum must lie between"),
     ],
 )
@@ -102,7 +120,8 @@ def test_every_method_has_a_learning_rate_with_a_source():
         for method in METHODS:
             row = hyperparameters(backbone, method)
             assert 0 < row.lr < 1 and row.source
-            assert toolkit.Experiment(backbone=backbone, method=method).lr == row.lr
+            dataset = "mosaics" if method in DENSE_METHODS else "digits"
+            assert toolkit.Experiment(dataset=dataset, backbone=backbone, method=method).lr == row.lr
     assert all(set(rows) <= set(METHODS) for rows in TABLE.values()) and set(TABLE["default"]) == set(METHODS)
     assert toolkit.Experiment(method="full", lr=0.5).lr == 0.5
 

@@ -19,7 +19,7 @@ from toolkit.widgets import live
 from toolkit.widgets.live import LiveView
 
 NOW = Progress(
-    step=6, total_steps=24, epoch=2, epochs=8, loss=1.5, top1_pct=50.0, peak_bytes=12 * 2**20,
+    step=6, total_steps=24, epoch=2, epochs=8, loss=1.5, score_pct=50.0, peak_bytes=12 * 2**20,
     budget_bytes=16 * 2**20, seconds=75.0, energy_joules=None, energy_source="none",
     energy_reason="no <sensor> & no counter", seconds_left=3725.0,
 )  # fmt: skip
@@ -84,7 +84,7 @@ def test_a_view_sees_the_whole_run(demo_model, few_digits, every_step):
     assert view.rows == result.history and view.message == "finished: 6 steps"
     # Equal batches: the losses of an epoch's steps average to its loss.
     assert sum(p.loss for p in view.seen[:3]) / 3 == pytest.approx(result.history[0]["train_loss"])
-    assert sum(p.top1_pct for p in view.seen[3:]) / 3 == pytest.approx(result.history[1]["train_top1_pct"])
+    assert sum(p.score_pct for p in view.seen[3:]) / 3 == pytest.approx(result.history[1]["train_top1_pct"])
     last = view.last
     assert (last.peak_bytes, last.budget_bytes) == (result.peak_bytes, 10**9)
     assert last.seconds == result.windows["fit"]["seconds"]

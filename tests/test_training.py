@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import toolkit
-from toolkit import evaluation, interruption, training
+from toolkit import evaluation, interruption, tasks, training
 from toolkit.errors import InputError
 from toolkit.methods import set_train_mode
 from toolkit.snapshots import load_newest_snapshot, save_snapshot
@@ -296,7 +296,7 @@ def test_interrupt_finishes_the_step_and_resumes(demo_model, few_digits, tmp_pat
 def test_loss_that_is_not_finite_ends_the_run_before_the_weights_move(demo_model, few_digits, monkeypatch):
     model = demo_model()
     before = weights(model)
-    monkeypatch.setattr(training.F, "cross_entropy", lambda logits, y: logits.sum() * float("nan"))
+    monkeypatch.setattr(tasks.F, "cross_entropy", lambda logits, y: logits.sum() * float("nan"))
     result = toolkit.fit(model, few_digits, experiment())
     assert result.status == "nan" and "step 1" in result.error and result.history == []
     assert same(weights(model), before)

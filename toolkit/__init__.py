@@ -11,6 +11,7 @@ _HOME = {
     "adapt": "methods",
     "auto_checkpoint": "budget",
     "build_backbone": "backbones",
+    "build_model": "preview",
     "evaluate": "evaluation",
     "evaluate_baseline": "baselines",
     "evaluate_split": "evaluation",

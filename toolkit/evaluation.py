@@ -1,4 +1,4 @@
-"""`evaluate()`: accuracy, loss and cost of a model over a split."""
+"""`evaluate()`: score, loss and cost of a model over a split."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from toolkit.backbones import data_config
@@ -18,6 +19,7 @@ from toolkit.budget.step import autocast
 from toolkit.datasets import Splits, loader
 from toolkit.experiment import Experiment
 from toolkit.measure import FlopCounter, Meter, Window
+from toolkit.tasks import TASKS, Task
 
 if TYPE_CHECKING:
     from toolkit.baselines.evaluate import Prepared
@@ -44,6 +46,16 @@ class Evaluation:
         """Time of the whole pass, data loading included."""
         return self.window.seconds
 
+    @property
+    def score_pct(self) -> float:
+        """By which runs are compared."""
+        return self.top1_pct
+
+    @property
+    def fields(self) -> dict[str, float | None]:
+        """What a record keeps of the quality."""
+        return {"test_top1_pct": self.top1_pct, "test_top5_pct": self.top5_pct, "test_loss": self.loss}
+
     def __str__(self) -> str:
         peak = "" if self.peak_bytes is None else f", peak {format_bytes(self.peak_bytes)}"
         top5 = "" if self.top5_pct is None else f"top-5 {self.top5_pct:.2f} %, "
@@ -54,17 +66,61 @@ class Evaluation:
         )
 
 
+@dataclass
+class DenseEvaluation:
+    """Metrics of one pass of segmentation or detection over a split.
+
+    `scores`: see `dense.metrics`, in per cent; the one named `metric` is what runs are compared by.
+    """
+
+    metric: str
+    scores: dict
+    loss: float | None  # None of detectors, which compute it in training only
+    images: int
+    window: Window
+    peak_bytes: int | None  # None where costs were not asked for
+    macs_per_image: float | None  # multiply-adds; likewise
+
+    @property
+    def seconds(self) -> float:
+        """Time of the whole pass, data loading and metrics included."""
+        return self.window.seconds
+
+    @property
+    def score_pct(self) -> float:
+        """By which runs are compared."""
+        return self.scores[self.metric]
+
+    @property
+    def fields(self) -> dict[str, float | None]:
+        """What a record keeps of the quality."""
+        scores = {f"test_{name}": value for name, value in self.scores.items() if not isinstance(value, list)}
+        return {"test_top1_pct": None, "test_top5_pct": None, "test_loss": self.loss} | scores
+
+    def __str__(self) -> str:
+        peak = "" if self.peak_bytes is None else f", peak {format_bytes(self.peak_bytes)}"
+        scores = ", ".join(
+            f"{name.removesuffix('_pct').replace('_', ' ')} {value:.2f} %"
+            for name, value in self.scores.items()
+            if not isinstance(value, list)
+        )
+        return f"{scores}; {self.images:,} images in {self.seconds:.2f} s{peak}"
+
+
 def evaluate(
     model: nn.Module,
     batches: DataLoader,
     *,
+    task: Task = TASKS["classification"],
+    num_classes: int = 0,
     precision: str = "fp32",
     meter: Meter | None = None,
     costs: bool = True,
-) -> Evaluation:
-    """Accuracy, loss and cost of `model` over `batches` of `(images, labels)`, on the model's device.
+) -> Evaluation | DenseEvaluation:
+    """Score, loss and cost of `model` over `batches` of `(images, targets)`, on the model's device.
 
-    `images`: what the model takes, a tensor or anything with `.to(device)`; it returns scores (B, classes).
+    `images`: what the model takes, a tensor or anything with `.to(device)`; a classifier returns scores
+    (B, classes), for dense tasks see `dense.model`, and `num_classes` is that of the data set.
 
     With `costs`, memory and multiply-adds are counted on the first batch, before the clock starts.  No
     other exceeds it, unless the model's work depends on what it sees, as that of generated answers does;
@@ -73,6 +129,8 @@ def evaluate(
     device = next(model.parameters()).device
     model.eval()
     memory, macs_per_image = _costs(model, batches, precision) if costs else (None, None)
+    if task.heads:
+        return _evaluate_dense(model, batches, task, num_classes, precision, meter, memory, macs_per_image)
     logits, labels = [], []
     with torch.inference_mode(), (meter or Meter(device)).window("evaluate") as window:
         for images, batch_labels in batches:
@@ -95,6 +153,44 @@ def evaluate(
     )
 
 
+def _evaluate_dense(
+    model: nn.Module,
+    batches: DataLoader,
+    task: Task,
+    num_classes: int,
+    precision: str,
+    meter: Meter | None,
+    memory: DeviceMemory | None,
+    macs_per_image: float | None,
+) -> DenseEvaluation:
+    from toolkit.dense.metrics import DetectionScore, SegmentationScore
+
+    device = next(model.parameters()).device
+    score, losses, images_seen = None, [], 0
+    with torch.inference_mode(), (meter or Meter(device)).window("evaluate") as window:
+        for images, targets in batches:
+            with autocast(device, precision):
+                outputs = model(images.to(device))
+            if task.name == "segmentation":
+                outputs = outputs.float().cpu()
+                score = score or SegmentationScore(num_classes)
+                losses.append(task.loss(outputs, targets).item() * len(images))
+            else:
+                score = score or DetectionScore(num_classes, masks="masks" in outputs[0])
+            score.update(outputs, targets)
+            images_seen += len(images)
+        scores = score.result()
+    return DenseEvaluation(
+        metric=task.metric,
+        scores=scores,
+        loss=sum(losses) / images_seen if losses else None,
+        images=images_seen,
+        window=window,
+        peak_bytes=memory and memory.peak_bytes,
+        macs_per_image=macs_per_image,
+    )
+
+
 @torch.no_grad()  # in inference mode the CPU's counter does not see into composite operators
 def _costs(model: nn.Module, batches: DataLoader, precision: str) -> tuple[DeviceMemory, float]:
     """The memory whose peak is of the first batch, and that batch's multiply-adds per image."""
@@ -102,22 +198,25 @@ def _costs(model: nn.Module, batches: DataLoader, precision: str) -> tuple[Devic
     memory, counter = device_memory(device), FlopCounter()
     memory.track(tensors_of(model))
     memory.reset_peak()
-    images, labels = next(iter(batches))
+    images, targets = next(iter(batches))
     images = images.to(device)
     memory.track(images.values() if isinstance(images, Mapping) else [images])
     with memory, counter, autocast(device, precision):
         model(images)
-    return memory, counter.flops.macs / len(labels)
+    return memory, counter.flops.macs / len(next(iter(tree_leaves(targets))))
 
 
 def evaluate_split(
     model: nn.Module, splits: Splits, split: str, experiment: Experiment, meter: Meter | None = None
-) -> Evaluation:
+) -> Evaluation | DenseEvaluation:
     """`evaluate` on one split of the experiment's data, prepared as the backbone asks."""
     batches = loader(
         getattr(splits, split), data_config(model), splits.policy, batch_size=experiment.batch_size
     )
-    return evaluate(model, batches, precision=experiment.precision, meter=meter)
+    return evaluate(
+        model, batches, task=TASKS[splits.task], num_classes=len(splits.classes),
+        precision=experiment.precision, meter=meter,
+    )  # fmt: skip
 
 
 def test(
@@ -126,7 +225,7 @@ def test(
     experiment: Experiment,
     result: FitResult,
     meter: Meter | None = None,
-) -> Evaluation | None:
+) -> Evaluation | DenseEvaluation | None:
     """Evaluate on the test split, once, if training ended `ok`; None if it did not.
 
     Running out of memory here, or a loss that is not finite, becomes the status of `result`.
@@ -134,7 +233,9 @@ def test(
     return attempt(result, lambda: evaluate_split(model, splits, "test", experiment, meter))
 
 
-def attempt(result: FitResult | Prepared, test: Callable[[], Evaluation]) -> Evaluation | None:
+def attempt(
+    result: FitResult | Prepared, test: Callable[[], Evaluation | DenseEvaluation]
+) -> Evaluation | DenseEvaluation | None:
     """`test()`, if all went well so far; None, with a status and an error in `result`, if it does not."""
     if result.status != "ok":
         return None
@@ -145,7 +246,7 @@ def attempt(result: FitResult | Prepared, test: Callable[[], Evaluation]) -> Eva
             raise
         result.status, result.error = "oom", f"in the test: {str(error).splitlines()[0]}"
         return None
-    if not math.isfinite(evaluation.loss):
+    if evaluation.loss is not None and not math.isfinite(evaluation.loss):
         result.status, result.error = "nan", f"test loss {evaluation.loss}"
         return None
     return evaluation

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
-from toolkit.budget import STRATEGIES, format_bytes
+from toolkit.budget import STRATEGIES, format_bytes, parse_bytes
 from toolkit.errors import InputError, check_name
 from toolkit.hyperparameters import hyperparameters
-from toolkit.methods import BATCH_NORMS, METHODS, options_not_of
+from toolkit.methods import BATCH_NORMS, CACHEABLE, DENSE_METHODS, METHODS, SIDE_METHODS, options_not_of
 from toolkit.parameters import Parameters
+from toolkit.tasks import task_of
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -24,8 +25,14 @@ class Experiment(Parameters):
     notebook: ClassVar = "finetune"  # that runs it
     phase: ClassVar = "training"
 
-    dataset: str = "digits"  # digits | textures | cifar10 | cifar100 | dtd | vww | folder:PATH, or shifted:
-    # digits-c:CORRUPTION:SEVERITY | textures-c:... | cifar10-c:..., see `toolkit.corruptions`
+    dataset: str = (
+        "digits"  # digits | textures | cifar10 | cifar100 | dtd | vww | vtab:NAME | folder:PATH; or
+    )
+    # shifted: digits-c:CORRUPTION:SEVERITY | textures-c:... | cifar10-c:..., see `toolkit.corruptions`; or
+    # dense: mosaics | voc2012 | ade20k (segmentation), digit_scenes | coco (detection)
+    head: str = (
+        ""  # of dense tasks: fpn | upernet | retinanet | faster_rcnn | mask_rcnn; "": the task's first
+    )
     backbone: str = "demo_vit"  # a name of `backbones.BACKBONES` | any timm name | small:NAME
     pretrained: bool = True
     method: str = "lora"
@@ -44,6 +51,20 @@ class Experiment(Parameters):
     galore_scale: float = 1.0  # of the update
     galore_spectrum: float = 0.0  # share of the squared singular values that it holds, at most `galore_rank`
     # of them; 0: always `galore_rank`
+    side_rank: int = 8  # of LoSA's mixers, DTL's path, and both factors of E3VA's adapters
+    side_reduction: int = 8  # LST's width and the inside of E3VA's adapters: the backbone's over this
+    side_taps: int = 0  # blocks that LoSA and LST read, spread evenly, the last included; 0: all
+    losa_start: str = (
+        "last"  # features that LoSA refines: the last, which the head reads, or the first tapped
+    )
+    losa_mixer: str = "both"  # both | channels | tokens
+    lst_init: str = "auto"  # pruned | random | auto, pruned where the backbone's blocks allow it
+    dtl_feedback: int = 0  # last blocks that DTL's path feeds back into; 0: half of those on the path
+    dtl_backprop: bool = True  # gradients run through these blocks, as published
+    four_bit_backbone: bool = False  # of side methods: linear layers in the frozen blocks are packed
+    feature_cache: str = (
+        ""  # bytes that features kept on disk may take, instead of computing them every epoch
+    )
     batch_norm: str = "auto"  # statistics: frozen | updated | auto, updated by the methods that train all
     epochs: int = 5
     batch_size: int = 64
@@ -68,6 +89,16 @@ class Experiment(Parameters):
             self._set("lr", hyperparameters(self.backbone, self.method).lr)
         check_name("depthwise", self.depthwise, ("train", "freeze"))
         check_name("batch_norm", self.batch_norm, BATCH_NORMS)
+        check_name("losa_start", self.losa_start, ("last", "first"))
+        check_name("losa_mixer", self.losa_mixer, ("both", "channels", "tokens"))
+        check_name("lst_init", self.lst_init, ("auto", "pruned", "random"))
+        if self.task == "detection" and self.checkpointing == "planned":
+            raise InputError(
+                "checkpointing 'planned' cannot predict detectors: what their losses compute depends on the "
+                "boxes that they meet; choose 'none', 'static' or 'threshold'."
+            )
+        self._check_head()
+        self._check_feature_cache()
         if self.method == "galore" and self.precision == "fp16":
             raise InputError(
                 "method 'galore' cannot scale gradients, which precision 'fp16' needs: it has projected them "
@@ -88,9 +119,48 @@ class Experiment(Parameters):
             galore_gap=(1, 1_000_000),
             galore_scale=(0, 1000),
             galore_spectrum=(0, 1),
+            side_rank=(1, 4096),
+            side_reduction=(1, 4096),
+            side_taps=(0, 10_000),
+            dtl_feedback=(0, 10_000),
             seed=(0, 2**31 - 1),
         )
         self._forget_what_is_ignored()
+
+    def _check_head(self) -> None:
+        heads = task_of(self.dataset).heads
+        if not heads:
+            if self.head:
+                raise InputError(
+                    f"head {self.head!r} is for dense tasks, and dataset {self.dataset!r} is for "
+                    "classification: leave it empty."
+                )
+        else:
+            self._set("head", check_name(f"head for {self.task}", self.head or heads[0], heads))
+            if self.feature_cache:
+                raise InputError(f"feature_cache is for classification; {self.task} computes its features.")
+        if self.method in DENSE_METHODS and not heads:
+            raise InputError(
+                f"method {self.method!r} is for dense tasks, and dataset {self.dataset!r} is for classification; "
+                "choose 'losa', 'lst' or 'dtl'."
+            )
+        if heads and self.method in SIDE_METHODS:
+            raise InputError(f"method {self.method!r} is for classification; for {self.task} choose 'e3va'.")
+
+    def _check_feature_cache(self) -> None:
+        if not self.feature_cache:
+            return
+        self._set("feature_cache", str(parse_bytes(self.feature_cache)))
+        if self.method not in CACHEABLE:
+            raise InputError(
+                f"feature_cache: under method {self.method!r} features change as it trains; choose "
+                f"{' or '.join(CACHEABLE)}, or leave it empty."
+            )
+
+    @property
+    def task(self) -> str:
+        """classification | segmentation | detection, by the data set."""
+        return task_of(self.dataset).name
 
     def _forget_what_is_ignored(self) -> None:
         ignored = options_not_of(self.method)

@@ -16,6 +16,8 @@ class FitResult:
     # Totals of the meter's windows, by name: "fit" and its parts "train" (steps, data loading and the
     # "snapshot"s between steps) and "validation"; beside them "pause".  See measure.Window for fields.
     windows: dict[str, dict] = field(default_factory=dict)
+    features_window: dict | None = None  # of computing cached features, in this run or before; None: none
+    features_cached: bool = False  # they were there before this run
     data_seconds: float = 0.0  # of training, waiting for the next batch
     idle_watts: float | None = None  # as measured before training, if it was
     peak_bytes: int = 0  # device memory, highest moment of the training steps

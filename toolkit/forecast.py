@@ -24,7 +24,7 @@ from toolkit.environment import PACKAGES, code_sha256, device_name, installed_pa
 from toolkit.errors import InputError
 from toolkit.experiment import Experiment
 from toolkit.explorer_cache import digest, kept
-from toolkit.methods import METHODS
+from toolkit.methods import DENSE_METHODS, METHODS
 from toolkit.paths import CACHE
 from toolkit.preview import Step, step_of
 from toolkit.rule_steps import RuleStep, rule_step
@@ -246,7 +246,7 @@ class TrainingStep:
 def what_fits(
     budgets: Iterable[int | str],
     backbones: Iterable[str] = SHOWN_BACKBONES,
-    methods: Iterable[str] = tuple(METHODS),
+    methods: Iterable[str] = tuple(m for m in METHODS if m not in DENSE_METHODS),
     *,
     batch_size: int = 64,
     precision: str = "bf16",

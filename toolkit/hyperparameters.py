@@ -74,6 +74,10 @@ TABLE: dict[str, dict[str, Hyperparameters]] = {
         "lokr": Hyperparameters(1e-3, _NOT_TRIED),
         "galore": Hyperparameters(1e-4, f"as full; {_NOT_TRIED}"),
         "full": Hyperparameters(1e-4, f"{_NOT_TRIED}; 5e-4 in the {_SCRIPTS}"),
+        "losa": Hyperparameters(1e-3, f"the paper does not say; {_NOT_TRIED}"),
+        "lst": Hyperparameters(3e-3, "authors' scripts of arXiv 2206.06522, for T5"),
+        "dtl": Hyperparameters(3e-4, "authors' scripts of arXiv 2312.07856"),
+        "e3va": Hyperparameters(1e-4, f"configurations of Mona, by E3VA's first author; {_NOT_TRIED}"),
     },
     "vim_small": {
         "lora": Hyperparameters(1e-3, f"{_SCRIPTS}; MambaPEFT, arXiv 2411.03855"),

@@ -11,13 +11,16 @@ import seaborn as sns
 import torch
 import torchvision
 from matplotlib.figure import Figure
+from torch import nn
 from torch.utils.data import Dataset
 
-from toolkit.evaluation import Evaluation
+from toolkit.datasets import Splits
+from toolkit.evaluation import DenseEvaluation, Evaluation
 from toolkit.methods import METHODS
 from toolkit.pareto import COSTS
 from toolkit.paths import FIGURES
 from toolkit.statistics import adaptation
+from toolkit.tasks import SCORES, score_in
 
 sns.set_theme(style="whitegrid", context="notebook", palette="colorblind")
 STRATEGY_MARKERS = {"none": "o", "static": "s", "threshold": "^", "planned": "D"}
@@ -32,14 +35,18 @@ def save(figure: Figure, name: str, folder: Path = FIGURES) -> Path:
 
 
 def learning_curves(history: list[dict]) -> Figure:
-    """Loss and accuracy of training and validation, by epoch."""
+    """Loss and score of training and validation, by epoch, as far as a run has them."""
     frame = pd.DataFrame(history)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
+    labels = []
     for part, name in (("train", "training"), ("val", "validation")):
-        left.plot(frame.epoch, frame[f"{part}_loss"], marker="o", label=name)
-        right.plot(frame.epoch, frame[f"{part}_top1_pct"], marker="o", label=name)
-    left.set(xlabel="epoch", ylabel="cross-entropy", ylim=(0, None))
-    right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 101))
+        if f"{part}_loss" in frame:
+            left.plot(frame.epoch, frame[f"{part}_loss"], marker="o", label=name)
+        if found := score_in(history[-1], part):
+            labels.append(SCORES[found[0]])
+            right.plot(frame.epoch, frame[f"{part}_{found[0]}"], marker="o", label=name)
+    left.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
+    right.set(xlabel="epoch", ylabel=", ".join(dict.fromkeys(labels)), ylim=(0, 101))
     right.legend(loc="lower right")
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -112,6 +119,15 @@ def recompute_against_budget(frame: pd.DataFrame) -> Figure:
         share.set_xlabel("share of the peak without checkpointing (%)")
     axes.legend(loc="upper right")
     return figure
+
+
+def test_pictures(evaluation: Evaluation | DenseEvaluation, model: nn.Module, splits: Splits) -> Figure:
+    """What a test looks like: the confusion matrix of a classifier, predictions of a dense model."""
+    if splits.task == "classification":
+        return confusion_matrix(evaluation, splits.classes)
+    from toolkit.plots_dense import test_examples  # here, because torchmetrics takes seconds to import
+
+    return test_examples(model, splits)
 
 
 def confusion_matrix(evaluation: Evaluation, classes: list[str]) -> Figure:

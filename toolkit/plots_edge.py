@@ -18,7 +18,7 @@ from toolkit.edge.recommend import title
 from toolkit.methods import METHODS
 from toolkit.statistics import PARAMETERS
 
-_MARKERS = "osD^v<>PX*h8"  # one a method: told without colour
+_MARKERS = "osD^v<>PX*h8pdH"  # one a method: told without colour
 _COSTS = {  # column of `ranking`, its unit in the label, and the label
     "peak_bytes": (2**20, "peak memory (MiB)"),
     "flops_per_step": (1e6, "MFLOP a step, optimizer included"),

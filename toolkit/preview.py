@@ -1,19 +1,22 @@
-"""The training step of an experiment, before anything is downloaded or trained: what plans are made of."""
+"""The model of an experiment, and its training step before anything is downloaded or trained: what plans are
+made of."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from toolkit.backbones import build_backbone, data_config
 from toolkit.experiment import Experiment
 from toolkit.methods import adapt, set_train_mode
 from toolkit.methods.allocation import allocation_of
 from toolkit.methods.optimizer import optimizer_of
+from toolkit.tasks import IMAGE_PIXELS, task_of
 
 
 @dataclass(frozen=True)
@@ -21,9 +24,26 @@ class Step:
     """An adapted model with random weights in training mode, a batch of zeros, `fit`'s loss and optimizer."""
 
     model: nn.Module
-    batch: tuple[torch.Tensor, torch.Tensor]  # images (B, C, H, W), labels (B,)
-    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of logits and labels
+    batch: tuple[Any, Any]  # what the model takes, of images (B, C, H, W), and targets
+    loss: Callable[[Any, Any], torch.Tensor]  # of outputs and targets
     optimizer: torch.optim.Optimizer
+
+
+def build_model(experiment: Experiment, num_classes: int, pretrained: bool | None = None) -> nn.Module:
+    """The backbone of `experiment` with a fresh head for its task, not adapted yet.
+
+    `pretrained`: as the experiment says if None.  Raises `InputError` for a model that cannot be built.
+    """
+    if pretrained is None:
+        pretrained = experiment.pretrained
+    if not experiment.head:
+        return build_backbone(experiment.backbone, num_classes, pretrained)
+    from toolkit.dense.build import build_dense  # here, because its libraries take seconds to import
+
+    return build_dense(
+        experiment.backbone, experiment.head, num_classes, pretrained, experiment.task,
+        image_size=IMAGE_PIXELS.get(experiment.dataset),
+    )  # fmt: skip
 
 
 def step_of(experiment: Experiment, num_classes: int) -> Step:
@@ -31,16 +51,17 @@ def step_of(experiment: Experiment, num_classes: int) -> Step:
 
     Raises `InputError` for a model that cannot be built or adapted.
     """
-    model = build_backbone(experiment.backbone, num_classes, pretrained=False)
+    model = build_model(experiment, num_classes, pretrained=False)
     model = adapt(model, experiment.method, **experiment.method_options).to(experiment.device)
     set_train_mode(model)
-    size, device = experiment.batch_size, experiment.device
-    images = torch.zeros(size, *data_config(model)["input_size"], device=device)
-    labels = torch.zeros(size, dtype=torch.long, device=device)
+    task, size = task_of(experiment.dataset), experiment.batch_size
+    shape = data_config(model)["input_size"]
+    images = torch.zeros(size, *shape, device=experiment.device)
+    targets = tree_map(lambda t: t.to(experiment.device), task.zeros(size, *shape[1:]))
     allocation = allocation_of(model)
 
-    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        loss = F.cross_entropy(logits, labels)
+    def loss(outputs: Any, targets: Any) -> torch.Tensor:
+        loss = task.loss(outputs, targets)
         return loss + allocation.penalty() if allocation else loss
 
-    return Step(model, (images, labels), loss, optimizer_of(model, experiment))
+    return Step(model, (task.inputs(images, targets), targets), loss, optimizer_of(model, experiment))

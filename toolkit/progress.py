@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from toolkit.budget.sizes import format_bytes
 from toolkit.interruption import Interrupt
+from toolkit.tasks import score_in
 
 SHOW_SECONDS = 0.25  # between two pictures, at least
 SHOW_SHARE = 0.02  # of the time, at most, goes into pictures
@@ -36,7 +37,7 @@ class Progress:
     epoch: int  # from 1 on
     epochs: int
     loss: float | None  # mean over the training images since the last progress; None where there are none
-    top1_pct: float | None  # likewise
+    score_pct: float | None  # likewise, right answers; None where a step does not tell
     peak_bytes: int  # highest device memory of the training steps so far
     budget_bytes: int
     seconds: float  # of training, validation and snapshots, since the first start; without pauses
@@ -79,9 +80,10 @@ class Lines(View):
     """One printed line per epoch."""
 
     def epoch(self, progress: Progress, row: dict[str, Any]) -> None:
+        _, score = score_in(row, "val")
         print(
             f"epoch {row['epoch']}/{progress.epochs}: loss {row['train_loss']:.4f}, "
-            f"val {row['val_top1_pct']:.2f} %, peak {format_bytes(progress.peak_bytes)}"
+            f"val {score:.2f} %, peak {format_bytes(progress.peak_bytes)}"
         )
 
 
@@ -94,9 +96,10 @@ class Bar(View):
 
     def step(self, progress: Progress) -> None:
         self._bar.set_description(f"epoch {progress.epoch}/{progress.epochs}", refresh=False)
+        score = {} if progress.score_pct is None else {"acc": f"{progress.score_pct:.1f}%"}
         self._bar.set_postfix(
             loss=f"{progress.loss:.3f}",
-            acc=f"{progress.top1_pct:.1f}%",
+            **score,
             peak=format_bytes(progress.peak_bytes),
             refresh=False,
         )

@@ -20,7 +20,7 @@ from torch import nn
 from toolkit.budget import format_bytes
 from toolkit.datasets import Splits
 from toolkit.environment import PACKAGES, environment, installed_packages
-from toolkit.evaluation import Evaluation
+from toolkit.evaluation import DenseEvaluation, Evaluation
 from toolkit.experiment import Experiment
 from toolkit.files import write_atomically
 from toolkit.fit_result import FitResult
@@ -30,6 +30,7 @@ from toolkit.parameters import Parameters
 from toolkit.paths import RUNS
 from toolkit.scores import netscore, why_no_score
 from toolkit.snapshots import clear_snapshots
+from toolkit.tasks import SCORES, TASKS, Task, score_in
 
 SCHEMA_VERSION = 5
 FILE_NAME = "record.json"
@@ -42,7 +43,8 @@ SIMULATED = (
     "ns_sharp_training",
 )  # fmt: skip
 OVERVIEW = (  # of these, what a run's phase has
-    "test_top1_pct", "unmatched_pct", "prepare_seconds", "prepare_joules", "prepare_peak_bytes",
+    "test_top1_pct", "test_miou_pct", "test_map_pct", "unmatched_pct",
+    "prepare_seconds", "prepare_joules", "prepare_peak_bytes", "features_seconds",
     "train_seconds", "train_energy_joules", "train_net_joules", "train_cpu_joules", "energy_source",
     "train_peak_bytes", "train_reserved_peak_bytes", "context_bytes", "within_budget",
     "forward_flops_per_image", "backward_flops_per_image", "recompute_flops_per_image",
@@ -50,6 +52,7 @@ OVERVIEW = (  # of these, what a run's phase has
     "ns", "ns_e_inference", "ns_m_inference", "ns_sharp_inference",
     "ns_e_training", "ns_m_training", "ns_sharp_training",
 )  # fmt: skip
+NO_TEST = ("test_top1_pct", "test_top5_pct", "test_loss")  # of quality, of a run that has no test
 GROUPS = ("run", "config", "data", "quality", "time", "energy", "memory", "flops", "scores", "env")
 
 
@@ -58,9 +61,11 @@ class RunRecord:
     """One run.  Groups of scalars (`GROUPS`) become the columns of `load_records`; `curves` does not.
 
     Units are in the names: `_bytes`, `_seconds`, `_pct`, `_joules`, `_watts`.  `test_top1_pct` is accuracy
-    on the test split after the last epoch (`selection_rule`); nothing was chosen on it.  `energy_joules`
-    is gross GPU energy of training, validation and test, data loading included; `train_net_joules` is
-    training's less idle power.  Scores in decibels, `_inference` of the test pass, `_training` of training.
+    on the test split after the last epoch (`selection_rule`); nothing was chosen on it.  Dense tasks have
+    `test_miou_pct` or `test_map_pct` instead; `metric` says which.  `energy_joules` is gross GPU energy of
+    training, validation and test, data loading and the computing of cached features included;
+    `train_net_joules` is training's less idle power.  Scores in decibels, `_inference` of the test pass,
+    `_training` of training.
 
     `phase` is "training", or "inference" for a baseline, which `prepare_*` describes up to the first test
     image: text classifier, features and probe, or the choice of a scoring rule, but not loading the weights.
@@ -87,18 +92,19 @@ class RunRecord:
         splits: Splits,
         model: nn.Module,
         result: FitResult,
-        evaluation: Evaluation | None,
+        evaluation: Evaluation | DenseEvaluation | None,
     ) -> RunRecord:
         """Assemble the record of a run; `evaluation`: of the test split, None unless training ended well."""
-        summary = summarize(model)
+        summary, task = summarize(model), TASKS[splits.task]
         env = result.environment or environment(experiment.device)
         record = cls(
             run=run_fields(experiment, result.status, result.error) | {"started_at": result.started_at},
             config=experiment.to_dict(),
             data=data_fields(splits),
             quality={
-                **test_fields(evaluation),
-                "val_top1_pct": result.history[-1]["val_top1_pct"] if result.history else None,
+                **(evaluation.fields if evaluation else dict.fromkeys((*NO_TEST, f"test_{task.metric}"))),
+                **_last_validation(result),
+                "metric": task.metric,
                 "selection_rule": "last epoch",
                 "weights_sha256": result.weights_sha256,
                 "params_total": summary.total,
@@ -108,6 +114,7 @@ class RunRecord:
             time={
                 "train_seconds": result.train_seconds,
                 "data_seconds": result.data_seconds,
+                "features_seconds": _features(result).seconds or 0.0,
                 "validation_seconds": _window(result, "validation").seconds or 0.0,
                 "snapshot_seconds": _window(result, "snapshot").seconds or 0.0,
                 "test_seconds": evaluation and evaluation.seconds,
@@ -144,11 +151,13 @@ class RunRecord:
             curves={
                 "history": result.history,
                 "memory_trace_bytes": result.memory_trace,
-                "windows": result.windows | ({"test": evaluation.window.to_dict()} if evaluation else {}),
+                "windows": result.windows
+                | ({"features": result.features_window} if result.features_window else {})
+                | ({"test": evaluation.window.to_dict()} if evaluation else {}),
             },
         )
         record.score(summary.total, {"inference": "test", "training": "train"})
-        record.explain(_training_reasons(result, evaluation))
+        record.explain(_training_reasons(result, evaluation, task))
         return record
 
     def overview(self) -> pd.DataFrame:
@@ -168,7 +177,7 @@ class RunRecord:
 
     def score(self, params_total: int, phases: dict[str, str]) -> None:
         """Fill in the NetScore family with each phase's costs; `phases`: name -> prefix of its fields."""
-        accuracy = self.quality["test_top1_pct"]
+        accuracy = self.quality.get(f"test_{self.quality.get('metric', 'top1_pct')}")
         macs = self.flops["inference_macs_per_image"]
         costs = {"params_m": params_total and params_total / 1e6, "macs_g": macs and macs / 1e9}
         self.scores["units"] = "accuracy %, parameters M, MACs G per image, s, W, MiB"
@@ -247,17 +256,14 @@ def data_fields(splits: Splits) -> dict:
     }
 
 
-def test_fields(evaluation: Evaluation | None) -> dict:
-    return {
-        "test_top1_pct": evaluation and evaluation.top1_pct,
-        "test_top5_pct": evaluation and evaluation.top5_pct,
-        "test_loss": evaluation and evaluation.loss,
-    }
+def _last_validation(result: FitResult) -> dict[str, float | None]:
+    metric, value = score_in(result.history[-1], "val") if result.history else ("top1_pct", None)
+    return {"val_top1_pct": None, f"val_{metric}": value}
 
 
 def common_reasons(test: Window, ended: str, memory_source: str) -> dict[str, str | None]:
     """Why fields that all records have may be null; `ended`: how a run ended that has no test."""
-    from_test = ("test_top1_pct", "test_top5_pct", "test_loss", "test_seconds", "test_peak_bytes")
+    from_test = (*NO_TEST, "test_seconds", "test_peak_bytes")
     reasons = dict.fromkeys((*from_test, "inference_macs_per_image", "within_budget"), ended)
     reasons |= dict.fromkeys(("test_energy_joules", "test_quantisation_joules"), test.reason)
     reasons["host_peak_bytes"] = "this operating system does not tell"
@@ -268,15 +274,21 @@ def common_reasons(test: Window, ended: str, memory_source: str) -> dict[str, st
     return reasons | {f"version_{name}": "not installed" for name in PACKAGES}
 
 
-def _training_reasons(result: FitResult, evaluation: Evaluation | None) -> dict[str, str | None]:
+def _training_reasons(
+    result: FitResult, evaluation: Evaluation | DenseEvaluation | None, task: Task
+) -> dict[str, str | None]:
     ended = f"training or test ended with status {result.status}"
     train = _window(result, "train")
     test = evaluation.window if evaluation else Window("test", reason=ended)
     untraced = (f"{phase}_flops_per_image" for phase in ("forward", "backward", "recompute"))
     reasons = common_reasons(test, ended, result.memory_source)
-    reasons |= dict.fromkeys(untraced, "no training step was traced")
+    reasons |= dict.fromkeys(untraced, "no training step was traced") | {f"test_{task.metric}": ended}
+    if evaluation and task.heads:
+        other = f"{task.name} is scored by {SCORES[task.metric]}"
+        reasons |= dict.fromkeys(("test_top1_pct", "test_top5_pct"), other)
+        reasons["test_loss"] = "detectors compute their loss in training only"
     reasons |= {
-        "val_top1_pct": "no epoch was completed",
+        "val_top1_pct": f"{task.name} has another score" if result.history else "no epoch was completed",
         "train_peak_bytes": "no training step was begun",
         "predicted_peak_bytes": "only the strategy planned predicts",
         "micro_batch_images": "no training step was begun",
@@ -309,11 +321,18 @@ def _window(result: FitResult, name: str) -> Window:
     return Window(**result.windows[name]) if name in result.windows else total([], name)
 
 
-def _energy_fields(result: FitResult, evaluation: Evaluation | None) -> dict:
+def _features(result: FitResult) -> Window:
+    """Of computing cached features, in this run or an earlier one."""
+    return Window(**result.features_window) if result.features_window else total([], "features")
+
+
+def _energy_fields(result: FitResult, evaluation: Evaluation | DenseEvaluation | None) -> dict:
     train, validation = _window(result, "train"), _window(result, "validation")
     fit, test = _window(result, "fit"), evaluation.window if evaluation else total([], "test")
+    features = [_features(result)] if result.features_window else []
+    whole = [*features, fit, test] if evaluation else [*features, fit]
     return {
-        "energy_joules": total([fit, test]).energy_joules if evaluation else fit.energy_joules,
+        "energy_joules": total(whole).energy_joules,
         "energy_source": energy_source([fit, train, validation, test]),
         "train_energy_joules": train.energy_joules,
         "validation_energy_joules": validation.energy_joules,

@@ -84,6 +84,9 @@ def compare(frame: pd.DataFrame, *, mix: bool = False) -> pd.DataFrame:
     for row, group in groups(frame):
         ok = adaptation(without_simulated(group[group.status == "ok"]))
         row["test top-1 %"] = _text(ok.get("test_top1_pct"), 1, 2)
+        for title, column in {"test mIoU %": "test_miou_pct", "test mAP %": "test_map_pct"}.items():
+            if column in frame and frame[column].notna().any():
+                row[title] = _text(ok[column], 1, 2)
         row["peak MiB"] = _text(ok.get("peak_bytes"), 2**20, 2)
         row["in budget"] = "" if ok.empty else "yes" if ok.within_budget.astype(bool).all() else "no"
         row["adapt s"] = _text(ok.get("adapt_seconds"), 1, 1)

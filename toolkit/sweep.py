@@ -24,7 +24,7 @@ from papermill.exceptions import PapermillExecutionError
 from tqdm.auto import tqdm
 
 from toolkit import cluster, progress
-from toolkit.backbones import build_backbone, data_config
+from toolkit.backbones import data_config
 from toolkit.baselines.evaluate import form_and_batch
 from toolkit.baselines.experiment import BaselineExperiment
 from toolkit.baselines.prompts import class_names
@@ -35,6 +35,7 @@ from toolkit.experiment import Experiment
 from toolkit.methods import adapt, check_batch_norms
 from toolkit.parameters import Parameters
 from toolkit.paths import NOTEBOOKS, RUNS
+from toolkit.preview import build_model
 from toolkit.records import RunRecord, is_finished, run_folder
 from toolkit.training import batch_sizes, check_fits_weights
 
@@ -73,12 +74,12 @@ def check_runnable(experiments: Iterable[Parameters], runs: Path = RUNS) -> dict
             form_and_batch(e, class_names(data[e.dataset]))
             continue
         batches = batch_sizes(e, len(data[e.dataset].train))
-        key = (e.dataset, e.backbone, e.pretrained, e.method, e.checkpointing, e.budget, 1 in batches)
+        key = (e.dataset, e.head, e.backbone, e.pretrained, e.method, e.checkpointing, e.budget, 1 in batches)
         key += tuple(sorted(e.method_options.items()))
         if key in checked:
             continue
         checked.add(key)
-        model = build_backbone(e.backbone, len(data[e.dataset].classes), e.pretrained)
+        model = build_model(e, len(data[e.dataset].classes))
         model = adapt(model, e.method, **e.method_options)
         check_fits_weights(model, e.budget_bytes)
         check_batch_norms(model, batches, data_config(model)["input_size"])

@@ -16,9 +16,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from timm.utils import random_seed
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 
 from toolkit.backbones import data_config
@@ -32,11 +32,13 @@ from toolkit.budget import (
     tensors_of,
 )
 from toolkit.budget.memory import rounded
+from toolkit.budget.step import call
 from toolkit.datasets import Splits, loader
 from toolkit.environment import environment
 from toolkit.errors import InputError
 from toolkit.evaluation import autocast, evaluate
 from toolkit.experiment import Experiment
+from toolkit.feature_cache import CachedFeatures, cached_features
 from toolkit.fit_result import FitResult
 from toolkit.interruption import Interrupt, claim
 from toolkit.measure import FlopCounter, Meter, SensorError
@@ -47,6 +49,7 @@ from toolkit.methods.optimizer import in_use, optimizer_of
 from toolkit.progress import Progress, Screen, View, plain_view
 from toolkit.run_windows import RunWindows, Stretches
 from toolkit.snapshots import load_newest_snapshot, save_snapshot
+from toolkit.tasks import TASKS, split_targets
 from toolkit.weights import trained_state, weights_sha256
 
 SNAPSHOT_FORMAT = 4  # of `_Run.state`
@@ -82,7 +85,9 @@ def fit(
 ) -> FitResult:
     """Train `model` on `splits.train` as `experiment` says; validate after each epoch.
 
-    AdamW or GaLore (norms and biases without weight decay), linear warm-up and cosine to zero, cross-entropy.
+    AdamW or GaLore (norms and biases without weight decay), linear warm-up and cosine to zero, the loss of
+    `splits.task`.  With `experiment.feature_cache` the frozen features are computed once, of images that
+    are not augmented, and the steps train on these.
     With a `folder`, the state is saved there at most every `snapshot_seconds` (less often where saving
     takes more than 2 % of the time), and a run that finds a snapshot goes on from it.  Time and energy
     are those of `meter` (default: a new one); what a killed process measured after its last snapshot is
@@ -114,6 +119,7 @@ def fit(
                 raise
             run.result.status, run.result.error = "oom", str(error).split("\n")[0]
             run.read_peaks()
+        model.to(run.device)
         run.result.windows = run.windows.totals()
         run.read_context()
         screen.end(run.ending())
@@ -129,7 +135,10 @@ class _Run:
         self.windows = RunWindows(meter)
         self.device = torch.device(experiment.device)
         self.memory = device_memory(self.device)
+        self.task = TASKS[splits.task]
         self.data_config = data_config(model)
+        self.stepped = model  # what a step calls; with cached features, the part that reads these
+        self.features: CachedFeatures | None = None
         self.counted_steps = Counter()  # by batch size, and whether subspaces move
         self.steps_per_epoch = math.ceil(len(splits.train) / experiment.batch_size)
         self.total_steps = self.steps_per_epoch * experiment.epochs
@@ -151,29 +160,49 @@ class _Run:
     def prepare(self) -> None:
         """Put everything on the device and go on from the newest snapshot, if there is one."""
         self.model.to(self.device)
+        if self.experiment.feature_cache:
+            self._cache_features()
         self.optimizer = optimizer_of(self.model, self.experiment)
         if self.allocation:
             self.allocation.begin(self.total_steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.experiment.precision == "fp16")
         torch.manual_seed(self.experiment.seed)
         self._resume()
-        self.memory.track(tensors_of(self.model))
+        self.memory.track(tensors_of(self.stepped))
         self.memory.track(value for s in self.optimizer.state.values() for value in s.values())
         self.memory.track(self.allocation.tensors if self.allocation else [])
         self.memory.reset_peak()
+
+    def _cache_features(self) -> None:
+        """Train on features from now on, without the backbone on the device.  Computing them is no training,
+        as validation is none."""
+        experiment = self.experiment
+        self.features = cached_features(
+            self.model, self.splits, budget_bytes=int(experiment.feature_cache),
+            batch_size=experiment.batch_size, precision=experiment.precision, meter=self.meter,
+        )  # fmt: skip
+        self.model.to("cpu")  # the backbone has no more to do; what trains comes back
+        self.stepped = self.features.model.to(self.device)
+        self.result.features_window = self.features.window.to_dict()
+        self.result.features_cached = self.features.cached
 
     def checkpointing(self) -> Checkpointing | AutoCheckpoint:
         """The experiment's strategy on this model, for a with statement."""
         experiment = self.experiment
         if experiment.checkpointing == "planned":
-            set_train_mode(self.model)  # which the plan is for
+            set_train_mode(self.stepped)  # which the plan is for
             size = min(experiment.batch_size, len(self.splits.train))
-            images = torch.zeros(size, *self.data_config["input_size"], device=self.device)
-            labels = torch.zeros(size, dtype=torch.long, device=self.device)
+            _, *sides = shape = self.data_config["input_size"]
+            targets = tree_map(lambda t: t.to(self.device), self.task.zeros(size, *sides))
+            if self.features:
+                rows, _ = self.features.train[0]
+                images = rows.new_zeros(size, len(rows), device=self.device)
+            else:
+                images = torch.zeros(size, *shape, device=self.device)
             self.blocks = AutoCheckpoint(
-                self.model,
+                self.stepped,
                 experiment.budget_bytes,
-                (images, labels),
+                (self.task.inputs(images, targets), targets),
                 loss=self._loss,
                 optimizer=self.optimizer,
                 precision=experiment.precision,
@@ -184,7 +213,7 @@ class _Run:
             self.hits = self.penalty = None
         else:
             self.blocks = Checkpointing(
-                self.model,
+                self.stepped,
                 experiment.checkpointing,
                 memory=self.memory,
                 budget_bytes=experiment.budget_bytes,
@@ -213,12 +242,12 @@ class _Run:
             screen.begin(self.progress, self.result.history, saves=self.snapshots is not None)
             while self.result.steps < self.total_steps:
                 epoch, first_batch = divmod(self.result.steps, self.steps_per_epoch)
-                set_train_mode(self.model)
+                set_train_mode(self.stepped)
                 with Stretches(self.windows, "train") as train:
                     asked_at = time.perf_counter()
-                    for images, labels in self._train_loader(epoch, first_batch):
+                    for images, targets in self._train_loader(epoch, first_batch):
                         self.result.data_seconds += time.perf_counter() - asked_at
-                        self._train_step(images, labels)
+                        self._train_step(images, targets)
                         screen.step()
                         if self.result.steps % self.steps_per_epoch:
                             if screen.paused:
@@ -245,7 +274,9 @@ class _Run:
             epoch=max(1, math.ceil(self.result.steps / self.steps_per_epoch)),
             epochs=self.experiment.epochs,
             loss=(self.epoch_sums["loss"] - shown["loss"]) / images if images else None,
-            top1_pct=100 * (self.epoch_sums["correct"] - shown["correct"]) / images if images else None,
+            score_pct=100 * (self.epoch_sums["correct"] - shown["correct"]) / images
+            if images and self.task.hits
+            else None,
             peak_bytes=self.result.peak_bytes,
             budget_bytes=self.experiment.budget_bytes,
             seconds=fit.seconds,
@@ -276,14 +307,14 @@ class _Run:
         except SensorError as error:
             self.result.context_reason = str(error)
 
-    def _train_step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+    def _train_step(self, images: torch.Tensor, targets) -> None:
         """One optimizer step on one batch."""
         self._set_lr()
         tracing = not self.result.memory_trace and self.result.steps == min(1, self.total_steps - 1)
-        trace = MemoryTrace(self.memory, self.model) if tracing else contextlib.nullcontext()
+        trace = MemoryTrace(self.memory, self.stepped) if tracing else contextlib.nullcontext()
         counter = FlopCounter() if tracing else contextlib.nullcontext()
-        with self._counted(len(labels)), trace, counter:
-            batch_loss, correct = self._forward_and_backward(images, labels)
+        with self._counted(len(images)), trace, counter:
+            batch_loss, correct = self._forward_and_backward(images, targets)
             if not math.isfinite(batch_loss):
                 raise _NotFinite(f"loss {batch_loss} at step {self.result.steps + 1}")
             if tracing:
@@ -298,28 +329,28 @@ class _Run:
             self.result.memory_trace = trace.segments
             counts = counter.flops
             self.result.step_flops = {
-                phase: getattr(counts, phase) / len(labels) for phase in ("forward", "backward", "recompute")
+                phase: getattr(counts, phase) / len(images) for phase in ("forward", "backward", "recompute")
             }
-        self.epoch_sums["loss"] += batch_loss * len(labels)
+        self.epoch_sums["loss"] += batch_loss * len(images)
         self.epoch_sums["correct"] += correct
-        self.epoch_sums["images"] += len(labels)
+        self.epoch_sums["images"] += len(images)
         self.result.steps += 1
         self.result.checkpointed_blocks = len(self.blocks.checkpointed)
         self.read_peaks()
         if isinstance(self.blocks, AutoCheckpoint):
             self.blocks.check(self.memory.peak_bytes)
 
-    def _forward_and_backward(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[float, int]:
-        """Gradients of one batch; returns its loss and the number of right answers.
+    def _forward_and_backward(self, images: torch.Tensor, targets) -> tuple[float, float]:
+        """Gradients of one batch; returns its loss and the right answers in images.
 
         Under `planned` a pass that runs out of memory is undone and repeated on a tighter plan.
         """
         if not isinstance(self.blocks, AutoCheckpoint):
-            return self._passes(images, labels)
+            return self._passes(images, targets)
         before = self._before_passes()
         for _ in range(OUT_OF_MEMORY_RETRIES):
             try:
-                return self._passes(images, labels)
+                return self._passes(images, targets)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -327,37 +358,39 @@ class _Run:
             self._undo_passes(before)
             with contextlib.suppress(InputError):  # no tighter plan is left: what was freed may be enough
                 self.blocks.tighten(self.blocks.plan.peak_bytes * 19 // 20)
-        return self._passes(images, labels)
+        return self._passes(images, targets)
 
-    def _passes(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[float, int]:
+    def _passes(self, images: torch.Tensor, targets) -> tuple[float, float]:
         """Forward and backward pass, slice by slice if there are micro-batches."""
-        micro = self.experiment.micro_batch_size or len(labels)
+        micro = self.experiment.micro_batch_size or len(images)
         if isinstance(self.blocks, AutoCheckpoint):
             micro = self.blocks.plan.micro_batch_size
         self.result.micro_batch_size = micro
         batch_loss, correct = 0.0, 0
-        for image_slice, label_slice in zip(images.split(micro), labels.split(micro)):
+        for image_slice, target_slice in zip(images.split(micro), split_targets(targets, micro)):
+            share = len(image_slice) / len(images)
             x = image_slice.to(self.device, non_blocking=True)  # (micro, 3, H, W)
-            y = label_slice.to(self.device, non_blocking=True)
-            self.memory.track([x, y])
+            y = tree_map(lambda t: t.to(self.device, non_blocking=True), target_slice)
+            self.memory.track([x, *tree_leaves(y)])
             with autocast(self.device, self.experiment.precision):
-                logits = self.model(x)
+                outputs = call(self.stepped, self.task.inputs(x, y))
                 # Weighted so that the slices' gradients add up to the whole batch's mean.
-                loss = self._loss(logits, y) * (len(y) / len(labels))
+                loss = self._loss(outputs, y) * share
             self.scaler.scale(loss).backward()
             batch_loss += loss.item()
             if self.penalty is not None:
-                batch_loss -= self.penalty.item() * len(y) / len(labels)
-            correct += self.hits.item()
+                batch_loss -= self.penalty.item() * share
+            correct += 0 if self.hits is None else self.hits.item()
             self.hits = self.penalty = None
-            del x, y, logits, loss
+            del x, y, outputs, loss
         return batch_loss, correct
 
-    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy, and AdaLoRA's penalty; the right answers are counted in passing, so that plans
+    def _loss(self, outputs, targets) -> torch.Tensor:
+        """The task's loss, and AdaLoRA's penalty; the right answers are counted in passing, so that plans
         know of their bytes."""
-        self.hits = (logits.detach().argmax(1) == labels).sum()
-        loss = F.cross_entropy(logits, labels)
+        if self.task.hits:
+            self.hits = self.task.hits(outputs, targets)
+        loss = self.task.loss(outputs, targets)
         if self.allocation is None:
             return loss
         penalty = self.allocation.penalty()
@@ -419,34 +452,39 @@ class _Run:
     def _end_epoch(self, epoch: int) -> None:
         # Validation is not training: its memory must not show up in the training peak.
         validation = evaluate(
-            self.model,
+            self.stepped,
             self._val_loader(),
+            task=self.task,
+            num_classes=len(self.splits.classes),
             precision=self.experiment.precision,
             meter=self.meter,
             costs=False,
         )
         self.memory.reset_peak()
-        if not math.isfinite(validation.loss):
+        if validation.loss is not None and not math.isfinite(validation.loss):
             raise _NotFinite(f"validation loss {validation.loss} after epoch {epoch + 1}")
         images = self.epoch_sums["images"]
-        row = {
-            "epoch": epoch + 1,
-            "train_loss": self.epoch_sums["loss"] / images,
-            "train_top1_pct": 100 * self.epoch_sums["correct"] / images,
-            "val_loss": validation.loss,
-            "val_top1_pct": validation.top1_pct,
-        }
+        row = {"epoch": epoch + 1, "train_loss": self.epoch_sums["loss"] / images}
+        if self.task.train_metric:
+            row[f"train_{self.task.train_metric}"] = 100 * self.epoch_sums["correct"] / images
+        if validation.loss is not None:
+            row["val_loss"] = validation.loss
+        row[f"val_{self.task.metric}"] = validation.score_pct
         self.result.history.append(row)
         self.epoch_sums, self.shown_sums = dict(_NO_SUMS), dict(_NO_SUMS)
 
     def _train_loader(self, epoch: int, first_batch: int) -> DataLoader:
+        order = {"seed": self.experiment.seed, "epoch": epoch, "first_batch": first_batch}
+        if self.features:
+            return self.features.loader("train", batch_size=self.experiment.batch_size, **order)
         return loader(
             self.splits.train, self.data_config, self.splits.policy,
-            batch_size=self.experiment.batch_size, seed=self.experiment.seed,
-            epoch=epoch, first_batch=first_batch, workers=self.workers,
+            batch_size=self.experiment.batch_size, workers=self.workers, **order,
         )  # fmt: skip
 
     def _val_loader(self) -> DataLoader:
+        if self.features:
+            return self.features.loader("val", batch_size=self.experiment.batch_size)
         return loader(
             self.splits.val, self.data_config, self.splits.policy,
             batch_size=self.experiment.batch_size, workers=self.workers,

@@ -16,6 +16,7 @@ from torch import nn
 
 from toolkit.backbones.demo import build_demo_vit
 from toolkit.backbones.demo_cnn import SOURCE_CLASSES, build_demo_cnn, build_source_model
+from toolkit.backbones.demo_swin import build_demo_swin
 from toolkit.backbones.mambavision import mambavision_t
 from toolkit.backbones.vim import vim_small
 from toolkit.errors import InputError, check_name
@@ -29,6 +30,7 @@ TIMM_NAMES = {
 OWN = {
     "demo_vit": build_demo_vit,
     "demo_cnn": build_demo_cnn,
+    "demo_swin": build_demo_swin,
     **{name: functools.partial(build_source_model, name) for name in SOURCE_CLASSES},
     "vim_small": vim_small,
     "mambavision_t": mambavision_t,
@@ -84,8 +86,8 @@ def build_backbone(name: str, num_classes: int, pretrained: bool = True, **sizes
     """Build a classifier for `num_classes` classes on the backbone `name`.
 
     `small:vit_small` and the like are small instances with random weights, see `small_instance`.
-    `demo_vit` and `demo_cnn` take their pretrained weights from this repository, all others from the
-    Hugging Face hub, and only if `pretrained`.  The head is new and random: seed torch before.  Only the
+    `demo_vit`, `demo_cnn` and `demo_swin` take their pretrained weights from this repository, all others
+    from the Hugging Face hub, and only if `pretrained`.  The head is new and random: seed torch before.  Only the
     source models `demo_cnn_digits` and `demo_cnn_textures` bring a trained one, for 10 and 15 classes.
     `sizes` (`depth`, `embed_dim`, `img_size`, ...) are arguments of the model's class, for small
     instances with random weights.

@@ -12,6 +12,7 @@ from toolkit.evaluation import Evaluation
 from toolkit.measure import Window, total
 from toolkit.methods import summarize
 from toolkit.records import (
+    NO_TEST,
     RunRecord,
     budget_mode,
     common_reasons,
@@ -19,7 +20,6 @@ from toolkit.records import (
     energy_source,
     host_peak_bytes,
     run_fields,
-    test_fields,
 )
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def record_of(
         config=experiment.config,
         data=data_fields(splits),
         quality={
-            **test_fields(evaluation),
+            **(evaluation.fields if evaluation else dict.fromkeys(NO_TEST)),
             "val_top1_pct": prepared.val_top1_pct,
             "unmatched_pct": prepared.unmatched_pct,
             "selection_rule": prepared.selection_rule,

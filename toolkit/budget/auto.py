@@ -84,9 +84,10 @@ class AutoCheckpoint:
     ):
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
-        self.model, self.batch = model, batch
+        self.model = model
         self.budget_bytes, self.micro_batches = budget_bytes, micro_batches
         self.device = next(model.parameters()).device
+        self.batch = batch = _without_memory(batch, self.device)
         self.reserve_bytes = taken_beside_tensors(self.device) if reserve_bytes is None else reserve_bytes
         self._settings = {
             "loss": loss,
@@ -212,6 +213,7 @@ class AutoCheckpoint:
                 targets,
             )
         batch = (inputs, targets) if targets is not None else inputs
+        batch = _without_memory(batch, self.device)
         self._planner = self._planner_for(batch, self._state(precision), precision)
         self._plan_anew()
 
@@ -277,6 +279,20 @@ class _Follower:
         self._op += 1
         first = option.segment.first_buffer
         return [option.level.decisions[buffer - first] for buffer in outputs]
+
+
+def _without_memory(batch, device: torch.device):
+    """`batch` with tensors that have shapes only: a plan that kept it would hold it on the device."""
+    known: dict[int, torch.Tensor] = {}
+
+    def described(tensor: torch.Tensor) -> torch.Tensor:
+        if type(tensor) is not torch.Tensor or tensor.device != device:
+            return tensor
+        if id(tensor) not in known:
+            known[id(tensor)] = torch.empty_like(tensor, device="meta", requires_grad=tensor.requires_grad)
+        return known[id(tensor)]
+
+    return tree_map_only(torch.Tensor, described, batch)
 
 
 def taken_beside_tensors(device: torch.device) -> int:

@@ -263,8 +263,13 @@ class _SimulatedOp:
     outputs: tuple[weakref.ref, ...] = ()
 
 
-def simulate(segment: Segment, decisions: Sequence[str], seconds: Sequence[float]) -> Level:
-    """Run the segment's events under `decisions`; `seconds` is what each of its operators takes."""
+def simulate(
+    segment: Segment, decisions: Sequence[str], seconds: Sequence[float], taped: bool = True
+) -> Level:
+    """Run the segment's events under `decisions`; `seconds` is what each of its operators takes.
+
+    Not `taped`: nothing but autograd holds what the forward pass has let go of.
+    """
     meter = _Meter()
     runs: list[int] = []
     buffers: dict[int, Buffer] = {}
@@ -272,7 +277,8 @@ def simulate(segment: Segment, decisions: Sequence[str], seconds: Sequence[float
     handles: dict[int, object] = {}
     unpacked: dict[int, object] = {}
     lent: dict[int, Buffer] = {}  # what other segments need
-    until = {number for kind, number in segment.events if kind in ("let_go", "hand_back", "take_back")}
+    ends = ("let_go", "hand_back", "take_back")[0 if taped else 1 :]
+    until = {number for kind, number in segment.events if kind in ends}
 
     elsewhere = Buffer(None)
     elsewhere.tensor = _Bytes(0, meter)
@@ -334,6 +340,8 @@ def simulate(segment: Segment, decisions: Sequence[str], seconds: Sequence[float
             run(number)
         elif kind == "died":
             content = contents.pop(number)
+            if not taped and number in buffers.keys() - lent.keys():
+                buffers[number].tensor = None
             if sys.getrefcount(content) > 2:  # somebody else holds it
                 content.count()
             del content
@@ -350,7 +358,7 @@ def simulate(segment: Segment, decisions: Sequence[str], seconds: Sequence[float
             handles.pop(number, None)
             unpacked.pop(number, None)
         elif kind in ("let_go", "hand_back"):
-            lent.pop(number)
+            lent.pop(number, None)
         elif kind == "take_back":
             contents.pop(number).count()
             lent.pop(number)
@@ -395,7 +403,7 @@ def plain(segment: Segment, saved: set[int], seconds: Sequence[float]) -> Level:
     `saved`: all buffers of the profile that autograd saves.
     """
     kept = [segment.first_buffer + place in saved for place in range(segment.own)]
-    return simulate(segment, [KEEP if keep else DROP for keep in kept], seconds)
+    return simulate(segment, [KEEP if keep else DROP for keep in kept], seconds, taped=False)
 
 
 @dataclass(frozen=True)

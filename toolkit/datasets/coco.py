@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from toolkit.datasets.image_files import from_files, remembered, size_and_time
@@ -22,14 +23,7 @@ def visual_wake_words(root: Path) -> Splits:
 
     Raises `InputError` for files that are missing or of another form.
     """
-    annotations = {part: root / "annotations" / f"instances_{part}.json" for part in ("train2017", "val2017")}
-    missing = [str(path.relative_to(root)) for path in annotations.values() if not path.is_file()]
-    missing += [f"{part}/" for part in annotations if not (root / part).is_dir()]
-    if missing:
-        raise InputError(
-            f"dataset 'vww' lacks {', '.join(missing)} in {root}: unpack annotations_trainval2017.zip, "
-            "train2017.zip and val2017.zip from https://cocodataset.org/#download there."
-        )
+    annotations = annotation_files("vww", root)
     train, test = (_labelled(root / part, path) for part, path in annotations.items())
     try:
         rest, held_out = two_way([label for _, label in train], 0.1)
@@ -39,29 +33,58 @@ def visual_wake_words(root: Path) -> Splits:
     return from_files("vww", root, files, CLASSES, POLICIES["vww"])
 
 
+def annotation_files(dataset: str, root: Path) -> dict[str, Path]:
+    """The lists of instances of train2017 and val2017 below `root`.
+
+    Raises `InputError` where they, or the images' folders, are missing.
+    """
+    annotations = {part: root / "annotations" / f"instances_{part}.json" for part in ("train2017", "val2017")}
+    missing = [str(path.relative_to(root)) for path in annotations.values() if not path.is_file()]
+    missing += [f"{part}/" for part in annotations if not (root / part).is_dir()]
+    if missing:
+        raise InputError(
+            f"dataset {dataset!r} lacks {', '.join(missing)} in {root}: unpack annotations_trainval2017.zip, "
+            "train2017.zip and val2017.zip from https://cocodataset.org/#download there."
+        )
+    return annotations
+
+
+def read_instances(
+    dataset: str, annotations: Path, version: object, make: Callable[[dict], dict | list]
+) -> dict | list:
+    """What `make` makes of a list of instances: half a gigabyte of JSON is read once per unchanged file.
+
+    `version`: changes with what `make` does.  Raises `InputError` for a file of another form.
+    """
+    key = [str(annotations.resolve()), *size_and_time(annotations), version]
+    return remembered(dataset, key, lambda: _made(dataset, annotations, make))
+
+
+def _made(dataset: str, annotations: Path, make: Callable[[dict], dict | list]) -> dict | list:
+    try:
+        return make(json.loads(annotations.read_bytes()))
+    except InputError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"dataset {dataset!r}: {annotations} is not COCO's list of instances "
+            f"({type(error).__name__}: {error}); unpack it again."
+        ) from error
+
+
 def _labelled(folder: Path, annotations: Path) -> list[tuple[Path, int]]:
-    """Images and labels by name; half a gigabyte of JSON is read once per unchanged file."""
-    key = [str(annotations.resolve()), *size_and_time(annotations), LEAST_SHARE]
-    labels = remembered("vww", key, lambda: _labels(annotations))
+    """Images and labels by name."""
+    labels = read_instances("vww", annotations, LEAST_SHARE, _labels)
     return [(folder / name, label) for name, label in labels]
 
 
-def _labels(annotations: Path) -> list[tuple[str, int]]:
-    try:
-        content = json.loads(annotations.read_bytes())
-        [person] = [c["id"] for c in content["categories"] if c["name"] == "person"]
-        least = {image["id"]: LEAST_SHARE * image["width"] * image["height"] for image in content["images"]}
-        shown = {
-            box["image_id"]
-            for box in content["annotations"]
-            if box["category_id"] == person
-            and box["bbox"][2] * box["bbox"][3] > least[box["image_id"]]  # x, y, width, height in pixels
-        }
-        return sorted(
-            (Path(image["file_name"]).name, int(image["id"] in shown)) for image in content["images"]
-        )
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(
-            f"dataset 'vww': {annotations} is not COCO's list of instances "
-            f"({type(error).__name__}: {error}); unpack it again."
-        ) from error
+def _labels(content: dict) -> list[tuple[str, int]]:
+    [person] = [c["id"] for c in content["categories"] if c["name"] == "person"]
+    least = {image["id"]: LEAST_SHARE * image["width"] * image["height"] for image in content["images"]}
+    shown = {
+        box["image_id"]
+        for box in content["annotations"]
+        if box["category_id"] == person
+        and box["bbox"][2] * box["bbox"][3] > least[box["image_id"]]  # x, y, width, height in pixels
+    }
+    return sorted((Path(image["file_name"]).name, int(image["id"] in shown)) for image in content["images"])

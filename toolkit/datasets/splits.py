@@ -16,8 +16,9 @@ from torch.utils.data import Dataset
 class Policy:
     """How a data set's images become a backbone's input; size and normalisation come from the backbone.
 
-    `crop_scale`: training crops cover this share of the image (None: the whole image, squeezed).
-    `flip`: mirror half of the training images.  Evaluation resizes and takes the centre.
+    `crop_scale`: training crops cover this share of the image, and evaluation takes the centre (None: the
+    whole image, squeezed to the input's size, in both; dense targets have nothing else).
+    `flip`: mirror half of the training images, and their masks and boxes.
     """
 
     crop_scale: tuple[float, float] | None = None
@@ -33,14 +34,24 @@ POLICIES = {
     "dtd": Policy(crop_scale=(0.35, 1.0), flip=True),
     "vww": Policy(crop_scale=(0.5, 1.0), flip=True),  # a smaller crop may lose the person
     "folder": Policy(crop_scale=(0.35, 1.0), flip=True),
+    "mosaics": Policy(flip=True),
+    "digit_scenes": Policy(),  # nor is it in a scene
+    "voc2012": Policy(flip=True),
+    "ade20k": Policy(flip=True),
+    "coco": Policy(flip=True),
 }
 
 
 @dataclass
 class Splits:
-    """A data set.  Each split yields `(image, label)`: uint8 (3, H, W) and int.
+    """A data set.  Each split yields `(image, target)`: uint8 (3, H, W), and what `task` asks for.
 
-    `hashes` holds a sha256 of each split's content; `broken` lists the images that were left out and why.
+    classification: an int.  segmentation: a mask, uint8 (H, W), of classes and `tasks.IGNORED`.  detection:
+    `{"boxes": float32 (M, 5)}`, x1, y1, x2, y2 in pixels of the image, right and lower edge exclusive, and
+    the class; also `"instances"`: uint8 (H, W), 1 + the row of a pixel's box or 0, where they are known.
+
+    `hashes` holds a sha256 of each split's content; `broken` lists the images that were left out and why;
+    `left_out` counts what was left out of the targets, by what it is.
     """
 
     name: str
@@ -51,11 +62,15 @@ class Splits:
     hashes: dict[str, str]
     policy: Policy
     broken: list[str] = field(default_factory=list)
+    task: str = "classification"  # | "segmentation" | "detection"
+    left_out: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{len(getattr(self, split)):,} {split}" for split in ("train", "val", "test"))
-        broken = f"; {len(self.broken)} broken images left out" if self.broken else ""
-        return f"{self.name}: {len(self.classes)} classes, {sizes}{broken}"
+        left_out = {"broken images": len(self.broken)} if self.broken else {}
+        left_out |= self.left_out
+        told = "".join(f"; {count:,} {what} left out" for what, count in left_out.items())
+        return f"{self.name}: {len(self.classes)} classes, {sizes}{told}"
 
 
 class InMemory(Dataset):
@@ -88,6 +103,34 @@ def in_memory(
     splits = {split: InMemory(*arrays) for split, arrays in parts.items()}
     hashes = {split: data.sha256() for split, data in splits.items()}
     return Splits(name=name, **splits, classes=classes, hashes=hashes, policy=policy)
+
+
+class InMemoryDense(Dataset):
+    """Images (N, 3, H, W) as one uint8 array, each with its dense target in the form that `Splits` says."""
+
+    def __init__(self, images: np.ndarray, targets: Sequence[torch.Tensor | dict[str, torch.Tensor]]):
+        self.images, self.targets = np.ascontiguousarray(images), targets
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor | dict[str, torch.Tensor]]:
+        return torch.from_numpy(self.images[index]), self.targets[index]
+
+    def sha256(self) -> str:
+        digest = hashlib.sha256(repr(self.images.shape).encode())
+        digest.update(self.images)
+        for target in self.targets:
+            hash_target(digest, target)
+        return digest.hexdigest()
+
+
+def hash_target(digest: hashlib._Hash, target: torch.Tensor | dict[str, torch.Tensor]) -> None:
+    """Add a dense target to a running hash."""
+    named = target if isinstance(target, dict) else {"mask": target}
+    for name, values in named.items():
+        digest.update(repr((name, tuple(values.shape))).encode())
+        digest.update(values.contiguous().numpy())
 
 
 def two_way(labels: Sequence[int], test: float) -> tuple[np.ndarray, np.ndarray]:

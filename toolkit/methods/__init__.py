@@ -7,6 +7,7 @@ every method.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,7 +26,10 @@ from toolkit.methods.trainable import bitfit, full, head_name, linear, norm
 
 __all__ = [
     "BATCH_NORMS",
+    "CACHEABLE",
+    "DENSE_METHODS",
     "METHODS",
+    "SIDE_METHODS",
     "Summary",
     "adapt",
     "check_batch_norms",
@@ -38,6 +42,15 @@ __all__ = [
 _TARGETS = ("lora_targets", "clip_rank")
 _LOW_RANK = ("lora_rank", "lora_alpha", "lora_dropout", *_TARGETS)
 _GALORE = ("galore_rank", "galore_gap", "galore_scale", "galore_spectrum")
+
+
+def _side(name: str) -> Callable[..., nn.Module]:
+    """The function `name` of the module of that name, which needs timm: imported when it is called."""
+
+    def apply(model: nn.Module, **options: object) -> nn.Module:
+        return getattr(importlib.import_module(f"toolkit.methods.{name}"), name)(model, **options)
+
+    return apply
 
 
 @dataclass(frozen=True)
@@ -65,9 +78,18 @@ METHODS = {
     "qlora": Method(qlora, (*_LOW_RANK, "double_quantisation")),
     "ia3": Method(ia3, ("lora_targets",)),
     "lokr": Method(lokr, ("lora_rank", "lora_alpha", "lora_targets")),
+    "losa": Method(
+        _side("losa"), ("side_rank", "side_taps", "losa_start", "losa_mixer", "four_bit_backbone")
+    ),
+    "lst": Method(_side("lst"), ("side_reduction", "side_taps", "lst_init", "four_bit_backbone")),
+    "dtl": Method(_side("dtl"), ("side_rank", "dtl_feedback", "dtl_backprop", "four_bit_backbone")),
+    "e3va": Method(_side("e3va"), ("side_rank", "side_reduction")),
     "galore": Method(full, (), _GALORE, batch_norm="updated"),
     "full": Method(full, batch_norm="updated"),
 }
+SIDE_METHODS = ("losa", "lst", "dtl")  # of classifiers only
+DENSE_METHODS = ("e3va",)  # of models for dense tasks only
+CACHEABLE = ("linear", "losa", "lst")  # read frozen features only, which do not change as they train
 
 
 def options_not_of(method: str) -> set[str]:
@@ -108,6 +130,12 @@ def adapt(model: nn.Module, method: str, **options: object) -> nn.Module:
     2305.14314); `ia3`: a factor for each output channel (Liu et al. 2022, arXiv 2205.05638); `lokr`:
     Kronecker products (LyCORIS, Yeh et al. 2023, arXiv 2309.14859).
 
+    Side networks, which read a frozen backbone's features, so that no gradient runs through it.  `losa`:
+    low-rank mixers refine them (Mercea et al. 2024, arXiv 2402.02887); `lst`: a narrow transformer beside
+    the backbone (Sung et al. 2022, arXiv 2206.06522); `dtl`: a low-rank path that feeds back into later
+    blocks (Fu et al. 2024, arXiv 2312.07856); `e3va`: a highway of adapters into a pyramid, of dense models
+    (Yin et al. 2023, arXiv 2306.09729).
+
     Options, `METHODS[method].options`, say which of them a method takes:
     `batch_norm`: "frozen", batch norms normalise by their running statistics and keep them; "updated", by the
     batch, and the statistics follow; "auto", updated where everything trains, else frozen.
@@ -116,6 +144,7 @@ def adapt(model: nn.Module, method: str, **options: object) -> nn.Module:
     `clip_rank`: layers too narrow for `lora_rank` take the most that they allow, at the same scale.
     `depthwise`: "train" or "freeze" convolutions with groups beside adapters of convolutions.
     `double_quantisation`: the scales of weights of four bits are packed too.
+    Those of side networks: see the modules named like the methods.
 
     Works in place; the returned module is the one to train (peft wraps).  Raises `InputError`, before
     anything is changed, for an unknown method or option, a rank that a layer cannot have, a layer that the

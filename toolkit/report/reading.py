@@ -26,7 +26,8 @@ NUMBER = re.compile(r"seed|threads|n_\w+|params_\w+|ns|ns_\w+|\w+_(bytes|seconds
 ALWAYS = (  # columns that the tables use, whether or not a record has them
     *TEXT, *PARAMETERS, *DATA, "seed", "folder", "error", "env_hash", "memory_source", "energy_source",
     "budget_mode", "code_sha256", "device_name", "driver", "python", "threads", "version_torch",
-    "version_timm", "version_peft", "n_classes", "n_train", "n_val", "n_test", "n_broken", "test_top1_pct",
+    "version_timm", "version_peft", "n_classes", "n_train", "n_val", "n_test", "n_broken",
+    "test_top1_pct", "test_miou_pct", "test_map_pct",
     "train_peak_bytes", "predicted_peak_bytes", "within_budget", "checkpointed_blocks", "params_trainable",
 )  # fmt: skip
 
@@ -69,16 +70,21 @@ def read_runs(folder: Path) -> Runs:
             skipped[str(Path(row["folder"], FILE_NAME))] = why
     frame = frame[kept].reset_index(drop=True)
     frame = frame.reindex(columns=list(dict.fromkeys([*frame.columns, *ALWAYS])))
-    for name in frame:
-        if NUMBER.fullmatch(name):
-            frame[name] = pd.to_numeric(frame[name])
-        elif name != "folder":
-            frame[name] = frame[name].map(lambda value: visible(value) if isinstance(value, str) else value)
+    frame = pd.DataFrame({name: _read(frame[name]) for name in frame})
     if len(frame):  # methods and strategies in their order
         frame = pd.concat([group for _, group in groups(frame)], ignore_index=True)
     frame["environment"] = _environments(frame)
     named = {visible(os.path.relpath(path, folder)): visible(why) for path, why in skipped.items()}
     return Runs(folder, frame, dict(sorted(named.items())))
+
+
+def _read(column: pd.Series) -> pd.Series:
+    """A column of numbers, or with text that is `visible`."""
+    if NUMBER.fullmatch(column.name):
+        return pd.to_numeric(column)
+    if column.name == "folder":
+        return column
+    return column.map(lambda value: visible(value) if isinstance(value, str) else value)
 
 
 def _why_not(row: dict) -> str | None:

@@ -32,6 +32,10 @@ COLUMNS = {  # of the table of results: column of `adaptation`, its unit in unit
     "time (s)": ("adapt_seconds", 1, 1),
     "energy (J)": ("adapt_joules", 1, 0),
 }
+DENSE = {
+    "mean IoU (%)": ("test_miou_pct", 1, 2),
+    "box mAP (%)": ("test_map_pct", 1, 2),
+}  # where there are any
 FIELDS = {  # under which names records say why one is missing; of training, of a baseline
     "peak_bytes": ("train_peak_bytes", "prepare_peak_bytes"),
     "adapt_seconds": ("train_seconds", "prepare_seconds"),
@@ -81,6 +85,7 @@ def data_sets(runs: Runs) -> Table:
 def results(runs: Runs) -> Table:
     """Means over seeds with 95 % Student-t intervals, of runs that differ in nothing but the seed."""
     text, values, notes = [], [], {}
+    columns = {title: what for title, what in DENSE.items() if runs.frame[what[0]].notna().any()} | COLUMNS
     for environment, part in runs.finished.groupby("environment"):
         for key, group in groups(part):
             names = dict.fromkeys([*SHOWN, "budget", *key])
@@ -90,7 +95,7 @@ def results(runs: Runs) -> Table:
             row = key | {"budget": format_bytes(int(key["budget"])), "n": str(len(ok))}
             numbers = key | {"n": len(ok), "ended": ended}
             figures = adaptation(without_simulated(ok))
-            for title, (column, unit, digits) in COLUMNS.items():
+            for title, (column, unit, digits) in columns.items():
                 mean, half, n = mean_and_interval(pd.to_numeric(figures[column]))
                 numbers |= {f"{column}_mean": mean, f"{column}_half_width": half, f"{column}_n": n}
                 if n == 0:
@@ -103,7 +108,7 @@ def results(runs: Runs) -> Table:
             text.append(row | {"ended": ended})
             values.append(numbers)
     table = _without_idle(pd.DataFrame(text))
-    return Table("results", table, ("n", *COLUMNS), pd.DataFrame(values), tuple(notes))
+    return Table("results", table, ("n", *columns), pd.DataFrame(values), tuple(notes))
 
 
 def _why_missing(group: pd.DataFrame, column: str) -> str:
@@ -118,6 +123,8 @@ def _why_missing(group: pd.DataFrame, column: str) -> str:
         missing = json.loads(Path(folder, FILE_NAME).read_text()).get("missing")
         name = FIELDS.get(column, (column, column))[phase == "inference"]
         why = missing.get(name) if isinstance(missing, dict) else None
+        if column in (dense[0] for dense in DENSE.values()):
+            why = why or "not the score of this data set's task"
         reasons[visible(why) if isinstance(why, str) else "the record gives no reason"] = True
     return "; ".join(reasons)
 

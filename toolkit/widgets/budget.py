@@ -23,7 +23,7 @@ from toolkit.budget import format_bytes, parse_bytes
 from toolkit.errors import InputError
 from toolkit.experiment import PRECISIONS, Experiment
 from toolkit.explorer import MARKS, Explorer
-from toolkit.methods import METHODS
+from toolkit.methods import DENSE_METHODS, METHODS
 from toolkit.plots_budget import StepFigure
 
 
@@ -40,7 +40,9 @@ class BudgetExplorer(ipywidgets.VBox):
         self.backbone = ipywidgets.Combobox(
             value=e.backbone, options=BACKBONES, ensure_option=False, description="backbone"
         )
-        self.method = ipywidgets.Dropdown(value=e.method, options=[*METHODS], description="method")
+        self.method = ipywidgets.Dropdown(
+            value=e.method, options=[m for m in METHODS if m not in DENSE_METHODS], description="method"
+        )
         self.batch_size = ipywidgets.BoundedIntText(e.batch_size, min=1, max=10**6, description="batch size")
         self.precision = ipywidgets.Dropdown(value=e.precision, options=PRECISIONS, description="precision")
         self.num_classes = ipywidgets.BoundedIntText(

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from toolkit.budget import format_bytes
 from toolkit.experiment import Experiment
 from toolkit.progress import Progress, View, live_notebook, plain_view
+from toolkit.tasks import SCORES, score_in, task_of
 
 MOST_POINTS = 240  # of a curve; then every second one goes
 WIDTH, HEIGHT = 260, 110  # of one picture, in pixels
@@ -44,8 +45,9 @@ class LiveView(View):
         """Show the widgets; without a snapshot folder the second button is a plain "Stop"."""
         self.paused = self.stop_wanted = False
         self.rows = list(history)
-        # Epochs, loss and accuracy (%) of training.
-        self.points = [(row["epoch"], row["train_loss"], row["train_top1_pct"]) for row in history]
+        # Epochs, loss and score (%) of training.
+        scores = (score_in(row, "train") or ("", None) for row in history)
+        self.points = [(row["epoch"], row["train_loss"], score) for row, (_, score) in zip(history, scores)]
         e = self.experiment
         title = f"{e.method} on {e.backbone}, {e.checkpointing}, batches of {e.batch_size}"
         self.bar = ipywidgets.FloatProgress(max=progress.total_steps, layout={"width": "100%"})
@@ -66,7 +68,7 @@ class LiveView(View):
     def step(self, progress: Progress) -> None:
         """Draw the run as it stands."""
         epochs = progress.step * progress.epochs / progress.total_steps
-        self.points.append((epochs, progress.loss, progress.top1_pct))
+        self.points.append((epochs, progress.loss, progress.score_pct))
         if len(self.points) > MOST_POINTS:
             del self.points[1::2]
         self._draw(progress, self._wish() or HINT)
@@ -110,17 +112,18 @@ class LiveView(View):
             f"epoch {progress.epoch} of {progress.epochs}, step {progress.step} of {progress.total_steps}; "
             f"time {tqdm.format_interval(progress.seconds)}, left {left}; energy {_energy(progress)}"
         )
+        metric = task_of(self.experiment.dataset).metric
         loss = curve("loss", progress.epochs, [p[:2] for p in self.points], self._validated("val_loss"))
-        top1 = curve(
-            "accuracy (%)", progress.epochs, [p[::2] for p in self.points],
-            self._validated("val_top1_pct"), top=100,
+        score = curve(
+            SCORES[metric], progress.epochs, [p[::2] for p in self.points if p[2] is not None],
+            self._validated(f"val_{metric}"), top=100,
         )  # fmt: skip
         memory = memory_bar(progress.peak_bytes, progress.budget_bytes)
         self.message.value = f"<small>{html.escape(message)}</small>"
-        self.picture.value = f'<div style="display:flex;flex-wrap:wrap;gap:16px">{loss}{top1}{memory}</div>'
+        self.picture.value = f'<div style="display:flex;flex-wrap:wrap;gap:16px">{loss}{score}{memory}</div>'
 
     def _validated(self, name: str) -> list[tuple[float, float]]:
-        return [(row["epoch"], row[name]) for row in self.rows]
+        return [(row["epoch"], row[name]) for row in self.rows if name in row]
 
 
 def _answer_at_once(button: ipywidgets.Button) -> None:

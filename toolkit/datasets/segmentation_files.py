@@ -1,0 +1,137 @@
+"""Published segmentation data: Pascal VOC 2012 and ADE20K."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+
+from toolkit.datasets.dense_files import dense_splits, held_out
+from toolkit.datasets.image_files import MAX_PIXELS
+from toolkit.datasets.public import _fetch
+from toolkit.datasets.splits import POLICIES, Splits
+from toolkit.errors import InputError
+from toolkit.tasks import IGNORED
+
+VOC_CLASSES = (
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
+    "tvmonitor",
+)  # fmt: skip
+ADE_CLASSES = 150
+
+
+def voc2012(root: Path) -> Splits:
+    """Pascal VOC 2012's segmentation (Everingham et al. 2015): 20 kinds of things, and background.
+
+    Of its 1,464 training images a tenth is held out for validation; the test images are its 1,449 for
+    validation, as the labels of its own test set are not public.  Borders of things are ignored.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    official = {
+        part: _fetch(
+            "voc2012", "VOCtrainval_11-May-2012.tar", "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/", root,
+            lambda download, part=part: torchvision.datasets.VOCSegmentation(
+                root, year="2012", image_set=part, download=download
+            ),
+        )
+        for part in ("train", "val")
+    }  # fmt: skip
+    samples = {
+        part: [(Path(image), Path(mask)) for image, mask in zip(data.images, data.masks)]
+        for part, data in official.items()
+    }
+    return _with_masks("voc2012", root, samples["train"], samples["val"], list(VOC_CLASSES), first=0)
+
+
+def ade20k(root: Path) -> Splits:
+    """ADE20K in the form of the scene parsing challenge 2016 (Zhou et al. 2017): 150 classes.
+
+    Of its 20,210 training images a tenth is held out for validation; the test images are its 2,000 for
+    validation, as the labels of its own test set are not public.  What is of none of the classes is ignored.
+
+    Raises `InputError` for missing files, with the place to get them.
+    """
+    folder = root / "ADEChallengeData2016"
+    names = folder / "objectInfo150.txt"
+    needed = [names, *(folder / kind / part for kind in ("images", "annotations") for part in _ADE_PARTS)]
+    missing = [str(path.relative_to(folder)) for path in needed if not path.exists()]
+    if missing:
+        raise InputError(
+            f"dataset 'ade20k' lacks {', '.join(missing)} in {folder}: unpack ADEChallengeData2016.zip from "
+            f"http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip into {root}."
+        )
+    train, test = (
+        [
+            (image, folder / "annotations" / part / f"{image.stem}.png")
+            for image in sorted((folder / "images" / part).glob("*.jpg"))
+        ]
+        for part in _ADE_PARTS
+    )
+    return _with_masks("ade20k", folder, train, test, _ade_names(names), first=1)
+
+
+_ADE_PARTS = ("training", "validation")
+
+
+def _ade_names(path: Path) -> list[str]:
+    """The first name of each class: the last column of a table with a heading."""
+    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[1:] if line.strip()]
+    names = [row[-1].split(",")[0].strip() for row in rows]
+    if len(names) != ADE_CLASSES:
+        raise InputError(
+            f"dataset 'ade20k': {path} names {len(names)} classes, not {ADE_CLASSES}; unpack it again."
+        )
+    return names
+
+
+def _with_masks(name: str, root: Path, train: list, test: list, classes: list[str], first: int) -> Splits:
+    """Splits of images with masks that hold `first` for the first class."""
+    check = functools.partial(_check, name, len(classes), first)
+    return dense_splits(
+        name, root, held_out(name, train) | {"test": test}, functools.partial(_mask, first), check,
+        classes=classes, policy=POLICIES[name], task="segmentation", stamp=[first],
+    )  # fmt: skip
+
+
+def _mask(first: int, path: Path) -> torch.Tensor:
+    """A mask's classes uint8 (H, W); those before the first become `IGNORED`."""
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+            if image.mode not in ("P", "L"):
+                raise ValueError(f"{image.mode} pixels, not one class each")
+            stored = np.array(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"mask {path.name}: {error}") from error
+    classes = stored.astype(np.int16) - first
+    classes[(classes < 0) | (stored == IGNORED)] = IGNORED
+    return torch.from_numpy(classes.astype(np.uint8))
+
+
+def _check(
+    name: str,
+    num_classes: int,
+    first: int,
+    path: Path,
+    mask: Path,
+    image: torch.Tensor,
+    classes: torch.Tensor,
+) -> None:
+    if image.shape[1:] != classes.shape:
+        (h, w), (height, width) = classes.shape, image.shape[1:]
+        raise InputError(
+            f"dataset {name!r}: {mask} has {w} x {h} pixels, its image {path.name} {width} x {height}: "
+            "unpack both again."
+        )
+    unknown = classes[(classes >= num_classes) & (classes != IGNORED)]
+    if len(unknown):
+        raise InputError(
+            f"dataset {name!r}: {mask} holds the class id {int(unknown[0]) + first}; the ids of its "
+            f"{num_classes} classes end at {num_classes - 1 + first}.  Unpack it again."
+        )

@@ -1,0 +1,121 @@
+"""DTL: a compact path beside the backbone carries low-rank updates and feeds them back late (Fu, Zhu, Wu
+2024, "DTL: Disentangled Transfer Learning for Visual Recognition", arXiv 2312.07856).
+
+    h_(i+1) = h_i + B_i A_i x_i,   x_(i+1) = block_i(x_i) + swish(h_(i+1)), this sum in the last blocks only
+
+x_i: what block i reads; swish(h) = h sigmoid(100 h).  B_i starts at zero, so training starts from the linear
+probe.  Blocks before the first feedback, and that block itself, run without a graph; gradients run through
+the blocks behind it.  As published for transformers, whose features keep one shape: in a hierarchical
+backbone the path is in the last stage, at the blocks that return what the last block returns and keep the
+positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from toolkit.errors import InputError
+from toolkit.methods.side import OnFrozen, check_positive, low_rank, silent, to_four_bits
+from toolkit.methods.taps import CHANNELS_FIRST, Form, Survey, forms_of, hooked
+
+BETA = 100.0  # of swish, as in the authors' code
+
+
+def dtl(
+    model: nn.Module,
+    side_rank: int = 8,
+    dtl_feedback: int = 0,
+    dtl_backprop: bool = True,
+    four_bit_backbone: bool = False,
+) -> DtlModel:
+    """A path of rank `side_rank` beside `model`, which is used up.
+
+    `dtl_feedback`: how many of the last blocks get feedback; 0: half of those on the path.  `dtl_backprop`:
+    gradients run through these blocks, as published; False: what a block reads counts as constant, gradients
+    reach the path through the sums alone.  Raises `InputError` for more feedback than blocks on the path.
+    """
+    check_positive(side_rank=side_rank)
+    survey = Survey.of(model)
+    names, form, widths = _path(model, survey)
+    if not 0 <= dtl_feedback <= len(names):
+        raise InputError(
+            f"dtl_feedback is {dtl_feedback}, and the path of {type(model).__name__} has {len(names)} "
+            f"blocks: choose 0 (half of them) to {len(names)}."
+        )
+    if four_bit_backbone:
+        to_four_bits(model)
+    with torch.device(next(model.parameters()).device):
+        path = nn.ModuleList(low_rank(width, form.width, side_rank) for width in widths)
+    for update in path:
+        silent(update[1])
+    feedback = dtl_feedback or -(-len(names) // 2)
+    return DtlModel(model, survey, path, names, form, feedback, dtl_backprop)
+
+
+def _path(model: nn.Module, survey: Survey) -> tuple[list[str], Form, list[int]]:
+    """Names of the blocks on the path, the form of what they return, and the widths that they read."""
+    forms, _ = forms_of(model, survey)
+    last, form = survey.blocks[-1], forms[-1]
+    axis = 1 if form.layout == CHANNELS_FIRST else -1
+
+    def positions(shape: torch.Size) -> list[int]:
+        sizes = list(shape)
+        del sizes[axis]
+        return sizes
+
+    seen = [b for b in survey.blocks if b.returned == last.returned]
+    seen = [b for b in seen if len(b.read) == len(b.returned) and positions(b.read) == positions(b.returned)]
+    if not seen:
+        raise InputError(
+            f"{type(model).__name__} has no path for 'dtl': its last block, {last.name}, changes positions, "
+            f"features {tuple(last.read)} to {tuple(last.returned)}; choose method 'losa' or 'lst'."
+        )
+    return [b.name for b in seen], form, [b.read[axis] for b in seen]
+
+
+class DtlModel(OnFrozen):
+    """`side`: the path, one low-rank map for each block in `names`, of which the last `feedback` get sums."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        survey: Survey,
+        path: nn.ModuleList,
+        names: list[str],
+        form: Form,
+        feedback: int,
+        backprop: bool,
+    ):
+        super().__init__(model, survey, path)
+        self.names, self.form, self.feedback, self.backprop = names, form, feedback, backprop
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        carried: list[torch.Tensor] = []  # h, once there is one
+
+        def before(update: nn.Module) -> Callable:
+            def read(module: nn.Module, args: tuple) -> tuple:
+                x = args[0] if self.backprop else args[0].detach()
+                h = self._updated(update, x)
+                carried[:] = [carried[0] + h if carried else h]
+                return (x, *args[1:])
+
+            return read
+
+        def after(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+            # swish(h) = silu(100 h) / 100, of which autograd keeps one tensor.
+            return output + F.silu(BETA * carried[0]) / BETA
+
+        hooks = {name: before(update) for name, update in zip(self.names, self.side)}
+        with hooked(self.backbone, dict.fromkeys(self.names[-self.feedback :], after), hooks):
+            features = self.backbone.forward_features(images)
+        return self.head.forward_head(features)
+
+    def _updated(self, update: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """What the path gets from x, in the layout of the blocks."""
+        if self.form.layout != CHANNELS_FIRST:
+            return update(x)
+        return update(x.movedim(1, -1)).movedim(-1, 1)

@@ -1,0 +1,121 @@
+"""E3VA: adapters of Swin transformers on a highway beside them, without a backward pass through the backbone.
+
+Yin et al., "Parameter-efficient is not sufficient: exploring parameter, memory, and time efficient adapter
+tuning for dense predictions" (ACM MM 2024, arXiv 2306.09729).  There is no published code; what the paper's
+text, as far as it could be had, does not say is our reading:
+
+    of each block of the frozen trunk    a, m    outputs of (shifted) window attention and of the MLP
+    in a stage, on the highway           h <- h + A(a),  h <- h + A'(m)
+    between stages                       h <- P(x + h) - P(x)
+    to the head, for each stage          x + h
+
+with x the trunk's map, P its frozen patch merging, of which the highway inherits weights (so its norm and
+product, but not their gradients, are part of the backward pass; the difference keeps h = 0 at 0, where P(h)
+alone would not), and A the adapter with both projections factorised ("dual low-rank structure"):
+
+    A(z) = gelu(z P1 Q1 + b1) P2 Q2 + b2,   P1 (d, r), Q1 (r, d'), P2 (d', r), Q2 (r, d)
+
+Q2 and b2 begin at 0, so the model begins as the one that method `linear` trains.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from toolkit.dense.model import DenseModel
+from toolkit.errors import InputError
+from toolkit.methods.trainable import linear
+
+
+class E3vaModel(DenseModel):
+    """A `DenseModel` whose head reads the trunk's maps plus those of a highway of adapters.
+
+    The trunk is frozen, without a graph, and always in evaluation mode.
+    """
+
+    def __init__(self, model: DenseModel, side_rank: int, side_reduction: int):
+        super().__init__(model.trunk, model.head)
+        self.highway = nn.ModuleList(
+            nn.ModuleList(
+                nn.ModuleList(_adapter(block.dim, side_rank, block.dim // side_reduction) for _ in range(2))
+                for block in stage.blocks
+            )
+            for stage in self.trunk.layers
+        )
+
+    def train(self, mode: bool = True) -> E3vaModel:
+        super().train(mode)
+        self.trunk.eval()
+        return self
+
+    def maps(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """x + h of each stage, (B, H', W', C), the largest first."""
+        with torch.no_grad():
+            x = self.trunk.patch_embed(images)
+        h, maps = None, []
+        for stage, adapters in zip(self.trunk.layers, self.highway):
+            if h is not None:
+                with torch.no_grad():
+                    merged = stage.downsample(x)
+                h, x = stage.downsample(x + h) - merged, merged
+            for block, pair in zip(stage.blocks, adapters):
+                x, *branches = _run(block, x)
+                for adapter, branch in zip(pair, branches):
+                    change = adapter(branch).view(x.shape)
+                    h = change if h is None else h + change
+            maps.append(x + h)
+        return maps
+
+
+@torch.no_grad()
+def _run(block: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a Swin block makes of x (B, H, W, C), and what its attention and its MLP add."""
+    branches = ([], [])  # a plan may have the block run its batch in slices
+    # Both pass these modules alone, which do nothing in evaluation mode.
+    hooks = [
+        module.register_forward_hook(lambda _module, _inputs, output, parts=parts: parts.append(output))
+        for module, parts in zip((block.drop_path1, block.drop_path2), branches)
+    ]
+    try:
+        x = block(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return x, *(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in branches)
+
+
+def _adapter(width: int, rank: int, middle: int) -> nn.Sequential:
+    """(..., width) -> (..., width), through `middle`, by products of `rank`; zero at first."""
+    adapter = nn.Sequential(
+        nn.Linear(width, rank, bias=False),
+        nn.Linear(rank, middle),
+        nn.GELU(),
+        nn.Linear(middle, rank, bias=False),
+        nn.Linear(rank, width),
+    )
+    nn.init.zeros_(adapter[-1].weight)
+    nn.init.zeros_(adapter[-1].bias)
+    return adapter
+
+
+def e3va(model: nn.Module, side_rank: int = 8, side_reduction: int = 8) -> E3vaModel:
+    """`model`, as `build_dense` gives it, with adapters of rank `side_rank` and a middle of the stage's width
+    / `side_reduction`; it shares trunk and head with what is returned.
+
+    Raises `InputError` for another model, and for sizes that leave an adapter nothing.
+    """
+    if not isinstance(model, DenseModel):
+        raise InputError(
+            f"method 'e3va' adapts dense models on Swin transformers, not {type(model).__name__}: take a data "
+            "set for segmentation or detection, or method 'losa' or 'lst' for classification."
+        )
+    narrowest = min(block.dim for stage in model.trunk.layers for block in stage.blocks)
+    if side_rank < 1:
+        raise InputError(f"side_rank must be at least 1, got {side_rank}.")
+    if not 1 <= side_reduction <= narrowest:
+        raise InputError(
+            f"side_reduction {side_reduction} leaves the adapters of {narrowest} channels without a middle; "
+            f"choose 1 to {narrowest}."
+        )
+    return E3vaModel(linear(model), side_rank, side_reduction)

@@ -1,0 +1,301 @@
+"""Which features of a frozen backbone side networks read, and in what form.
+
+A tap is the output of one of the backbone's repeated blocks (`budget.find_blocks`), taken by a hook while
+`forward_features` runs.  Whatever the backbone's layout is, tokens (B, N, C), maps (B, C, H, W) as of CNNs
+or (B, H, W, C) as of Swin, side networks see tokens (B, N, C) at the positions of the final features, those
+that the head reads: maps of earlier stages are averaged over cells of positions, without parameters and on
+the frozen side, so that little is held and stored.  Widths stay what they are: matching them is the side
+network's.  (The papers of side networks, arXiv 2206.06522 and 2402.02887, are about transformers with one
+width and one number of tokens; how to read a hierarchical backbone is our choice.)
+
+Layouts are found once, from a run on fake tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from toolkit.budget import find_blocks
+from toolkit.budget.fake_step import on_fake_tensors
+from toolkit.errors import InputError
+
+TOKENS, CHANNELS_FIRST, CHANNELS_LAST = "tokens", "channels first", "channels last"
+
+
+@dataclass(frozen=True)
+class Form:
+    """The form of features: their layout, positions (N,) or (H, W), and width C."""
+
+    layout: str
+    positions: tuple[int, ...]
+    width: int
+
+    def tokens_of(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, N, C) of features in this form; a view where that is possible."""
+        if self.layout == TOKENS:
+            return x
+        return x.flatten(2).transpose(1, 2) if self.layout == CHANNELS_FIRST else x.flatten(1, 2)
+
+    def map_of(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) of features in this form, which has two positions; also of tokens, row by row."""
+        if self.layout == CHANNELS_FIRST:
+            return x
+        return (x.unflatten(1, self.positions) if x.dim() == 3 else x).movedim(-1, 1)
+
+
+@dataclass(frozen=True)
+class Tap:
+    """The output of the block `name`, in `form`."""
+
+    name: str
+    form: Form
+    pooled: bool  # averaged to the positions of the final features
+
+
+@dataclass(frozen=True)
+class Taps:
+    """The tapped blocks of a backbone in the order in which they run, and its final features."""
+
+    taps: tuple[Tap, ...]
+    final: Form
+    memory_format: torch.memory_format  # of the final features
+
+    @property
+    def positions(self) -> int:
+        """Of all that `collect` returns."""
+        return math.prod(self.final.positions)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Of what `collect` returns, the final features last."""
+        return (*(tap.form.width for tap in self.taps), self.final.width)
+
+    def collect(self, backbone: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The taps' features (B, N, C_i), and the final ones (B, N, C) last, of `images` (B, 3, H, W)."""
+        found: dict[str, torch.Tensor] = {}
+
+        def taker(tap: Tap) -> Callable:
+            def take(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+                found[tap.name] = self._brought(tap, output)
+
+            return take
+
+        with hooked(backbone, {tap.name: taker(tap) for tap in self.taps}):
+            final = self.final.tokens_of(backbone.forward_features(images))
+        if final.shape[1:] != (self.positions, self.final.width):
+            raise InputError(
+                f"features of {tuple(final.shape[1:])} (positions, width), where the side network was made "
+                f"for ({self.positions}, {self.final.width}): give images of the size that it was made for."
+            )
+        return *(found.pop(tap.name) for tap in self.taps), final
+
+    def for_head(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Features (B, N, C) as `forward_head` takes them: as the backbone's own lie in memory, so that sums
+        over them round alike."""
+        if self.final.layout == TOKENS:
+            return tokens
+        if self.final.layout == CHANNELS_LAST:
+            return tokens.unflatten(1, self.final.positions)
+        features = tokens.transpose(1, 2).unflatten(2, self.final.positions)
+        return features.contiguous(memory_format=self.memory_format)
+
+    def _brought(self, tap: Tap, output: torch.Tensor) -> torch.Tensor:
+        if not tap.pooled:
+            return tap.form.tokens_of(output)
+        pooled = F.adaptive_avg_pool2d(tap.form.map_of(output), self.final.positions)
+        return pooled.flatten(2).transpose(1, 2)
+
+
+@contextmanager
+def hooked(
+    model: nn.Module, after: dict[str, Callable], before: dict[str, Callable] | None = None
+) -> Iterator[None]:
+    """Hooks on modules of `model` by name: `after` on outputs, `before` on inputs, as torch calls them."""
+    handles = [model.get_submodule(n).register_forward_hook(hook) for n, hook in after.items()]
+    handles += [model.get_submodule(n).register_forward_pre_hook(h) for n, h in (before or {}).items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass
+class Seen:
+    """What a block read and returned in one run."""
+
+    name: str
+    read: torch.Size
+    returned: torch.Size
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A run of a model's features on fake tensors."""
+
+    image: tuple[int, int]  # height and width in pixels
+    blocks: tuple[Seen, ...]  # in the order in which they ran
+    final: torch.Size
+    memory_format: torch.memory_format
+    head: tuple[str, ...]  # children that `forward_head` calls
+
+    @classmethod
+    def of(cls, model: nn.Module, image: tuple[int, int] | None = None) -> Survey:
+        """Run `model` on two images; of the size that it wants, or of `image` (height, width).
+
+        Raises `InputError` for a model without `forward_features` and `forward_head`, or without blocks
+        that can be tapped.
+        """
+        from toolkit.backbones import data_config  # timm: an experiment is checked without it
+
+        for part in ("forward_features", "forward_head"):
+            if not hasattr(model, part):
+                raise InputError(f"{type(model).__name__} has no {part}(), as timm's models have.")
+        try:
+            blocks = find_blocks(model)
+        except InputError as error:
+            raise InputError(
+                f"{type(model).__name__} is a backbone without taps: nothing in it repeats, so a side "
+                "network has no blocks to read; choose method 'linear' or 'lora'."
+            ) from error
+        channels, height, width = data_config(model)["input_size"]
+        image = image or (height, width)
+        ran: list[Seen] = []
+        outputs: list[tuple[str, torch.Tensor, int]] = []
+        called: dict[str, None] = {}
+
+        def noter(name: str) -> Callable:
+            def note(module: nn.Module, args: tuple, output) -> None:
+                if not (args and isinstance(args[0], torch.Tensor) and isinstance(output, torch.Tensor)):
+                    raise InputError(
+                        f"{name} turns no tensor into a tensor, so its features cannot be tapped."
+                    )
+                ran.append(Seen(name, args[0].shape, output.shape))
+                outputs.append((name, output, output._version))
+
+            return note
+
+        def caller(name: str) -> Callable:
+            return lambda module, args, output: called.update({name: None})
+
+        with on_fake_tensors(model, torch.zeros(2, channels, *image)) as images, torch.no_grad():
+            model.eval()
+            with hooked(model, {name: noter(name) for name in blocks}):
+                final = model.forward_features(images)
+            inside = {n: caller(n.split(".")[0]) for n, _ in model.named_modules() if n}
+            with hooked(model, inside):
+                model.forward_head(final)
+        for name, output, version in outputs:
+            if output._version != version:
+                raise InputError(
+                    f"what {name} returns is changed in place by what follows, so it cannot be tapped."
+                )
+        again = [name for i, (name, *_) in enumerate(outputs) if name in {n for n, *_ in outputs[:i]}]
+        if again:
+            raise InputError(f"{again[0]} runs more than once for an image, so its features are ambiguous.")
+        last = final.dim() == 4 and final.is_contiguous(memory_format=torch.channels_last)
+        plain = final.is_contiguous() or not last
+        return cls(
+            image,
+            tuple(ran),
+            final.shape,
+            torch.contiguous_format if plain else torch.channels_last,
+            tuple(called),
+        )
+
+    def layout(self, shape: torch.Size) -> str | None:
+        """Of features of this `shape`; None if it cannot be told."""
+        if len(shape) == 3:
+            return TOKENS
+        if len(shape) != 4:
+            return None
+        _, a, b, c = shape
+        height, width = self.image
+        first, last = b * width == c * height, a * width == b * height
+        if first == last:
+            return None
+        return CHANNELS_FIRST if first else CHANNELS_LAST
+
+
+def forms_of(model: nn.Module, survey: Survey) -> tuple[list[Form], Form]:
+    """The forms of what the blocks return, in the order of the run, and of the final features.
+
+    The side of a map that grows with the image is a position, the other axis the width.  Where a map has as
+    many channels as rows and columns that shows on images of twice the height.  Raises `InputError` where a
+    layout stays ambiguous.
+    """
+    shapes = {"the final features": survey.final, **{seen.name: seen.returned for seen in survey.blocks}}
+    layouts = {name: survey.layout(shape) for name, shape in shapes.items()}
+    unclear = [name for name, layout in layouts.items() if layout is None]
+    if unclear:
+        height, width = survey.image
+        try:
+            taller = Survey.of(model, (2 * height, width))
+        except (AssertionError, RuntimeError, ValueError):
+            taller = survey  # for images of one size: nothing grows
+        grown = {"the final features": taller.final, **{s.name: s.returned for s in taller.blocks}}
+        for name in unclear:
+            shape, other = shapes[name], grown[name]
+            rows = [axis for axis in range(1, len(shape)) if len(shape) == 4 and shape[axis] != other[axis]]
+            if rows not in ([1], [2]):
+                raise InputError(
+                    f"the layout of {name} of {type(model).__name__}, {tuple(shape)}, is ambiguous: tokens, "
+                    "channels first or channels last; choose another image size, or method 'lora'."
+                )
+            layouts[name] = CHANNELS_LAST if rows == [1] else CHANNELS_FIRST
+    forms = {name: _form(layouts[name], shape) for name, shape in shapes.items()}
+    return [forms[seen.name] for seen in survey.blocks], forms["the final features"]
+
+
+def _form(layout: str, shape: torch.Size) -> Form:
+    if layout == CHANNELS_FIRST:
+        return Form(layout, tuple(shape[2:]), shape[1])
+    return Form(layout, tuple(shape[1:-1]), shape[-1])
+
+
+def taps_of(model: nn.Module, survey: Survey, count: int = 0) -> Taps:
+    """`count` blocks of `model`, spread evenly, the last included; 0: all.
+
+    Raises `InputError` for a count above the number of blocks and for feature shapes that do not chain.
+    """
+    forms, final = forms_of(model, survey)
+    total = len(survey.blocks)
+    if not 0 <= count <= total:
+        raise InputError(
+            f"side_taps is {count}, and {type(model).__name__} has {total} blocks that run: choose 0 (all) "
+            f"to {total}."
+        )
+    chosen = [round((i + 1) * total / count) - 1 for i in range(count)] if count else range(total)
+    taps = tuple(_tap(survey, survey.blocks[i], forms[i], final) for i in chosen)
+    return Taps(taps, final, survey.memory_format)
+
+
+def _tap(survey: Survey, seen: Seen, form: Form, final: Form) -> Tap:
+    if seen.returned[0] != survey.final[0]:
+        raise InputError(
+            f"feature shapes that do not chain: {seen.name} computes on windows, {seen.returned[0]} for "
+            f"{survey.final[0]} images; choose an image size at which a window is the whole map, or method "
+            "'lora'."
+        )
+    if math.prod(form.positions) == math.prod(final.positions):
+        return Tap(seen.name, form, pooled=False)
+    if form.layout == TOKENS and len(final.positions) == 2:  # of a map, row by row
+        height, width = survey.image
+        rows = math.isqrt(form.positions[0] * height // width)
+        if rows and form.positions[0] % rows == 0 and rows * rows * width == form.positions[0] * height:
+            form = Form(CHANNELS_LAST, (rows, form.positions[0] // rows), form.width)
+    if len(form.positions) == len(final.positions) == 2 and all(
+        mine >= theirs for mine, theirs in zip(form.positions, final.positions)
+    ):
+        return Tap(seen.name, form, pooled=True)
+    raise InputError(
+        f"feature shapes that do not chain: {seen.name} returns positions {form.positions}, which cannot be "
+        f"averaged to the final features' {final.positions}; choose another backbone, or method 'lora'."
+    )

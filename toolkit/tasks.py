@@ -1,0 +1,109 @@
+"""What a data set asks of a model: a class for each image, each pixel, or boxes around objects.
+
+A `Task` is all that `fit` needs to know of it: the loss that trains, and the score that is reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+IGNORED = 255  # label of pixels that count for nothing
+_DENSE = {  # data sets by name; all others are of classification
+    "mosaics": "segmentation",
+    "voc2012": "segmentation",
+    "ade20k": "segmentation",
+    "digit_scenes": "detection",
+    "coco": "detection",
+}
+# Data sets whose images are made at one size; others come in the backbone's.
+IMAGE_PIXELS = {"mosaics": 64, "digit_scenes": 64}
+
+SCORES = {  # metrics, for people
+    "top1_pct": "accuracy (%)",
+    "pixel_accuracy_pct": "pixel accuracy (%)",
+    "miou_pct": "mean IoU (%)",
+    "map_pct": "box mAP (%)",
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """`loss(outputs, targets)` of a batch, additive over its parts but for their sizes; `hits(outputs,
+    targets)`: right answers, in images, None where a step does not tell."""
+
+    name: str
+    metric: str  # of validation and test, in per cent
+    train_metric: str | None  # what `hits` are per image, in per cent
+    heads: tuple[str, ...]  # of dense models, the usual one first
+    loss: Callable[[Any, Any], torch.Tensor]
+    hits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None
+    zeros: Callable[[int, int, int], Any]  # targets of so many images of height and width
+
+    def inputs(self, images: torch.Tensor, targets: Any) -> Any:
+        """What a model takes in training: torchvision's detectors compute their losses themselves."""
+        return (images, targets) if self.name == "detection" else images
+
+
+def _class_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits, labels)
+
+
+def _right_classes(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return (logits.detach().argmax(1) == labels).sum()
+
+
+def _pixel_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Over all pixels, of which ignored ones add nothing: so parts of a batch add up to its loss."""
+    return F.cross_entropy(logits, masks, ignore_index=IGNORED, reduction="sum") / masks.numel()
+
+
+def _right_pixels(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """The share of right pixels times the images."""
+    right = (logits.detach().argmax(1) == masks).sum()
+    return right * len(masks) / (masks != IGNORED).sum().clamp(min=1)
+
+
+def _no_boxes(images: int, height: int, width: int) -> dict[str, torch.Tensor]:
+    return {
+        "boxes": torch.tensor([0.0, 0, width, height, 0]).repeat(images, 1, 1),  # one of the whole image
+        "instances": torch.ones(images, height, width, dtype=torch.uint8),
+    }
+
+
+TASKS = {
+    "classification": Task(
+        "classification", "top1_pct", "top1_pct", (), _class_loss, _right_classes,
+        lambda images, height, width: torch.zeros(images, dtype=torch.long),
+    ),
+    "segmentation": Task(
+        "segmentation", "miou_pct", "pixel_accuracy_pct", ("fpn", "upernet"), _pixel_loss, _right_pixels,
+        lambda images, height, width: torch.zeros(images, height, width, dtype=torch.long),
+    ),
+    "detection": Task(
+        "detection", "map_pct", None, ("retinanet", "faster_rcnn", "mask_rcnn"),
+        lambda losses, targets: sum(losses.values()), None, _no_boxes,
+    ),
+}  # fmt: skip
+
+
+def task_of(dataset: str) -> Task:
+    """The task of a data set, by its name."""
+    return TASKS[_DENSE.get(dataset, "classification")]
+
+
+def split_targets(targets: Any, size: int) -> list:
+    """`targets`, a tensor (B, ...) or a dict of such, in parts of at most `size` images."""
+    leaves, structure = tree_flatten(targets)
+    return [tree_unflatten(parts, structure) for parts in zip(*(leaf.split(size) for leaf in leaves))]
+
+
+def score_in(row: dict, part: str) -> tuple[str, float] | None:
+    """Metric and value of the score in a row of `FitResult.history`, if any; `part`: "train" or "val"."""
+    found = {name.removeprefix(f"{part}_"): value for name, value in row.items() if name.startswith(part)}
+    return next(((name, value) for name, value in found.items() if name in SCORES), None)
