@@ -296,7 +296,7 @@ def ade(tmp_path):
     for part, count in (("training", 20), ("validation", 2)):
         for number in range(count):
             write_image(folder / "images" / part / f"ADE_{number:08}.jpg", (20, 10), number)
-            write_mask(folder / "annotations" / part / f"ADE_{number:08}.png", [0, 1, 150], mode="L")
+            write_mask(folder / "annotations" / part / f"ADE_{number:08}.png", [0, 1, 150, 255], mode="L")
     lines = [f"{n} \t0.1\t10\t1\tthing {n}, other name" for n in range(1, 151)]
     (folder / "objectInfo150.txt").write_text("\n".join(["Idx\tRatio\tTrain\tVal\tName", *lines, ""]))
     return folder
@@ -306,7 +306,7 @@ def test_ade20k_ignores_what_is_of_no_class(ade, tmp_path):
     splits = load_dataset("ade20k", root=tmp_path)
     assert splits.classes[0] == "thing 1" and len(splits.classes) == 150
     assert [len(splits.train), len(splits.val), len(splits.test)] == [18, 2, 2]
-    assert splits.test[0][1][:3, 0].tolist() == [IGNORED, 0, 149]
+    assert splits.test[0][1][:4, 0].tolist() == [IGNORED, 0, 149, IGNORED]
     write_mask(ade / "annotations" / "validation" / "ADE_00000001.png", [151], mode="L")
     with pytest.raises(
         InputError, match=r"ADE_00000001\.png holds the class id 151.* 150 classes end at 150"

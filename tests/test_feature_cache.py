@@ -29,6 +29,7 @@ from toolkit.methods.losa import losa
 from toolkit.methods.lst import lst
 from toolkit.methods.trainable import linear
 
+SPLITS = ("train", "val", "test")
 METHODS = {"losa": losa, "lst": lst, "linear": linear}
 
 
@@ -82,7 +83,7 @@ def read_by_classifier(model, images):
         ("lst", "tiny"),
         ("linear", "tiny"),
         ("linear", "demo_cnn"),
-        ("losa", "demo_cnn"),
+        pytest.param("losa", "demo_cnn", marks=pytest.mark.long),
         pytest.param("lst", "small:vit_small", marks=pytest.mark.long),
         pytest.param("linear", "small:tiny_vit", marks=pytest.mark.long),
         pytest.param("linear", "small:mambavision_t", marks=pytest.mark.long),
@@ -349,7 +350,11 @@ def test_what_was_not_finished_counts_as_nothing(cached, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         cached(model)
     monkeypatch.setattr(feature_cache, "close_cache", close)
+    [folder] = (tmp_path / "features").iterdir()
+    assert (folder / "train.npy").exists() and (folder / ".lock").exists()
+    (folder / "train.part").write_bytes(b"half")
     assert not cached(model).cached and cached(model).cached
+    assert not (folder / "train.part").exists()
 
     def stops(*args):
         raise KeyboardInterrupt
@@ -439,6 +444,17 @@ def test_statistics_that_follow_the_batches_are_refused(cached):
     assert cached(toolkit.adapt(model, "linear")).width > 0
 
 
+def test_a_model_that_does_not_end_in_its_classifier_is_refused(cached):
+    class Softened(VisionTransformer):
+        def forward(self, x):
+            return super().forward(x).softmax(1)
+
+    model = tiny()
+    model.__class__ = Softened
+    with pytest.raises(InputError, match="Softened does not end in its classifier"):
+        cached(linear(model))
+
+
 def test_features_that_are_not_finite_are_refused(cached, tmp_path):
     model = build("linear")
     with torch.no_grad():
@@ -466,9 +482,6 @@ def test_features_of_images_of_several_sizes_are_those_of_test_images(cached):
         expected = model.eval()(images)
         rows = torch.stack([x for x, _ in features.train])
         torch.testing.assert_close(features.model(rows), expected, atol=1e-5, rtol=1e-4)
-
-
-SPLITS = ("train", "val", "test")
 
 
 def test_augmentation_lost_says_what_is_lost():

@@ -194,6 +194,30 @@ def test_the_predicted_peak_is_the_measured_one(case, share, real, optimizer):
     assert_same_step(build, batch, made)
 
 
+class Passing(nn.Module):
+    """Autograd saves a small tensor that is computed from the input, and not the input."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+
+    def forward(self, x):
+        return x + self.layer(x.sum(1, keepdim=True)).relu()
+
+
+def test_what_only_a_recomputation_would_read_is_not_held_without_one():
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Linear(5, 64), nn.Sequential(*(Passing() for _ in range(4))), nn.Linear(64, 7)
+        )
+
+    generator = torch.Generator().manual_seed(0)
+    batch = torch.randn(256, 5, generator=generator), torch.randint(0, 7, (256,), generator=generator)
+    made = Planner(build(), batch).plan(HUGE)
+    assert made.peak_bytes == measured_peak(build(), batch) < 5 * 256 * 64 * 4
+
+
 def noisy_vit():
     return vit(drop_path_rate=0.3, proj_drop_rate=0.1)
 

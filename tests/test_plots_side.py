@@ -73,7 +73,7 @@ def test_scores_are_those_of_the_data_sets_task():
     )
     segmentation, detection = plots_side.scores_against_memory(records).axes
     assert segmentation.containers[0].lines[0].get_xydata().tolist() == [[4, 41]]
-    assert [text.get_text() for text in detection.texts] == ["linear"]
+    assert [bars.get_label() for bars in detection.containers] == ["linear"]
     assert detection.get_ylabel() == "test box mAP (%)"
 
 

@@ -461,6 +461,20 @@ def test_dtl_is_on_the_last_stage_of_a_hierarchy():
     assert side("demo_cnn", "dtl").names == ["blocks.3.0"]  # which changes the width
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_that_was_never_allocated_is_planned_like_a_real_one(method):
+    real = side("small:vit_small", method)
+    with torch.device("meta"):
+        meta = side("small:vit_small", method)
+        batch = batch_for(real)[0].to("meta"), torch.empty(2, dtype=torch.long)
+    assert all(p.is_meta for p in meta.parameters())
+    peaks = [
+        toolkit.plan(model, HUGE, one, strategy="none").peak_bytes
+        for model, one in ((real, batch_for(real)), (meta, batch))
+    ]
+    assert peaks[0] == peaks[1] > 0
+
+
 @pytest.mark.long
 def test_a_vit_small_keeps_a_fraction_for_backward():
     """Of 8 images in fp32; low-rank updates of all linear layers keep some 449 MiB."""

@@ -76,6 +76,7 @@ def test_runs_of_other_experiments_are_left_out_whatever_the_device():
     wanted = [Experiment(method="losa", checkpointing="none"), Experiment(method="dtl", checkpointing="none")]
     found = side_costs.runs_of(records.reset_index(drop=True), wanted)
     assert list(found.index) == [0]
+    assert list(side_costs.runs_of(records[:0], wanted).columns) == list(records.columns)
 
 
 def test_an_ablation_changes_one_option_at_a_time():

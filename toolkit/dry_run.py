@@ -21,6 +21,8 @@ from toolkit.baselines.evaluate import form_and_batch
 from toolkit.baselines.experiment import BaselineExperiment
 from toolkit.baselines.prompts import class_names
 from toolkit.datasets import load_dataset
+from toolkit.datasets.vtab import TRAIN as VTAB_TRAIN
+from toolkit.datasets.vtab import VTAB
 from toolkit.environment import device_name
 from toolkit.errors import InputError
 from toolkit.experiment import Experiment
@@ -36,6 +38,9 @@ _DOWNLOADED = {
     "cifar100": (100, 45_000),
     "dtd": (47, 1_880),
     "cifar10-c": (10, 4_000),
+    "voc2012": (21, 1_317),
+    "ade20k": (150, 18_189),
+    "coco": (80, 106_458),
 }
 _STOPS = "stops the sweep"
 _NOT_RUN = ("refused", _STOPS)
@@ -146,8 +151,11 @@ def _as_trained(e: Experiment, images: int) -> Experiment:
 
 def _data_of(dataset: str) -> _Data | str:
     """The data set, or why it cannot be had."""
-    if dataset.partition(":")[0] in _DOWNLOADED:
-        count, images = _DOWNLOADED[dataset.partition(":")[0]]
+    base, _, task = dataset.partition(":")
+    if base == "vtab" and task in VTAB:
+        return _Data([f"class {number}" for number in range(VTAB[task].classes)], VTAB_TRAIN)
+    if base in _DOWNLOADED:
+        count, images = _DOWNLOADED[base]
         return _Data([f"class {number}" for number in range(count)], images)  # about as long as true names
     try:
         splits = load_dataset(dataset)

@@ -87,8 +87,8 @@ class DenseEvaluation:
         return self.window.seconds
 
     @property
-    def score_pct(self) -> float:
-        """By which runs are compared."""
+    def score_pct(self) -> float | None:
+        """By which runs are compared; None where no image has anything to be found."""
         return self.scores[self.metric]
 
     @property
@@ -100,7 +100,7 @@ class DenseEvaluation:
     def __str__(self) -> str:
         peak = "" if self.peak_bytes is None else f", peak {format_bytes(self.peak_bytes)}"
         scores = ", ".join(
-            f"{name.removesuffix('_pct').replace('_', ' ')} {value:.2f} %"
+            f"{name.removesuffix('_pct').replace('_', ' ')} {'–' if value is None else f'{value:.2f} %'}"
             for name, value in self.scores.items()
             if not isinstance(value, list)
         )

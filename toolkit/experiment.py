@@ -8,7 +8,15 @@ from typing import ClassVar
 from toolkit.budget import STRATEGIES, format_bytes, parse_bytes
 from toolkit.errors import InputError, check_name
 from toolkit.hyperparameters import hyperparameters
-from toolkit.methods import BATCH_NORMS, CACHEABLE, DENSE_METHODS, METHODS, SIDE_METHODS, options_not_of
+from toolkit.methods import (
+    BATCH_NORMS,
+    CACHEABLE,
+    DENSE_METHODS,
+    METHODS,
+    SIDE_METHODS,
+    check_statistics,
+    options_not_of,
+)
 from toolkit.parameters import Parameters
 from toolkit.tasks import task_of
 
@@ -89,6 +97,7 @@ class Experiment(Parameters):
             self._set("lr", hyperparameters(self.backbone, self.method).lr)
         check_name("depthwise", self.depthwise, ("train", "freeze"))
         check_name("batch_norm", self.batch_norm, BATCH_NORMS)
+        check_statistics(self.method, self.batch_norm)
         check_name("losa_start", self.losa_start, ("last", "first"))
         check_name("losa_mixer", self.losa_mixer, ("both", "channels", "tokens"))
         check_name("lst_init", self.lst_init, ("auto", "pruned", "random"))
@@ -137,12 +146,17 @@ class Experiment(Parameters):
                 )
         else:
             self._set("head", check_name(f"head for {self.task}", self.head or heads[0], heads))
+            if (self.head, self.dataset) == ("mask_rcnn", "coco"):
+                raise InputError(
+                    "head 'mask_rcnn' learns from masks of instances, which dataset 'coco' has not here; choose "
+                    "'faster_rcnn', or dataset 'digit_scenes'."
+                )
             if self.feature_cache:
                 raise InputError(f"feature_cache is for classification; {self.task} computes its features.")
         if self.method in DENSE_METHODS and not heads:
             raise InputError(
-                f"method {self.method!r} is for dense tasks, and dataset {self.dataset!r} is for classification; "
-                "choose 'losa', 'lst' or 'dtl'."
+                f"method {self.method!r} is for dense tasks, and dataset {self.dataset!r} is for "
+                "classification; choose 'losa', 'lst' or 'dtl'."
             )
         if heads and self.method in SIDE_METHODS:
             raise InputError(f"method {self.method!r} is for classification; for {self.task} choose 'e3va'.")

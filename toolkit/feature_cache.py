@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import filelock
 import numpy as np
@@ -37,7 +36,7 @@ from toolkit.measure import Meter, Window
 from toolkit.methods import head_name, set_train_mode
 from toolkit.methods.side import SideModel
 from toolkit.paths import CACHE
-from toolkit.weights import weights_sha256
+from toolkit.weights import state_sha256, weights_sha256
 
 FORMAT = 1  # of the files, and of how features are brought to their shapes
 FREE_SHARE = 0.05  # of the disk that a cache leaves free
@@ -245,13 +244,12 @@ def _features(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, ...
         logits = model(images)
     finally:
         handle.remove()
-    [(features, output)] = read
-    if output is not logits:
+    if len(read) != 1 or read[0][1] is not logits:
         raise InputError(
             f"features cannot be cached: {type(model).__name__} does not end in its classifier; leave "
             "feature_cache empty."
         )
-    return (features,)
+    return (read[0][0],)
 
 
 def _check_frozen(model: nn.Module) -> None:
@@ -274,8 +272,7 @@ def _frozen_sha256(model: nn.Module) -> str:
     if isinstance(model, SideModel):
         return weights_sha256(model.backbone)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    frozen = {name: value for name, value in model.state_dict().items() if name not in trained}
-    return weights_sha256(SimpleNamespace(state_dict=lambda: frozen))
+    return state_sha256({name: value for name, value in model.state_dict().items() if name not in trained})
 
 
 def _as_it_is(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -40,6 +40,14 @@ TABLE: dict[str, dict[str, Hyperparameters]] = {
         "qlora": Hyperparameters(5e-3, _TUNED_ON.format("digits")),
         "galore": Hyperparameters(1e-3, f"as full; {_NOT_TRIED}"),
         "full": Hyperparameters(1e-3, _TUNED),
+        **_all(_TUNED_ON.format("digits and textures"), losa=2e-2, lst=2e-2, dtl=1e-2),
+    },
+    # By one seed and four epochs: on mosaics linear at 1e-2, e3va at 1e-2, lora at 5e-3 and full at 2e-3 were
+    # tried alone.
+    "demo_swin": {
+        **_all("tried on the validation split of mosaics, no other rate", linear=1e-2, e3va=1e-2, lora=5e-3),
+        "full": Hyperparameters(2e-3, "tried on the validation split of mosaics, no other rate"),
+        "bitfit": Hyperparameters(1e-2, f"as linear; {_NOT_TRIED}"),
     },
     # Convolutions with batch norms stand higher rates, by one seed each.  LoRA, and on textures DoRA, diverge
     # at 5e-2.

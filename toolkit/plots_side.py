@@ -22,6 +22,7 @@ from toolkit.tasks import IGNORED, SCORES, score_in, task_of
 
 _PHASES = {"forward": 3, "backward": 3, "optimizer": 1}  # with the width of their part of the axis
 _PHASE_OF = {"recompute": "backward"}
+_MARKERS = "osD^v<>PX*hpdH8"
 _LINES = ("-", "--", "-.", ":")
 
 
@@ -66,7 +67,7 @@ def memory_over_steps(traces: Mapping[str, Sequence[dict]]) -> Figure:
             x += list(start + _PHASES[phase] * np.linspace(0, 1, len(values)))
             y += values
         axes.plot(
-            x, y, color=colours[number], linestyle=_LINES[number % len(_LINES)], linewidth=1.8,
+            x, y, color=colours[number], linestyle=_LINES[number % len(_LINES)], linewidth=1.6,
             label=f"{_plain(name)}, peak {max(y, default=0):.3g}",
         )  # fmt: skip
     for start in list(edges.values())[1:]:
@@ -114,26 +115,28 @@ def scores_against_memory(records: pd.DataFrame) -> Figure:
     figure, every = plt.subplots(
         1, len(datasets), figsize=(1.5 + 4.6 * len(datasets), 4), layout="constrained", squeeze=False
     )
-    colours = dict(zip(dict.fromkeys(ok.method), sns.color_palette("colorblind")))
+    looks = dict(zip(dict.fromkeys(ok.method), zip(sns.color_palette("husl", ok.method.nunique()), _MARKERS)))
     for axes, dataset in zip(every.flat, datasets):
-        rows = ok[ok.dataset == dataset]
         metric = task_of(dataset).metric
-        for _, group in groups(rows):
+        for _, group in groups(ok[ok.dataset == dataset]):
             method = group.method.iloc[0]
             score, half_width, _ = mean_and_interval(group[f"test_{metric}"])
             peak, _, _ = mean_and_interval(group.train_peak_bytes / MIB)
             if score is None or peak is None:
                 continue
+            colour, marker = looks[method]
             axes.errorbar(
-                peak, score, yerr=half_width or 0.0, marker="o", markersize=8, capsize=3, linestyle="none",
-                color=colours[method], label=_plain(method),
+                peak, score, yerr=half_width or 0.0, marker=marker, markersize=8, capsize=3, linestyle="none",
+                color=colour, label=_plain(method),
             )  # fmt: skip
-            axes.annotate(
-                _plain(method), (peak, score), xytext=(7, 5), textcoords="offset points", fontsize=9
-            )
+        axes.margins(0.1)
         axes.set(xlabel="peak memory (MiB)", ylabel=f"test {SCORES[metric]}", title=_plain(dataset))
         axes.set_xlim(0, None)
-        axes.margins(x=0.2, y=0.15)
+    handles = {
+        label: handle for axes in every.flat for handle, label in zip(*axes.get_legend_handles_labels())
+    }
+    if handles:
+        every.flat[-1].legend(handles.values(), handles, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 

@@ -81,9 +81,10 @@ class Lines(View):
 
     def epoch(self, progress: Progress, row: dict[str, Any]) -> None:
         _, score = score_in(row, "val")
+        score = "–" if score is None else f"{score:.2f} %"
         print(
             f"epoch {row['epoch']}/{progress.epochs}: loss {row['train_loss']:.4f}, "
-            f"val {score:.2f} %, peak {format_bytes(progress.peak_bytes)}"
+            f"val {score}, peak {format_bytes(progress.peak_bytes)}"
         )
 
 

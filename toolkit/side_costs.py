@@ -104,7 +104,8 @@ def runs_of(records: pd.DataFrame, experiments: Iterable[Parameters]) -> pd.Data
     names = [field.name for field in fields(Experiment) if field.name != "device"]
     wanted = {_key(e.to_dict(), names) for e in experiments if isinstance(e, Experiment)}
     rows = records.to_dict("records")
-    return records[[row.get("phase") == "training" and _key(row, names) in wanted for row in rows]]
+    chosen = [row["phase"] == "training" and _key(row, names) in wanted for row in rows]
+    return records[pd.Series(chosen, index=records.index, dtype=bool)]
 
 
 def _key(row: Mapping, names: list[str]) -> tuple:
@@ -150,7 +151,7 @@ def ablations(records: pd.DataFrame) -> pd.DataFrame:
         own = records[records.method == method]
         for option in _options(method):
             series = _rows(own, {method: (option,)})
-            if option in own and series[option].nunique() > 1:
+            if series[option].nunique() > 1:
                 table = run_table(series)
                 table.insert(1, "option", option)
                 table.insert(2, "value", table.pop(option).map(lambda value: str(value) or "none"))

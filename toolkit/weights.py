@@ -52,8 +52,13 @@ def load_adapted(model: nn.Module, path: Path) -> None:
 
 def weights_sha256(model: nn.Module) -> str:
     """Digest of all parameters and buffers, by name."""
+    return state_sha256(model.state_dict())
+
+
+def state_sha256(state: dict[str, torch.Tensor]) -> str:
+    """Digest of tensors by name, in their order."""
     digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
+    for name, value in state.items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -87,8 +87,9 @@ def build_backbone(name: str, num_classes: int, pretrained: bool = True, **sizes
 
     `small:vit_small` and the like are small instances with random weights, see `small_instance`.
     `demo_vit`, `demo_cnn` and `demo_swin` take their pretrained weights from this repository, all others
-    from the Hugging Face hub, and only if `pretrained`.  The head is new and random: seed torch before.  Only the
-    source models `demo_cnn_digits` and `demo_cnn_textures` bring a trained one, for 10 and 15 classes.
+    from the Hugging Face hub, and only if `pretrained`.  The head is new and random: seed torch before.
+    Only the source models `demo_cnn_digits` and `demo_cnn_textures` bring a trained one, for 10 and 15
+    classes.
     `sizes` (`depth`, `embed_dim`, `img_size`, ...) are arguments of the model's class, for small
     instances with random weights.
 

@@ -13,7 +13,7 @@ from toolkit.backbones.demo import DATA_CONFIG, load_demo_weights
 from toolkit.paths import DATA
 
 WEIGHTS = DATA / "demo_swin.safetensors"
-SHA256 = ""
+SHA256 = "af3792e5bb617e3c1a22e8a0425a799dfef8871a85b4125175d07416e2a9108b"
 
 
 def build_demo_swin(num_classes: int, pretrained: bool) -> nn.Module:

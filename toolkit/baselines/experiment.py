@@ -11,6 +11,7 @@ from toolkit.baselines.registry import baseline_named
 from toolkit.budget import format_bytes
 from toolkit.errors import InputError, check_name
 from toolkit.parameters import Parameters
+from toolkit.tasks import task_of
 
 DRAWN = ("linear_grid", "likelihood")  # protocols that draw random numbers
 
@@ -35,6 +36,11 @@ class BaselineExperiment(Parameters):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if task_of(self.dataset).heads:
+            raise InputError(
+                f"baselines are classifiers, and dataset {self.dataset!r} is for "
+                f"{task_of(self.dataset).name}: take digits, cifar100 or another of images with one class."
+            )
         family = baseline_named(self.baseline).family
         protocols = baseline_named(self.baseline).protocols
         self._set("protocol", self.protocol or protocols[0])

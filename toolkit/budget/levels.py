@@ -378,8 +378,9 @@ def menu(segment: Segment, seconds: Sequence[float]) -> list[Level]:
     """The segment's levels, from the one that keeps most to the one that keeps least."""
     cuts = _Cuts(segment, seconds)
     total_seconds, total_bytes = sum(seconds), sum(segment.sizes)
-    if not cuts.needed or not total_bytes:
-        return [simulate(segment, cuts.decisions(_Cut(frozenset(), frozenset(), 0, 0.0)), seconds)]
+    if cuts.needed <= segment.must_keep or not total_bytes:  # as of all that runs without a graph
+        only = _Cut(frozenset(cuts.needed), frozenset(), 0, 0.0)
+        return [simulate(segment, cuts.decisions(only), seconds)]
     most = cuts.at(min(s for s in seconds if s > 0) / (2 * total_bytes))
     least = cuts.at(2 * total_seconds / ROUNDING_BYTES)
     corners = {most, least}

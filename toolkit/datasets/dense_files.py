@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from toolkit.datasets.image_files import _decode, remembered, size_and_time
+from toolkit.datasets.image_files import decode, remembered, size_and_time
 from toolkit.datasets.splits import Policy, Splits, hash_target, two_way
 from toolkit.errors import InputError
 from toolkit.files import sha256_of
@@ -34,7 +34,7 @@ class DenseFiles(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, Target]:
         path, source = self.samples[index]
-        return v2.functional.pil_to_tensor(_decode(path)), self.read(source)
+        return v2.functional.pil_to_tensor(decode(path)), self.read(source)
 
 
 def held_out(name: str, samples: list) -> dict[str, list]:

@@ -25,6 +25,8 @@ MAX_PIXELS = 40_000_000  # a larger picture is refused before it is decoded: it 
 class _ImageFiles(Dataset):
     """Images that are decoded when they are asked for."""
 
+    decodes = True
+
     def __init__(self, samples: list[tuple[Path, int]]):
         self.samples = samples
 
@@ -33,10 +35,11 @@ class _ImageFiles(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         path, label = self.samples[index]
-        return v2.functional.pil_to_tensor(_decode(path)), label
+        return v2.functional.pil_to_tensor(decode(path)), label
 
 
-def _decode(path: Path) -> Image.Image:
+def decode(path: Path) -> Image.Image:
+    """An RGB image.  Raises `OSError` or `ValueError` for what is none, or larger than `MAX_PIXELS`."""
     # Pillow goes by content, not by name: only formats whose decoders are its own.
     with Image.open(path, formats=("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")) as image:
         if image.width * image.height > MAX_PIXELS:
@@ -144,7 +147,7 @@ def _scan(root: Path, files: dict[str, list[tuple[Path, int]]]) -> dict:
         for file, label in tqdm(samples, desc=f"checking {split} images", leave=False, disable=None):
             relative = str(file.relative_to(root))
             try:
-                _decode(file)
+                decode(file)
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 broken[relative] = str(error) or type(error).__name__
                 continue

@@ -13,7 +13,7 @@ from toolkit.datasets.splits import POLICIES, Splits, in_memory, two_way
 from toolkit.errors import InputError
 
 
-def _fetch(dataset: str, archive: str, url: str, folder: Path, build: Callable[[bool], object]) -> object:
+def fetched(dataset: str, archive: str, url: str, folder: Path, build: Callable[[bool], object]) -> object:
     """`build(download=False)`, else `build(download=True)`, else one error that says what to put where."""
     try:
         return build(False)
@@ -36,7 +36,7 @@ def cifar(name: str, root: Path) -> Splits:
     }[name]
 
     def read(train: bool):
-        return _fetch(
+        return fetched(
             name, archive, "https://www.cs.toronto.edu/~kriz/", root,
             lambda download: kind(root, train=train, download=download),
         )  # fmt: skip
@@ -55,7 +55,7 @@ def describable_textures(root: Path) -> Splits:
     """Describable Textures (Cimpoi et al. 2014), partition 1: its own train, val and test, 1,880 each."""
     root.mkdir(parents=True, exist_ok=True)
     listed = {
-        split: _fetch(
+        split: fetched(
             "dtd", "dtd-r1.0.1.tar.gz", "https://www.robots.ox.ac.uk/~vgg/data/dtd/", root / "dtd",
             lambda download, split=split: torchvision.datasets.DTD(
                 root, split=split, partition=1, download=download

@@ -12,7 +12,7 @@ from PIL import Image
 
 from toolkit.datasets.dense_files import dense_splits, held_out
 from toolkit.datasets.image_files import MAX_PIXELS
-from toolkit.datasets.public import _fetch
+from toolkit.datasets.public import fetched
 from toolkit.datasets.splits import POLICIES, Splits
 from toolkit.errors import InputError
 from toolkit.tasks import IGNORED
@@ -33,7 +33,7 @@ def voc2012(root: Path) -> Splits:
     """
     root.mkdir(parents=True, exist_ok=True)
     official = {
-        part: _fetch(
+        part: fetched(
             "voc2012", "VOCtrainval_11-May-2012.tar", "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/", root,
             lambda download, part=part: torchvision.datasets.VOCSegmentation(
                 root, year="2012", image_set=part, download=download

@@ -20,7 +20,7 @@ import torchvision
 from torchvision.datasets.utils import download_and_extract_archive
 
 from toolkit.datasets.image_files import remembered, size_and_time
-from toolkit.datasets.public import _fetch
+from toolkit.datasets.public import fetched
 from toolkit.errors import InputError
 
 CALTECH_TRAIN = 30  # images per class of Caltech101's usual training split
@@ -65,7 +65,7 @@ def _dealt(samples: Sequence[tuple[Path, int]], *percents: int) -> list[Pool]:
 
 def cifar100(root: Path) -> Pools:
     def read(train: bool) -> torchvision.datasets.CIFAR100:
-        return _fetch(
+        return fetched(
             "vtab:cifar100", "cifar-100-python.tar.gz", "https://www.cs.toronto.edu/~kriz/", root,
             lambda download: torchvision.datasets.CIFAR100(root, train=train, download=download),
         )  # fmt: skip
@@ -76,7 +76,7 @@ def cifar100(root: Path) -> Pools:
 
 def svhn(root: Path) -> Pools:
     def read(split: str) -> Pool:
-        data = _fetch(
+        data = fetched(
             "vtab:svhn", f"{split}_32x32.mat", "http://ufldl.stanford.edu/housenumbers/", root / "svhn",
             lambda download: torchvision.datasets.SVHN(root / "svhn", split=split, download=download),
         )  # fmt: skip
@@ -87,7 +87,7 @@ def svhn(root: Path) -> Pools:
 
 def caltech101(root: Path) -> Pools:
     """With the background, which torchvision leaves out and the benchmark does not."""
-    data = _fetch(
+    data = fetched(
         "vtab:caltech101", "caltech-101.zip", "https://data.caltech.edu/records/mzrjq-6wc02",
         root / "caltech101", lambda download: torchvision.datasets.Caltech101(root, download=download),
     )  # fmt: skip
@@ -125,7 +125,7 @@ def _three_lists(
     """The classes, and train, val and test, of what torchvision keeps as lists of files and labels."""
     pools = []
     for split in ("train", "val", "test"):
-        data = _fetch(name, archive, url, folder, lambda download, split=split: build(split, download))
+        data = fetched(name, archive, url, folder, lambda download, split=split: build(split, download))
         pools.append(Pool(data._image_files, data._labels))
     return list(data.classes), pools
 
@@ -134,7 +134,7 @@ def pets(root: Path) -> Pools:
     folder = root / "oxford-iiit-pet"
 
     def read(split: str) -> torchvision.datasets.OxfordIIITPet:
-        return _fetch(
+        return fetched(
             "vtab:pets", "images.tar.gz and annotations.tar.gz",
             "https://www.robots.ox.ac.uk/~vgg/data/pets/", folder,
             lambda download: torchvision.datasets.OxfordIIITPet(root, split=split, download=download),
@@ -146,7 +146,7 @@ def pets(root: Path) -> Pools:
 
 
 def sun397(root: Path) -> Pools:
-    data = _fetch(
+    data = fetched(
         "vtab:sun397", "SUN397.tar.gz", "https://vision.princeton.edu/projects/2010/SUN/", root,
         lambda download: torchvision.datasets.SUN397(root, download=download),
     )  # fmt: skip
@@ -165,7 +165,7 @@ def camelyon(root: Path) -> Pools:
         raise InputError("vtab:camelyon lies in HDF5 files; install h5py to read them.") from error
 
     def read(split: str) -> Pool:
-        data = _fetch(
+        data = fetched(
             "vtab:camelyon", "the .h5 files", "https://github.com/basveeling/pcam", root / "pcam",
             lambda download: torchvision.datasets.PCAM(root, split=split, download=download),
         )  # fmt: skip
@@ -177,7 +177,7 @@ def camelyon(root: Path) -> Pools:
 
 
 def eurosat(root: Path) -> Pools:
-    data = _fetch(
+    data = fetched(
         "vtab:eurosat", "EuroSAT.zip", "https://github.com/phelber/EuroSAT", root / "eurosat",
         lambda download: torchvision.datasets.EuroSAT(root, download=download),
     )  # fmt: skip
@@ -203,7 +203,7 @@ def clevr_distance(root: Path) -> Pools:
 
 def _clevr(root: Path, name: str, classes: list[str], label: Callable[[list[dict]], int]) -> Pools:
     """CLEVR's test images have no labels; the benchmark tests on its validation images."""
-    data = _fetch(
+    data = fetched(
         f"vtab:{name}", "CLEVR_v1.0.zip", "https://cs.stanford.edu/people/jcjohns/clevr/", root / "clevr",
         lambda download: torchvision.datasets.CLEVRClassification(root, split="test", download=download),
     )  # fmt: skip
@@ -232,11 +232,11 @@ def kitti_distance(root: Path) -> Pools:
         "https://www.cvlibs.net/datasets/kitti/eval_object.php",
         raw,
     )
-    _fetch(
+    fetched(
         "vtab:kitti_distance", *source,
         lambda download: torchvision.datasets.Kitti(root, train=True, download=download),
     )  # fmt: skip
-    dealt = _fetch("vtab:kitti_distance", *source, lambda download: _kitti_images(raw, download))
+    dealt = fetched("vtab:kitti_distance", *source, lambda download: _kitti_images(raw, download))
     folder = raw / "training"
     pools = [
         _pool([(folder / "image_2" / f"{i:06}.png", _kitti_label(folder, i)) for i in images])

@@ -50,7 +50,7 @@ def build_dense(
     if not isinstance(outline, SwinTransformer):
         raise InputError(
             f"backbone {backbone!r} is a {type(outline).__name__}; dense prediction needs the maps of a timm "
-            "SwinTransformer: 'demo_swin', 'swin_tiny_patch4_window7_224', 'swin_base_patch4_window7_224', ..."
+            "SwinTransformer: 'demo_swin', 'swin_tiny_patch4_window7_224', or another of its size."
         )
     own_size = outline.patch_embed.img_size[0]
     channels, strides = ([info[key] for info in outline.feature_info] for key in ("num_chs", "reduction"))

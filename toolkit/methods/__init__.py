@@ -92,6 +92,15 @@ DENSE_METHODS = ("e3va",)  # of models for dense tasks only
 CACHEABLE = ("linear", "losa", "lst")  # read frozen features only, which do not change as they train
 
 
+def check_statistics(method: str, batch_norm: str) -> None:
+    """Raise `InputError` for statistics that would have to follow a backbone which always evaluates."""
+    if batch_norm == "updated" and method in (*SIDE_METHODS, *DENSE_METHODS):
+        raise InputError(
+            f"batch_norm 'updated' is not for method {method!r}, whose backbone is frozen as it is; choose "
+            "'frozen'."
+        )
+
+
 def options_not_of(method: str) -> set[str]:
     """Options of other methods that `method` does not have."""
     own = METHODS[method]
@@ -158,6 +167,7 @@ def adapt(model: nn.Module, method: str, **options: object) -> nn.Module:
     for name in options:
         check_name(f"option of method {method!r}", name, chosen.options)
     kept = check_name("batch_norm", str(options.pop("batch_norm", "auto")), BATCH_NORMS)
+    check_statistics(method, kept)
     model = chosen.apply(model, **options)
     freeze_statistics(model, (chosen.batch_norm if kept == "auto" else kept) == "frozen")
     return model

@@ -107,8 +107,8 @@ def e3va(model: nn.Module, side_rank: int = 8, side_reduction: int = 8) -> E3vaM
     """
     if not isinstance(model, DenseModel):
         raise InputError(
-            f"method 'e3va' adapts dense models on Swin transformers, not {type(model).__name__}: take a data "
-            "set for segmentation or detection, or method 'losa' or 'lst' for classification."
+            f"method 'e3va' adapts dense models on Swin transformers, not {type(model).__name__}: take a "
+            "data set for segmentation or detection, or method 'losa' or 'lst' for classification."
         )
     narrowest = min(block.dim for stage in model.trunk.layers for block in stage.blocks)
     if side_rank < 1:

@@ -115,9 +115,9 @@ class _Mix(torch.autograd.Function):
             if v1 is not None:
                 normed = _normed(mixed)[0]
                 del mixed
-                tokens = torch.matmul(v1.to(dtype), normed).add_(v1_bias.to(dtype)[:, None])  # (B, r, C)
+                tokens = _bmm(v1.to(dtype), normed).add_(v1_bias.to(dtype)[:, None])  # (B, r, C)
                 del normed
-                update = torch.matmul(v2.to(dtype), nn.functional.gelu(tokens))
+                update = _bmm(v2.to(dtype), nn.functional.gelu(tokens))
                 out = out + update if out is y else out.add_(update)
         ctx.save_for_backward(x, channels, tokens, w1, w1_bias, w2, v1, v1_bias, v2)
         ctx.dtypes = b.dtype, y.dtype
@@ -133,12 +133,12 @@ class _Mix(torch.autograd.Function):
             mixed = x if w1 is None else _channel_update(channels, w2, x.shape).add_(x)
             normed, mean, rstd = _normed(mixed)
             codes = nn.functional.gelu(tokens)
-            grad_tokens = torch.ops.aten.gelu_backward(torch.matmul(v2.to(x.dtype).t(), grad_out), tokens)
+            grad_tokens = torch.ops.aten.gelu_backward(_bmm(v2.to(x.dtype).t(), grad_out), tokens)
             grads[3] = torch.matmul(grad_tokens, normed.transpose(1, 2)).sum(0).to(v1.dtype)
             grads[4] = grad_tokens.sum((0, 2)).to(v1_bias.dtype)
             grads[5] = torch.matmul(grad_out, codes.transpose(1, 2)).sum(0).to(v2.dtype)
             del normed
-            grad_x = _norm_backward(torch.matmul(v1.to(x.dtype).t(), grad_tokens), mixed, mean, rstd)
+            grad_x = _norm_backward(_bmm(v1.to(x.dtype).t(), grad_tokens), mixed, mean, rstd)
             del mixed
         if w1 is not None:
             rows = _rows(grad_out if grad_x is None else grad_out + grad_x)  # of C, that T read too
@@ -156,6 +156,11 @@ class _Mix(torch.autograd.Function):
         grad_b = grad_x.to(b_dtype) if ctx.needs_input_grad[0] else None
         grad_y = (grad + grad_x).to(y_dtype) if ctx.needs_input_grad[1] else None
         return grad_b, grad_y, None, *grads
+
+
+def _bmm(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """(n, k) times each (k, C) of (B, k, C).  matmul would transpose x for a single product, and copy back."""
+    return torch.bmm(weight.expand(len(x), -1, -1), x)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
