@@ -16,11 +16,21 @@ COMMON = {"checkpointing": "none", "batch_size": 4, "device": "cpu"}
 def test_kept_tensors_are_counted_by_storage_and_known_ones_left_out():
     known = torch.ones(8, 8, requires_grad=True)
     x = torch.ones(4, 8, requires_grad=True)
-    kept = side_costs._Kept([known])
+    kept = side_costs.KeptTensors([known])
     with kept:
         y = x * x[:2].repeat(2, 1)  # x, whole, and the copy
         z = torch.sigmoid(y @ known) + torch.sigmoid(y @ known)  # y, and both sigmoids
     assert z.requires_grad and kept.nbytes == 5 * 4 * 8 * 4
+
+
+def test_a_graph_that_is_let_go_keeps_nothing():
+    x = torch.ones(4, 8, requires_grad=True)
+    kept = side_costs.KeptTensors([])
+    with kept:
+        y = torch.sigmoid(x)
+        assert kept.nbytes == 4 * 8 * 4
+        y = torch.sigmoid(y.detach() + x)
+    assert kept.nbytes == 4 * 8 * 4 and y.requires_grad
 
 
 @pytest.mark.parametrize("method", ["lora", "losa"])

@@ -148,8 +148,8 @@ class Experiment(Parameters):
             self._set("head", check_name(f"head for {self.task}", self.head or heads[0], heads))
             if (self.head, self.dataset) == ("mask_rcnn", "coco"):
                 raise InputError(
-                    "head 'mask_rcnn' learns from masks of instances, which dataset 'coco' has not here; choose "
-                    "'faster_rcnn', or dataset 'digit_scenes'."
+                    "head 'mask_rcnn' learns from masks of instances, which dataset 'coco' has not here; "
+                    "choose 'faster_rcnn', or dataset 'digit_scenes'."
                 )
             if self.feature_cache:
                 raise InputError(f"feature_cache is for classification; {self.task} computes its features.")

@@ -11,7 +11,10 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+from torch import nn
 
+from toolkit.backbones import data_config
+from toolkit.datasets import Splits, loader
 from toolkit.tasks import IGNORED
 
 COLUMNS = ("picture", "truth", "prediction")
@@ -19,6 +22,17 @@ IGNORED_COLOUR = (1.0, 1.0, 1.0)
 LEAST_SCORE = 0.5  # of a predicted box that is drawn
 MOST_NAMED = 24  # classes in a legend
 OPACITY = 0.65  # of a class's colour over the picture
+
+
+@torch.no_grad()
+def test_examples(model: nn.Module, splits: Splits, count: int = 4) -> Figure:
+    """The first `count` test images with their truth and what `model` says of them."""
+    config = data_config(model)
+    images, targets = next(iter(loader(splits.test, config, splits.policy, batch_size=count, workers=0)))
+    model.eval()
+    outputs = model(images.to(next(model.parameters()).device))
+    grid = segmentation_grid if splits.task == "segmentation" else detection_grid
+    return grid(images, targets, outputs, splits.classes, config)
 
 
 def segmentation_grid(

@@ -16,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 from toolkit.budget import device_memory, tensors_of
+from toolkit.budget.memory import StorageRef
 from toolkit.budget.step import autocast, call, deposit_gradients
 from toolkit.experiment import Experiment
 from toolkit.fit_result import FitResult
@@ -46,7 +47,7 @@ def step_memory(experiment: Experiment, num_classes: int) -> StepMemory:
     """
     step = step_of(experiment, num_classes)
     inputs, targets = step.batch
-    kept = _Kept(tensors_of(step.model))
+    kept = KeptTensors(tensors_of(step.model))
     memory = device_memory(torch.device(experiment.device))
     memory.track(tensors_of(step.model))
     memory.track(tree_leaves(step.batch))
@@ -69,23 +70,32 @@ def step_memory(experiment: Experiment, num_classes: int) -> StepMemory:
     return StepMemory(kept_bytes, memory.peak_bytes, summarize(step.model).trainable, trace.segments)
 
 
-class _Kept(saved_tensors_hooks):
-    """Counts the bytes of what autograd saves while it is entered, but for the tensors `known`."""
+class KeptTensors(saved_tensors_hooks):
+    """Counts the bytes of what autograd saves while it is entered, but for the tensors `known`.
+
+    Of a graph that is let go before the forward pass ends nothing is kept, so nothing is counted.
+    """
 
     def __init__(self, known: Iterable[torch.Tensor]):
-        self._known = {tensor.untyped_storage().data_ptr() for tensor in known}
-        self._saved: dict[int, int] = {}  # storage -> bytes; alive as long as the graph is
+        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+        self._saved: dict[int, StorageRef] = {}
         super().__init__(self._pack, lambda tensor: tensor)
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._known:
-            self._saved[storage.data_ptr()] = storage.nbytes()
+        key = storage._cdata
+        if key not in self._known and key not in self._saved:
+            self._saved[key] = StorageRef(storage, self._freed, key, storage.nbytes())
         return tensor
+
+    def _freed(self, reference: StorageRef) -> None:
+        if self._saved.get(reference.key) is reference:
+            del self._saved[reference.key]
 
     @property
     def nbytes(self) -> int:
-        return sum(self._saved.values())
+        """Of what is still there."""
+        return sum(reference.nbytes for reference in self._saved.values())
 
 
 def memory_table(steps: Mapping[str, StepMemory]) -> pd.DataFrame:

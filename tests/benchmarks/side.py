@@ -29,6 +29,7 @@ from toolkit.methods import set_train_mode, summarize
 from toolkit.methods.dtl import dtl
 from toolkit.methods.losa import losa
 from toolkit.methods.lst import lst
+from toolkit.side_costs import KeptTensors
 
 CLASSES = 100
 CPU = torch.device("cpu")
@@ -61,18 +62,11 @@ def batch_for(model: nn.Module, size: int) -> tuple[torch.Tensor, torch.Tensor]:
 def kept_bytes(model: nn.Module, images: torch.Tensor) -> int:
     """Bytes that autograd saves in a forward pass, without what the model holds anyway."""
     with on_fake_tensors(model, images) as fake:
-        own = {tensor.untyped_storage()._cdata for tensor in tensors_of(model)}
-        saved: dict[int, torch.UntypedStorage] = {}
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in own:
-                saved[storage._cdata] = storage  # held, so that no other gets its address
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            model(fake)
-        return sum(storage.nbytes() for storage in saved.values())
+        kept = KeptTensors(tensors_of(model))  # which are fake now
+        with kept:
+            logits = model(fake)
+        assert logits.requires_grad  # it holds the graph
+        return kept.nbytes
 
 
 def inference_peak(model: nn.Module, images: torch.Tensor) -> int:

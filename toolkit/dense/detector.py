@@ -7,6 +7,7 @@ No library that this project uses has Cascade R-CNN.
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 
 import torch
@@ -16,6 +17,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
@@ -40,7 +42,10 @@ class RetinaDetector(nn.Module):
         super().__init__()
         anchors = _anchors([*strides[1:], 2 * strides[-1]], _RETINA_ANCHORS)
         pyramid = Pyramid(channels[1:], width, LastLevelMaxPool())
-        self.detector = RetinaNet(pyramid, num_classes, anchor_generator=anchors)
+        count = anchors.num_anchors_per_location()[0]
+        # Without norms its towers, whose weights begin at 0.01, pass on next to nothing of so few channels.
+        head = RetinaNetHead(width, count, num_classes, norm_layer=functools.partial(nn.GroupNorm, 8))
+        self.detector = RetinaNet(pyramid, num_classes, anchor_generator=anchors, head=head)
 
     def forward(
         self,

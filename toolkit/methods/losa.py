@@ -159,7 +159,7 @@ class _Mix(torch.autograd.Function):
 
 
 def _bmm(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """(n, k) times each (k, C) of (B, k, C).  matmul would transpose x for a single product, and copy back."""
+    """(n, k) times each (k, C) of (B, k, C); matmul would copy x, to make it a single product."""
     return torch.bmm(weight.expand(len(x), -1, -1), x)
 
 
