@@ -9,6 +9,8 @@ from torch.utils.data import Subset
 
 import toolkit
 from toolkit import training
+from toolkit.dry_run import dry_run
+from toolkit.forecast import forecast
 from toolkit.methods import adapt
 from toolkit.preview import build_model
 from toolkit.report import read_runs, results
@@ -110,6 +112,8 @@ def test_cached_features_train_as_the_backbone_does(few_digits, tmp_path, method
     assert result.peak_bytes < plain_result.peak_bytes and result.step_flops["forward"] > 0
     if checkpointing == "planned":
         assert result.peak_bytes == result.predicted_peak_bytes
+    told = forecast(experiment, 10, tmp_path).peak_bytes  # but for the count of right answers
+    assert 0 <= result.peak_bytes - told <= 1024
     evaluation = toolkit.test(model, few_digits, experiment, result)
     record = toolkit.RunRecord.of_run(experiment, few_digits, model, result, evaluation)
     assert record.time["features_seconds"] > 0 and record.curves["windows"]["features"]["seconds"] > 0
@@ -125,6 +129,12 @@ def test_detection_trains_and_is_scored(few, head):
     record = toolkit.RunRecord.of_run(experiment, splits, model, result, evaluation)
     assert record.quality["test_map_pct"] == evaluation.score_pct
     assert "training only" in record.missing["test_loss"]
+
+
+def test_what_is_told_of_dense_runs_before_they_run(tmp_path):
+    dense = [{"dataset": "mosaics"}, {"dataset": "digit_scenes", "checkpointing": "none"}]
+    table = dry_run([toolkit.Experiment(**SETTINGS | asked) for asked in dense], tmp_path, tmp_path)
+    assert list(table.within_budget) == ["yes", "unknown"] and "measured" in table.reason[1]
 
 
 def test_a_killed_run_of_e3va_goes_on_bit_for_bit(few, tmp_path, monkeypatch):

@@ -236,7 +236,7 @@ def test_dry_run_tells_time_by_seeds_then_by_scale(tmp_path, kept):
     assert list(before.columns[:3]) == ["name", "what", "finished"] and not runs.exists()
     assert list(before.estimate_from[:4]) == ["planner"] * 4
     assert not before.finished.any() and list(before.name) == [e.name for e in asked]
-    assert before.seconds[4:].isna().all() and "no run of this baseline" in before.estimate_from[4]
+    assert before.seconds[4:].isna().all() and "no such run is finished" in before.estimate_from[4]
     assert before.seconds[2] == pytest.approx(5 * -(-1077 // 4) * forecast(none, 10, kept).step_seconds)
     assert "at least" in summary(before) and "left with one worker" not in summary(before)
 

@@ -142,7 +142,7 @@ def _plan(experiment: Experiment, num_classes: int) -> str:
     """What an experiment's training step takes; under `planned`, the plan as a table."""
     if experiment.checkpointing != "planned":
         found = forecast(experiment, num_classes)
-        if found.refused:
+        if found.peak_bytes is None:
             raise InputError(found.reason)
         return (
             f"strategy {experiment.checkpointing}, {found.micro_batch_size} images per pass\n"

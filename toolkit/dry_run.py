@@ -83,6 +83,8 @@ def dry_run(experiments: Sequence[Parameters], runs: Path = RUNS, folder: Path =
             peak, reason = f.peak_bytes, f.reason or ""
             if f.refused:  # what has no plan builds, which is all that a sweep asks before it starts
                 within = _STOPS if f.smallest_bytes is None else "refused"
+            elif f.peak_bytes is None:
+                within = "unknown"
             else:
                 within = "yes" if f.fits else "no"
                 steps = e.epochs * math.ceil(there[e.dataset].images / e.batch_size)
@@ -206,7 +208,7 @@ class _Past:
         if same:
             return median(same), "finished runs"
         if planned_seconds is None:
-            return None, "no run of this baseline is finished"
+            return None, "no such run is finished"
         if self.ratio is None:
             return planned_seconds, "planner"
         return self.ratio * planned_seconds + self.beside_seconds, "scaled planner"

@@ -28,11 +28,13 @@ from toolkit.methods import DENSE_METHODS, METHODS
 from toolkit.paths import CACHE
 from toolkit.preview import Step, step_of
 from toolkit.rule_steps import RuleStep, rule_step
+from toolkit.tasks import IMAGE_PIXELS
 from toolkit.training import check_fits_weights, held_bytes
 
 FORECASTS = CACHE / "forecasts"
 SHOWN_BACKBONES = ("demo_vit", "vit_small", "tiny_vit", "vim_small", "mambavision_t")
 
+DETECTORS = "what a detector takes depends on the boxes that it meets: it is measured, not predicted"
 _FAILURES = (InputError, RuntimeError)  # that would end a run, too
 
 
@@ -40,7 +42,8 @@ _FAILURES = (InputError, RuntimeError)  # that would end a run, too
 class Forecast:
     """What the training step of an experiment will take.
 
-    A run that would be refused has a `reason` and no `peak_bytes`.  One that breaks its budget has both: it
+    A run that would be refused has a `reason` and no `peak_bytes`; so has a detector, which runs all the same
+    (`DETECTORS`).  One that breaks its budget has both: it
     runs all the same, as only the strategy "planned" keeps budgets.
     """
 
@@ -68,7 +71,7 @@ class Forecast:
     @property
     def refused(self) -> bool:
         """Whether the run would end before its first step."""
-        return self.peak_bytes is None
+        return self.peak_bytes is None and self.reason != DETECTORS
 
 
 def forecast(experiment: Experiment, num_classes: int, folder: Path = FORECASTS) -> Forecast:
@@ -122,6 +125,9 @@ class TrainingStep:
         e = self.experiment
         return made_by() | {
             "backbone": e.backbone,
+            "head": e.head,
+            "pixels": IMAGE_PIXELS.get(e.dataset),
+            "cached_features": bool(e.feature_cache),
             "method": e.method,
             **e.method_options,
             **e.optimizer_options,
@@ -138,6 +144,8 @@ class TrainingStep:
 
     def forecast(self, e: Experiment, folder: Path) -> Forecast:
         """The forecast of `e`, which has this step, from `folder` if it is there."""
+        if e.task == "detection":
+            return Forecast(e.budget_bytes, reason=DETECTORS)
         try:
             return Forecast(**kept(folder, self.key_of(e), lambda: asdict(self._forecast(e))))
         except _FAILURES as error:

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 from toolkit.backbones import build_backbone, data_config
 from toolkit.experiment import Experiment
+from toolkit.feature_cache import FeatureModel, layout_of
 from toolkit.methods import adapt, set_train_mode
 from toolkit.methods.allocation import allocation_of
 from toolkit.methods.optimizer import optimizer_of
@@ -53,11 +54,15 @@ def step_of(experiment: Experiment, num_classes: int) -> Step:
     """
     model = build_model(experiment, num_classes, pretrained=False)
     model = adapt(model, experiment.method, **experiment.method_options).to(experiment.device)
-    set_train_mode(model)
     task, size = task_of(experiment.dataset), experiment.batch_size
-    shape = data_config(model)["input_size"]
-    images = torch.zeros(size, *shape, device=experiment.device)
-    targets = tree_map(lambda t: t.to(experiment.device), task.zeros(size, *shape[1:]))
+    _, *sides = shape = data_config(model)["input_size"]
+    dtype = torch.float32
+    if experiment.feature_cache:
+        layout = layout_of(model, experiment.precision)
+        model, shape, dtype = FeatureModel(model, layout), (sum(layout.sizes),), layout.dtype
+    set_train_mode(model)
+    images = torch.zeros(size, *shape, dtype=dtype, device=experiment.device)
+    targets = tree_map(lambda t: t.to(experiment.device), task.zeros(size, *sides))
     allocation = allocation_of(model)
 
     def loss(outputs: Any, targets: Any) -> torch.Tensor:
