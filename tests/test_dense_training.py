@@ -3,13 +3,18 @@
 import math
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import Subset
 
 import toolkit
-from toolkit import training
+from toolkit import plots, training
+from toolkit.datasets import loader
 from toolkit.dry_run import dry_run
+from toolkit.errors import InputError
+from toolkit.feature_cache import cached_features
 from toolkit.forecast import forecast
 from toolkit.methods import adapt
 from toolkit.preview import build_model
@@ -137,12 +142,69 @@ def test_what_is_told_of_dense_runs_before_they_run(tmp_path):
     assert list(table.within_budget) == ["yes", "unknown"] and "measured" in table.reason[1]
 
 
+class Told(nn.Module):
+    """A detector that knows the truth."""
+
+    def __init__(self, batches):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.truths = {images.sum().item(): targets["boxes"] for images, targets in batches}
+
+    def forward(self, images):
+        kept = [boxes[boxes[:, 4] >= 0] for boxes in self.truths[images.sum().item()]]
+        return [
+            {"boxes": rows[:, :4], "scores": torch.ones(len(rows)), "labels": rows[:, 4].long()}
+            for rows in kept
+        ]
+
+
+@pytest.mark.parametrize("shift, score", [(0, 100.0), (1, 0.0)])
+def test_who_knows_the_boxes_and_classes_scores_all(few, shift, score):
+    splits = few("digit_scenes")
+    config = {"input_size": (3, 64, 64), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bilinear"}
+    batches = list(loader(splits.test, config, splits.policy, batch_size=2))
+    told = Told(batches)
+    for boxes in told.truths.values():
+        boxes[..., 4] += shift * (boxes[..., 4] >= 0)
+    batches = list(loader(splits.test, config, splits.policy, batch_size=2))
+    found = toolkit.evaluate(told, batches, task=TASKS["detection"], num_classes=11, costs=False)
+    assert found.score_pct == pytest.approx(score)
+
+
+def test_features_of_other_images_are_not_taken(few_digits, tmp_path):
+    model = adapt(toolkit.build_backbone("demo_vit", 10), "linear")
+    some = replace(few_digits, train=Subset(few_digits.train, range(8)))
+    found = [
+        cached_features(model, splits, budget_bytes=10**8, batch_size=32, folder=tmp_path)
+        for splits in (some, few_digits)
+    ]
+    assert [len(features.train) for features in found] == [8, len(few_digits.train)]
+
+
+def test_dense_runs_have_no_accuracy_to_draw():
+    frame = pd.DataFrame({"status": ["ok"], "test_top1_pct": [None], "phase": ["training"]})
+    with pytest.raises(InputError, match="dense_prediction"):
+        plots.accuracy_against(frame, "memory")
+
+
+def test_a_killed_run_of_cached_features_goes_on_bit_for_bit(few_digits, tmp_path, monkeypatch):
+    settings = {"backbone": "demo_vit", "pretrained": True, "batch_size": 32, "feature_cache": "100MB"}
+    settings |= {"method": "losa", "checkpointing": "none"}
+    goes_on_after_a_kill(monkeypatch, few_digits, tmp_path, settings, 6)
+
+
 def test_a_killed_run_of_e3va_goes_on_bit_for_bit(few, tmp_path, monkeypatch):
+    goes_on_after_a_kill(
+        monkeypatch, few("mosaics"), tmp_path, {"method": "e3va", "checkpointing": "none"}, 4
+    )
+
+
+def goes_on_after_a_kill(monkeypatch, splits, folder, settings, steps):
     class Killed(Exception):
         pass
 
-    splits, step = few("mosaics"), training._Run._train_step
-    _, whole, _ = trained(splits, method="e3va", checkpointing="none")
+    step = training._Run._train_step
+    _, whole, _ = trained(splits, **settings)
 
     def dies(run, *batch):
         if run.result.steps == 3:
@@ -151,8 +213,8 @@ def test_a_killed_run_of_e3va_goes_on_bit_for_bit(few, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
         patched.setattr(training._Run, "_train_step", dies)
-        trained(splits, tmp_path, method="e3va", checkpointing="none")
-    _, resumed, result = trained(splits, tmp_path, method="e3va", checkpointing="none")
-    assert result.resumes == 1 and result.steps == 4
+        trained(splits, folder, **settings)
+    _, resumed, result = trained(splits, folder, **settings)
+    assert result.resumes == 1 and result.steps == steps
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import toolkit
+from toolkit.budget.plan import Planner
 from toolkit.dense.build import build_dense
 from toolkit.errors import InputError
 from toolkit.methods import set_train_mode, summarize
@@ -154,3 +155,14 @@ def test_what_it_cannot_adapt_is_said(model, options, message):
     with pytest.raises(InputError, match=message):
         e3va(built, **options)
     assert all(p.requires_grad for p in built.parameters())
+
+
+def test_every_budget_above_the_smallest_has_a_plan():
+    """The highway is no chain: what the planner assumes of a plan's peak is too little, and it searches."""
+    model = toolkit.adapt(build_dense("demo_swin", "fpn", 7, False, "segmentation", 64), "e3va")
+    set_train_mode(model)
+    images, masks = torch.zeros(2, 3, 64, 64), torch.zeros(2, 64, 64, dtype=torch.long)
+    chain = Planner(model, (images, masks)).chain(2, True)
+    smallest, largest = chain.smallest_peak(), chain.solve(1 << 50).peak_bytes
+    for budget in range(smallest, largest, (largest - smallest) // 60):
+        assert chain.solve(budget).peak_bytes <= budget

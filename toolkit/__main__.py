@@ -189,7 +189,7 @@ def _run(experiments: list[Parameters], runs: Path, figures: Path | None, option
     except InputError as error:  # a sweep that went on after an update: the report keeps them apart
         print(f"not compared: {error}")
         figures = None
-    if figures and (records.status == "ok").any():
+    if figures and records[records.status == "ok"].get("test_top1_pct", pd.Series()).notna().any():
         parameters = {"runs": str(runs), "figures": str(figures), "experiment_ids": ",".join(ids)}
         execute_notebook("compare", runs / "compare.ipynb", parameters)
         print(f"figures  {figures}, made by {runs / 'compare.ipynb'}")

@@ -21,7 +21,6 @@ from tqdm.auto import tqdm
 from toolkit import explorer_cache
 from toolkit.budget import Plan, format_bytes, parse_bytes
 from toolkit.budget.checkpointing import RULES
-from toolkit.environment import PACKAGES, code_sha256, device_name, installed_packages
 from toolkit.errors import InputError
 from toolkit.experiment import Experiment
 from toolkit.files import write_atomically
@@ -226,19 +225,10 @@ class Explorer:
         """All that an answer depends on: not the budget, nor how long and how fast it trains."""
         e = self.experiment
         return {
+            **self._training.key,
             "asked": asked,
-            "backbone": e.backbone,
-            "method": e.method,
-            **e.method_options,
-            **e.optimizer_options,
-            "batch_size": e.batch_size,
             "micro_batch_size": e.micro_batch_size,
-            "precision": e.precision,
             "threshold": e.threshold,
-            "num_classes": self.num_classes,
-            "device": e.device if e.device == "cpu" else device_name(e.device),
-            "packages": {name: installed_packages().get(name) for name in PACKAGES},
-            "code_sha256": code_sha256(),
         }
 
     def _keep(self) -> None:

@@ -19,6 +19,7 @@ import filelock
 import numpy as np
 import timm
 import torch
+import torchvision
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.data import DataLoader
@@ -29,7 +30,7 @@ from toolkit.budget import format_bytes
 from toolkit.budget.fake_step import on_fake_tensors
 from toolkit.budget.step import autocast
 from toolkit.datasets import Policy, Splits, batch_rows, loader
-from toolkit.environment import device_name
+from toolkit.environment import code_sha256, device_name
 from toolkit.errors import InputError, check_name
 from toolkit.feature_rows import STORED, Layout, Rows, close_cache, open_cache, write_rows
 from toolkit.measure import Meter, Window
@@ -126,13 +127,7 @@ def cached_features(
     Raises `InputError` for a model whose features depend on what trains, for features that exceed the
     budget or the disk (before any is computed), and for some that are not finite.
     """
-    layout = layout_of(model, precision)
-    need = sum(len(getattr(splits, split)) for split in SPLITS) * layout.record.itemsize
-    if need > budget_bytes:
-        raise InputError(
-            f"the features of all images take {format_bytes(need)}, more than the "
-            f"{format_bytes(budget_bytes)} of feature_cache; allow more, {_REMEDIES}."
-        )
+    layout, need = checked_size(model, splits, budget_bytes, precision)
     device = next(model.parameters()).device
     key = cache_key(model, splits, layout) | {"device": device_name(device.type)}
     own = Path(folder) / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
@@ -145,6 +140,18 @@ def cached_features(
             window = _compute(model, splits, layout, batch_size, own, key, meter or Meter(device))
     train, val = (Rows(own / f"{split}.npy", layout) for split in SPLITS)
     return CachedFeatures(train, val, FeatureModel(model, layout), window, need, cached)
+
+
+def checked_size(model: nn.Module, splits: Splits, budget_bytes: int, precision: str) -> tuple[Layout, int]:
+    """Layout and bytes of the features of all images; nothing is computed.  Raises as `cached_features`."""
+    layout = layout_of(model, precision)
+    need = sum(len(getattr(splits, split)) for split in SPLITS) * layout.record.itemsize
+    if need > budget_bytes:
+        raise InputError(
+            f"the features of all images take {format_bytes(need)}, more than the "
+            f"{format_bytes(budget_bytes)} of feature_cache; allow more, {_REMEDIES}."
+        )
+    return layout, need
 
 
 def augmentation_lost(policy: Policy) -> str:
@@ -188,8 +195,9 @@ def cache_key(model: nn.Module, splits: Splits, layout: Layout) -> dict:
     return {
         "format": FORMAT,
         "weights": _frozen_sha256(model),
-        "libraries": f"timm {timm.__version__}, torch {torch.__version__}",
-        "data": {split: splits.hashes[split] for split in SPLITS},
+        "libraries": {library.__name__: library.__version__ for library in (timm, torch, torchvision)},
+        "code": code_sha256(),
+        "data": {split: [splits.hashes[split], len(getattr(splits, split))] for split in SPLITS},
         "preprocessing": preprocessing,
         "precision": layout.precision,
         "features": {"taps": taps, **asdict(layout)},

@@ -15,10 +15,12 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from toolkit.datasets import Splits
+from toolkit.errors import InputError
 from toolkit.evaluation import DenseEvaluation, Evaluation
 from toolkit.methods import METHODS
 from toolkit.pareto import COSTS
 from toolkit.paths import FIGURES
+from toolkit.plots_dense import test_examples
 from toolkit.statistics import adaptation
 from toolkit.tasks import SCORES, score_in
 
@@ -125,8 +127,6 @@ def test_pictures(evaluation: Evaluation | DenseEvaluation, model: nn.Module, sp
     """What a test looks like: the confusion matrix of a classifier, predictions of a dense model."""
     if splits.task == "classification":
         return confusion_matrix(evaluation, splits.classes)
-    from toolkit.plots_dense import test_examples  # here, because torchmetrics takes seconds to import
-
     return test_examples(model, splits)
 
 
@@ -147,8 +147,15 @@ def confusion_matrix(evaluation: Evaluation, classes: list[str]) -> Figure:
 
 
 def accuracy_against(frame: pd.DataFrame, cost: str) -> Figure:
-    """Test accuracy of every run against `cost`: one of `pareto.COSTS`."""
-    data = adaptation(frame[frame.status == "ok"])
+    """Test accuracy of every run against `cost`, one of `pareto.COSTS`; of runs that have one.
+
+    Raises `InputError` where none has: dense tasks are scored otherwise.
+    """
+    data = adaptation(frame[(frame.status == "ok") & frame.test_top1_pct.notna()])
+    if data.empty:
+        raise InputError(
+            "none of these runs has a test accuracy; see dense_prediction.ipynb for segmentation and detection."
+        )
     baselines = data.phase == "inference"
     column, unit, label = COSTS[cost]
     names = data.method.where(~baselines, data.backbone + " " + data.method)

@@ -4,6 +4,7 @@ and learning curves; and what there is to be learnt in dense prediction.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -95,11 +96,13 @@ def curves_by_method(histories: Mapping[str, Sequence[dict]]) -> Figure:
         left.plot(epochs, [row["train_loss"] for row in history], marker="o", label=_plain(name))
         scores = [score_in(row, "val") for row in history]
         label = SCORES[scores[-1][0]]
-        right.plot(epochs, [value for _, value in scores], marker="o", label=_plain(name))
+        values = [float("nan") if value is None else value for _, value in scores]
+        right.plot(epochs, values, marker="o", label=_plain(name))
     left.set(xlabel="epoch", ylabel="training loss")
     right.set(xlabel="epoch", ylabel=f"validation {label}")
     for axes in (left, right):
-        axes.set_ylim(0, 1.08 * axes.dataLim.y1 or 1)
+        top = axes.dataLim.y1
+        axes.set_ylim(0, 1.08 * top if math.isfinite(top) and top > 0 else 1)
         axes.xaxis.get_major_locator().set_params(integer=True)
     right.legend(loc="best")
     return figure

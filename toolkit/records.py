@@ -115,6 +115,7 @@ class RunRecord:
                 "train_seconds": result.train_seconds,
                 "data_seconds": result.data_seconds,
                 "features_seconds": _features(result).seconds or 0.0,
+                "features_cached": result.features_cached,
                 "validation_seconds": _window(result, "validation").seconds or 0.0,
                 "snapshot_seconds": _window(result, "snapshot").seconds or 0.0,
                 "test_seconds": evaluation and evaluation.seconds,
@@ -284,10 +285,16 @@ def _training_reasons(
     reasons = common_reasons(test, ended, result.memory_source)
     reasons |= dict.fromkeys(untraced, "no training step was traced") | {f"test_{task.metric}": ended}
     if evaluation and task.heads:
+        reasons |= {
+            f"test_{name}": "no image of the split has anything to score"
+            for name, value in evaluation.scores.items()
+            if value is None
+        }
         other = f"{task.name} is scored by {SCORES[task.metric]}"
         reasons |= dict.fromkeys(("test_top1_pct", "test_top5_pct"), other)
         reasons["test_loss"] = "detectors compute their loss in training only"
     reasons |= {
+        f"val_{task.metric}": "no image of the split has anything to score",
         "val_top1_pct": f"{task.name} has another score" if result.history else "no epoch was completed",
         "train_peak_bytes": "no training step was begun",
         "predicted_peak_bytes": "only the strategy planned predicts",
@@ -295,7 +302,8 @@ def _training_reasons(
         "train_reserved_peak_bytes": "only CUDA's allocator reserves memory ahead",
         "context_bytes": result.context_reason or "training was not begun",
         "device_used_bytes": result.context_reason or "training was not begun",
-        "energy_joules": _window(result, "fit").reason or test.reason,
+        "energy_joules": _features(result).reason or _window(result, "fit").reason or test.reason,
+        "features_energy_joules": _features(result).reason,
         "validation_energy_joules": _window(result, "validation").reason,
         "train_cpu_joules": train.cpu_reason or train.reason,
         "idle_watts": train.reason or "idle power was not measured",
@@ -333,7 +341,8 @@ def _energy_fields(result: FitResult, evaluation: Evaluation | DenseEvaluation |
     whole = [*features, fit, test] if evaluation else [*features, fit]
     return {
         "energy_joules": total(whole).energy_joules,
-        "energy_source": energy_source([fit, train, validation, test]),
+        "features_energy_joules": _features(result).energy_joules if result.features_window else 0.0,
+        "energy_source": energy_source([*features, fit, train, validation, test]),
         "train_energy_joules": train.energy_joules,
         "validation_energy_joules": validation.energy_joules,
         "test_energy_joules": test.energy_joules,

@@ -101,20 +101,27 @@ def compare(frame: pd.DataFrame, *, mix: bool = False) -> pd.DataFrame:
 def adaptation(frame: pd.DataFrame) -> pd.DataFrame:
     """`frame` with `peak_bytes`, `adapt_seconds`, `adapt_joules`: what it took to get the classifier.
 
-    Of a fine-tuned model these are training's; of a baseline the time and energy before the first test
-    image (text classifier, features and probe, choice of a scoring rule) and the highest moment of all.
+    Of a fine-tuned model these are training's, with the time and energy of computing cached features; of a
+    baseline those before the first test image (text classifier, features and probe, choice of a scoring rule)
+    and the highest moment of all.
     """
 
     def column(name: str) -> pd.Series:
         return frame[name] if name in frame else pd.Series(index=frame.index, dtype=float)
 
+    features_seconds = column("features_seconds").fillna(0)
+    features_joules = column("features_energy_joules").where(features_seconds > 0, 0)
     highest = pd.concat([column("prepare_peak_bytes"), column("test_peak_bytes")], axis=1).max(axis=1)
     prepared = _phase(frame) == "inference"
     return frame.assign(
         phase=_phase(frame),
         peak_bytes=column("train_peak_bytes").where(~prepared, highest),
-        adapt_seconds=column("train_seconds").where(~prepared, column("prepare_seconds")),
-        adapt_joules=column("train_energy_joules").where(~prepared, column("prepare_joules")),
+        adapt_seconds=(column("train_seconds") + features_seconds).where(
+            ~prepared, column("prepare_seconds")
+        ),
+        adapt_joules=(column("train_energy_joules") + features_joules).where(
+            ~prepared, column("prepare_joules")
+        ),
     )
 
 

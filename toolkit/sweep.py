@@ -32,6 +32,7 @@ from toolkit.budget import find_blocks
 from toolkit.datasets import Splits, load_dataset
 from toolkit.errors import InputError, check_name
 from toolkit.experiment import Experiment
+from toolkit.feature_cache import checked_size
 from toolkit.methods import adapt, check_batch_norms
 from toolkit.parameters import Parameters
 from toolkit.paths import NOTEBOOKS, RUNS
@@ -75,7 +76,7 @@ def check_runnable(experiments: Iterable[Parameters], runs: Path = RUNS) -> dict
             continue
         batches = batch_sizes(e, len(data[e.dataset].train))
         key = (e.dataset, e.head, e.backbone, e.pretrained, e.method, e.checkpointing, e.budget, 1 in batches)
-        key += tuple(sorted(e.method_options.items()))
+        key += (e.feature_cache, e.precision if e.feature_cache else "", *sorted(e.method_options.items()))
         if key in checked:
             continue
         checked.add(key)
@@ -83,6 +84,8 @@ def check_runnable(experiments: Iterable[Parameters], runs: Path = RUNS) -> dict
         model = adapt(model, e.method, **e.method_options)
         check_fits_weights(model, e.budget_bytes)
         check_batch_norms(model, batches, data_config(model)["input_size"])
+        if e.feature_cache:
+            checked_size(model, data[e.dataset], int(e.feature_cache), e.precision)
         if e.checkpointing != "none":
             find_blocks(model)
     try:

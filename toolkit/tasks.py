@@ -34,7 +34,8 @@ SCORES = {  # metrics, for people
 
 @dataclass(frozen=True)
 class Task:
-    """`loss(outputs, targets)` of a batch, additive over its parts but for their sizes; `hits(outputs,
+    """`loss(outputs, targets)` of a batch: those of its parts, weighed by their images, add up to it (but of
+    Faster and Mask R-CNN, whose losses are means over proposals drawn in each pass); `hits(outputs,
     targets)`: right answers, in images, None where a step does not tell."""
 
     name: str

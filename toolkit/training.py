@@ -87,7 +87,8 @@ def fit(
 
     AdamW or GaLore (norms and biases without weight decay), linear warm-up and cosine to zero, the loss of
     `splits.task`.  With `experiment.feature_cache` the frozen features are computed once, of images that
-    are not augmented, and the steps train on these.
+    are not augmented, and the steps train on these: on a GPU without the backbone, which waits in the host's
+    memory, so on the CPU, where it is the same memory, the peak leaves it out, too.
     With a `folder`, the state is saved there at most every `snapshot_seconds` (less often where saving
     takes more than 2 % of the time), and a run that finds a snapshot goes on from it.  Time and energy
     are those of `meter` (default: a new one); what a killed process measured after its last snapshot is
@@ -119,9 +120,9 @@ def fit(
                 raise
             run.result.status, run.result.error = "oom", str(error).split("\n")[0]
             run.read_peaks()
-        model.to(run.device)
         run.result.windows = run.windows.totals()
         run.read_context()
+        run.bring_back()
         screen.end(run.ending())
         return run.result
 
@@ -292,6 +293,14 @@ class _Run:
             return f"{result.status}: {result.error}" if result.error else f"finished: {result.steps} steps"
         saved = "the state is saved, fit goes on from here" if self.snapshots else "nothing is saved"
         return f"stopped after step {result.steps} of {self.total_steps}; {saved}"
+
+    def bring_back(self) -> None:
+        """With cached features: the backbone beside what trained, where that is, in the place of its
+        optimizer's state."""
+        if self.features:
+            self.model.zero_grad(set_to_none=True)
+            self.optimizer = None
+            self.model.to(self.device)
 
     def read_context(self) -> None:
         """Book what the device holds beside this process's tensors, while the kernels are loaded."""

@@ -16,6 +16,7 @@ import numpy as np
 from toolkit.budget.levels import Level, Segment, menu, plain, segments_of
 from toolkit.budget.profile import OpCost, Profile
 
+_SEARCHES = 16  # of limits, for one budget
 _CELLS = 8192  # of the table; a cell is this share of what a plan that recomputes nothing keeps
 
 
@@ -119,6 +120,8 @@ class Chain:
         starts: dict[int, dict[str, int]] = {i: {} for i in range(-1, len(self.segments) + 1)}
         for chunk in self._chunks:
             starts[chunk.segment][chunk.direction] = int(profile.base[chunk.start])
+        self._found: list[Solution] = []
+        self._smallest: int | None = None
         self._own = [
             [max(start + getattr(option, way) for way, start in starts[i].items()) for option in options]
             for i, options in enumerate(self.options)
@@ -173,35 +176,57 @@ class Chain:
 
     def solve(self, budget_bytes: int) -> Solution | None:
         """The fastest plan whose peak is within the budget; None if there is none."""
+        found, overshot = self._search(budget_bytes)
+        if found is None and overshot:  # plans that do exist may have been missed
+            self.smallest_peak()
+            fitting = [plan for plan in self._found if plan.peak_bytes <= budget_bytes]
+            found = min(fitting, key=lambda plan: plan.seconds, default=None)
+        return found
+
+    def _search(self, budget_bytes: int) -> tuple[Solution | None, bool]:
+        """A plan within the budget, and whether there were any that turned out to be above it.
+
+        Branches, unlike chains, hold more than `_best` assumes: then it is asked for less, between what it
+        has no plan for and what its plans break the budget with.
+        """
         peak = self.peak_bytes(self._plain)
         if peak <= budget_bytes:
-            return Solution(self._plain, peak, 0.0, 0.0)
-        limit = budget_bytes
-        for _ in range(8):
+            return Solution(self._plain, peak, 0.0, 0.0), False
+        limit = above = budget_bytes
+        below, overshot = 0, False
+        for _ in range(_SEARCHES):
             found = self._best(limit, np.ceil)
             if found is None:
-                return None
-            peak = self.peak_bytes(found)
-            if peak <= budget_bytes:
-                seconds = sum(option.seconds for option in found)
-                bound = self._best(budget_bytes, np.floor)
-                bound_seconds = min(seconds, sum(option.seconds for option in bound))
-                return Solution(found, peak, seconds, bound_seconds)
-            limit -= peak - budget_bytes  # branches, unlike chains, hold more than was assumed
-        return None
+                below, lower = limit, 0
+            else:
+                peak = self.peak_bytes(found)
+                if peak <= budget_bytes:
+                    seconds = sum(option.seconds for option in found)
+                    bound = self._best(budget_bytes, np.floor)
+                    bound_seconds = min(seconds, sum(option.seconds for option in bound))
+                    self._found.append(Solution(found, peak, seconds, bound_seconds))
+                    return self._found[-1], overshot
+                above, overshot = limit, True
+                lower = limit - (peak - budget_bytes)
+            if not overshot or above - below <= 1:
+                break
+            limit = lower if lower > below else (below + above) // 2
+        return None, overshot
 
     def smallest_peak(self) -> int:
         """The smallest budget, up to one part in a thousand, that a plan is found for."""
-        low, high = 0, int(self.profile.base.max())
-        while self.solve(high) is None:
-            low, high = high, 2 * high
-        while high - low > high / 1000:
-            middle = (low + high) // 2
-            if self.solve(middle) is None:
-                low = middle
-            else:
-                high = middle
-        return high
+        if self._smallest is None:
+            low, high = 0, int(self.profile.base.max())
+            while self._search(high)[0] is None:
+                low, high = high, 2 * high
+            while high - low > high / 1000:
+                middle = (low + high) // 2
+                if self._search(middle)[0] is None:
+                    low = middle
+                else:
+                    high = middle
+            self._smallest = high
+        return self._smallest
 
     def _best(self, budget_bytes: int, rounding) -> tuple[Option, ...] | None:
         """Dynamic programme over the bytes that the segments so far keep, in cells."""

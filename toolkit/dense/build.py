@@ -39,7 +39,8 @@ def build_dense(
     `SwinTransformer`, with its weights if `pretrained`.  `head`: fpn | upernet for segmentation, retinanet |
     faster_rcnn | mask_rcnn for detection, "" for the first of each; it is new and random: seed torch before.
     `image_size`: pixels of a side, a multiple of the coarsest map's stride; by default the backbone's own.
-    Windows and their tables of positions stay those of the weights.
+    Windows and their tables of positions stay those of the weights; only where a map is smaller than its
+    window does timm cut the window and interpolate the table.
 
     Raises `InputError`, before weights are loaded, for a backbone, head, task or size that does not do.
     """

@@ -23,7 +23,7 @@ from toolkit.budget import format_bytes, parse_bytes
 from toolkit.errors import InputError
 from toolkit.experiment import PRECISIONS, Experiment
 from toolkit.explorer import MARKS, Explorer
-from toolkit.methods import DENSE_METHODS, METHODS
+from toolkit.methods import DENSE_METHODS, METHODS, SIDE_METHODS
 from toolkit.plots_budget import StepFigure
 
 
@@ -40,8 +40,9 @@ class BudgetExplorer(ipywidgets.VBox):
         self.backbone = ipywidgets.Combobox(
             value=e.backbone, options=BACKBONES, ensure_option=False, description="backbone"
         )
+        others = DENSE_METHODS if e.task == "classification" else SIDE_METHODS
         self.method = ipywidgets.Dropdown(
-            value=e.method, options=[m for m in METHODS if m not in DENSE_METHODS], description="method"
+            value=e.method, options=[m for m in METHODS if m not in others], description="method"
         )
         self.batch_size = ipywidgets.BoundedIntText(e.batch_size, min=1, max=10**6, description="batch size")
         self.precision = ipywidgets.Dropdown(value=e.precision, options=PRECISIONS, description="precision")

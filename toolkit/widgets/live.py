@@ -123,7 +123,7 @@ class LiveView(View):
         self.picture.value = f'<div style="display:flex;flex-wrap:wrap;gap:16px">{loss}{score}{memory}</div>'
 
     def _validated(self, name: str) -> list[tuple[float, float]]:
-        return [(row["epoch"], row[name]) for row in self.rows if name in row]
+        return [(row["epoch"], row[name]) for row in self.rows if row.get(name) is not None]
 
 
 def _answer_at_once(button: ipywidgets.Button) -> None:
