@@ -75,7 +75,7 @@ def test_what_data_sets_ask_for():
     assert score_in({"epoch": 1, "train_loss": 2.0}, "train") is None
 
 
-@pytest.mark.parametrize("method", ["linear", "e3va"])
+@pytest.mark.parametrize("method", [pytest.param("linear", marks=pytest.mark.long), "e3va"])
 def test_segmentation_is_planned_and_measured(few, tmp_path, method):
     splits = few("mosaics")
     experiment, model, result = trained(splits, method=method, checkpointing="planned")
@@ -102,8 +102,9 @@ def test_micro_batches_train_a_segmentation_alike(few):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("method", ["linear", "losa"])
-@pytest.mark.parametrize("checkpointing", ["none", "planned"])
+@pytest.mark.parametrize(
+    "method, checkpointing", [("linear", "none"), ("losa", "planned"), ("lst", "planned")]
+)
 def test_cached_features_train_as_the_backbone_does(few_digits, tmp_path, method, checkpointing):
     runs = {}
     for cache in ("", "100MB"):
@@ -124,7 +125,7 @@ def test_cached_features_train_as_the_backbone_does(few_digits, tmp_path, method
     assert record.time["features_seconds"] > 0 and record.curves["windows"]["features"]["seconds"] > 0
 
 
-@pytest.mark.parametrize("head", ["retinanet", "mask_rcnn"])
+@pytest.mark.parametrize("head", ["retinanet", pytest.param("mask_rcnn", marks=pytest.mark.long)])
 def test_detection_trains_and_is_scored(few, head):
     splits = few("digit_scenes")
     experiment, model, result = trained(splits, method="e3va", checkpointing="none", head=head, epochs=1)
@@ -193,6 +194,7 @@ def test_a_killed_run_of_cached_features_goes_on_bit_for_bit(few_digits, tmp_pat
     goes_on_after_a_kill(monkeypatch, few_digits, tmp_path, settings, 6)
 
 
+@pytest.mark.long
 def test_a_killed_run_of_e3va_goes_on_bit_for_bit(few, tmp_path, monkeypatch):
     goes_on_after_a_kill(
         monkeypatch, few("mosaics"), tmp_path, {"method": "e3va", "checkpointing": "none"}, 4

@@ -10,7 +10,9 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name", ["side_adaptation", pytest.param("dense_prediction", marks=pytest.mark.long)]
+)
 def test_notebook_runs_small(name, tmp_path):
     figures = tmp_path / "figures"
     execute_notebook(

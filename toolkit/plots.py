@@ -154,7 +154,8 @@ def accuracy_against(frame: pd.DataFrame, cost: str) -> Figure:
     data = adaptation(frame[(frame.status == "ok") & frame.test_top1_pct.notna()])
     if data.empty:
         raise InputError(
-            "none of these runs has a test accuracy; see dense_prediction.ipynb for segmentation and detection."
+            "none of these runs has a test accuracy; for segmentation and detection see "
+            "dense_prediction.ipynb."
         )
     baselines = data.phase == "inference"
     column, unit, label = COSTS[cost]
