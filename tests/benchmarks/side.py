@@ -25,6 +25,7 @@ import toolkit
 from toolkit.backbones import data_config
 from toolkit.budget import TensorMemory, format_bytes, tensors_of
 from toolkit.budget.fake_step import on_fake_tensors
+from toolkit.feature_cache import FeatureModel, layout_of
 from toolkit.methods import set_train_mode, summarize
 from toolkit.methods.dtl import dtl
 from toolkit.methods.losa import losa
@@ -143,6 +144,13 @@ def main() -> None:
     models = {name: built(arguments.backbone, name) for name in arguments.methods}
     batch = batch_for(next(iter(models.values())), arguments.batch_size)
     seconds = step_seconds(models, batch, arguments.rounds) if arguments.time else {}
+    if "losa" in seconds:  # on features that were computed before
+        layout = layout_of(models["losa"], "fp32")
+        with torch.no_grad():
+            rows = layout.pack(models["losa"].features(batch[0]))
+        part = FeatureModel(models["losa"], layout)
+        set_train_mode(part)
+        cached = step_seconds({"losa": part}, (rows, batch[1]), arguments.rounds)["losa"]
     print(f"{arguments.backbone}, batch {arguments.batch_size}, fp32")
     print(f"{'method':<22}{'trained':>12}{'kept':>14}{'peak':>14}{'seconds':>10}")
     for name, model in models.items():
@@ -152,6 +160,8 @@ def main() -> None:
         print(row + (f"{seconds[name]:>10.3f}" if seconds else ""))
     if {"losa", "lora"} <= seconds.keys():
         print(f"a step of losa takes {seconds['losa'] / seconds['lora']:.2f} of one of lora")
+        print(f"on cached features {cached:.3f} s: {cached / seconds['lora']:.2f} of one of lora, ", end="")
+        print(f"{cached / seconds['losa']:.2f} of its own")
 
 
 if __name__ == "__main__":
