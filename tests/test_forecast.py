@@ -113,7 +113,7 @@ def test_only_planned_is_refused(kept):
 def test_models_without_blocks_run_without_checkpointing(tmp_path, monkeypatch):
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 32), nn.ReLU(), nn.Linear(32, 10))
     batch = torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
-    monkeypatch.setattr(module, "step_of", lambda *_: Step(model, batch, F.cross_entropy, "adamw"))
+    monkeypatch.setattr(module, "step_of", lambda *_: Step(model, model, batch, F.cross_entropy, "adamw"))
     plain = forecast(replace(EXPERIMENT, checkpointing="none"), 10, tmp_path)
     assert plain.fits and plain.recompute_pct == 0
     static = forecast(replace(EXPERIMENT, checkpointing="static"), 10, tmp_path)

@@ -79,3 +79,31 @@ def test_a_run_on_the_gpu_is_measured_throughout(demo_model, few_digits, tmp_pat
     if meter.gpu is not None:
         assert record.memory["context_bytes"] or record.missing["context_bytes"]
         assert record.energy["energy_joules"] > 0
+
+
+def test_cached_features_train_without_the_backbone_on_the_device(demo_model, few_digits):
+    peaks = {}
+    for cache in ("", "100MB"):
+        experiment = toolkit.Experiment(
+            epochs=1, batch_size=32, device="cuda", method="losa", checkpointing="none", feature_cache=cache
+        )
+        model = demo_model("losa", pretrained=True)
+        result = toolkit.fit(model, few_digits, experiment)
+        assert result.status == "ok" and all(p.is_cuda for p in model.parameters())
+        peaks[cache] = result.peak_bytes
+    weights = sum(p.nbytes for p in model.backbone.parameters())
+    assert peaks["100MB"] < peaks[""] + 32 * 2**20 - weights  # rows of features are larger than images
+
+
+@pytest.mark.parametrize("method", ["linear", "e3va"])
+def test_segmentation_on_the_gpu_is_predicted(method):
+    """Within 2 % and a mebibyte: the allocator's blocks are of 512 bytes, and libraries take workspaces."""
+    experiment = toolkit.Experiment(
+        dataset="mosaics", backbone="demo_swin", method=method, epochs=1, batch_size=16, device="cuda"
+    )
+    splits = toolkit.load_dataset("mosaics")
+    model = toolkit.build_model(experiment, len(splits.classes))
+    model = toolkit.adapt(model, method, **experiment.method_options)
+    result = toolkit.fit(model, splits, experiment)
+    assert result.status == "ok"
+    assert abs(result.peak_bytes - result.predicted_peak_bytes) < 0.02 * result.predicted_peak_bytes + 2**20

@@ -33,14 +33,10 @@ class Experiment(Parameters):
     notebook: ClassVar = "finetune"  # that runs it
     phase: ClassVar = "training"
 
-    dataset: str = (
-        "digits"  # digits | textures | cifar10 | cifar100 | dtd | vww | vtab:NAME | folder:PATH; or
-    )
-    # shifted: digits-c:CORRUPTION:SEVERITY | textures-c:... | cifar10-c:..., see `toolkit.corruptions`; or
-    # dense: mosaics | voc2012 | ade20k (segmentation), digit_scenes | coco (detection)
-    head: str = (
-        ""  # of dense tasks: fpn | upernet | retinanet | faster_rcnn | mask_rcnn; "": the task's first
-    )
+    dataset: str = "digits"  # digits | textures | cifar10 | cifar100 | dtd | vww | vtab:NAME | folder:PATH
+    # or shifted: digits-c:CORRUPTION:SEVERITY | textures-c:... | cifar10-c:..., see `toolkit.corruptions`
+    # or dense: mosaics | voc2012 | ade20k (segmentation), digit_scenes | coco (detection)
+    head: str = ""  # of dense tasks: fpn | upernet | retinanet | faster_rcnn | mask_rcnn; "": the first
     backbone: str = "demo_vit"  # a name of `backbones.BACKBONES` | any timm name | small:NAME
     pretrained: bool = True
     method: str = "lora"
@@ -62,17 +58,13 @@ class Experiment(Parameters):
     side_rank: int = 8  # of LoSA's mixers, DTL's path, and both factors of E3VA's adapters
     side_reduction: int = 8  # LST's width and the inside of E3VA's adapters: the backbone's over this
     side_taps: int = 0  # blocks that LoSA and LST read, spread evenly, the last included; 0: all
-    losa_start: str = (
-        "last"  # features that LoSA refines: the last, which the head reads, or the first tapped
-    )
+    losa_start: str = "last"  # features that LoSA refines: those that the head reads, or the first tapped
     losa_mixer: str = "both"  # both | channels | tokens
     lst_init: str = "auto"  # pruned | random | auto, pruned where the backbone's blocks allow it
     dtl_feedback: int = 0  # last blocks that DTL's path feeds back into; 0: half of those on the path
     dtl_backprop: bool = True  # gradients run through these blocks, as published
     four_bit_backbone: bool = False  # of side methods: linear layers in the frozen blocks are packed
-    feature_cache: str = (
-        ""  # bytes that features kept on disk may take, instead of computing them every epoch
-    )
+    feature_cache: str = ""  # bytes on disk for features that are computed once; "": in every epoch
     batch_norm: str = "auto"  # statistics: frozen | updated | auto, updated by the methods that train all
     epochs: int = 5
     batch_size: int = 64

@@ -206,7 +206,7 @@ class TrainingStep:
         )  # fmt: skip
 
     def _forecast(self, e: Experiment) -> Forecast:
-        check_fits_weights(self.step.model, e.budget_bytes)
+        check_fits_weights(self.step.whole, e.budget_bytes)
         if e.checkpointing != "planned":
             return self.by_rule(e)
         self.chain(min(e.micro_batch_size or e.batch_size, e.batch_size))

@@ -25,6 +25,7 @@ class Step:
     """An adapted model with random weights in training mode, a batch of zeros, `fit`'s loss and optimizer."""
 
     model: nn.Module
+    whole: nn.Module  # the same, or with the backbone that cached features go without
     batch: tuple[Any, Any]  # what the model takes, of images (B, C, H, W), and targets
     loss: Callable[[Any, Any], torch.Tensor]  # of outputs and targets
     optimizer: torch.optim.Optimizer
@@ -54,7 +55,7 @@ def step_of(experiment: Experiment, num_classes: int) -> Step:
     """
     model = build_model(experiment, num_classes, pretrained=False)
     model = adapt(model, experiment.method, **experiment.method_options).to(experiment.device)
-    task, size = task_of(experiment.dataset), experiment.batch_size
+    whole, task, size = model, task_of(experiment.dataset), experiment.batch_size
     _, *sides = shape = data_config(model)["input_size"]
     dtype = torch.float32
     if experiment.feature_cache:
@@ -69,4 +70,4 @@ def step_of(experiment: Experiment, num_classes: int) -> Step:
         loss = task.loss(outputs, targets)
         return loss + allocation.penalty() if allocation else loss
 
-    return Step(model, (task.inputs(images, targets), targets), loss, optimizer_of(model, experiment))
+    return Step(model, whole, (task.inputs(images, targets), targets), loss, optimizer_of(model, experiment))
