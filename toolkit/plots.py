@@ -20,6 +20,7 @@ from toolkit.evaluation import DenseEvaluation, Evaluation
 from toolkit.methods import METHODS
 from toolkit.pareto import COSTS
 from toolkit.paths import FIGURES
+from toolkit.plot_text import plain
 from toolkit.plots_dense import test_examples
 from toolkit.statistics import adaptation
 from toolkit.tasks import SCORES, score_in
@@ -136,7 +137,7 @@ def confusion_matrix(evaluation: Evaluation, classes: list[str]) -> Figure:
     side = 5 if len(classes) <= 10 else 7
     figure, axes = plt.subplots(figsize=(side + 1, side), layout="constrained")
     pairs = pd.crosstab(evaluation.labels.numpy(), evaluation.predictions.numpy(), normalize="index")
-    names = False if many else [name.replace("$", r"\$") for name in classes]
+    names = False if many else [plain(name) for name in classes]
     sns.heatmap(
         pairs.reindex(index=range(len(classes)), columns=range(len(classes)), fill_value=0.0),
         vmin=0, vmax=1, cmap="Blues", square=True, annot=len(classes) <= 10, fmt=".2f",
@@ -229,7 +230,7 @@ def gallery(split: Dataset, evaluation: Evaluation, classes: list[str], count: i
     )
     wrong = order[~right[order]][: count // 2]
     shown = torch.cat([order[right[order]][: count - len(wrong)], wrong]).tolist()
-    names = [name.replace("$", r"\$") for name in [*classes, "no class"]]  # "no class": an unmatched answer
+    names = [plain(name) for name in [*classes, "no class"]]  # "no class": an unmatched answer
     columns = min(6, max(1, len(shown)))
     rows = -(-len(shown) // columns)
     figure, all_axes = plt.subplots(

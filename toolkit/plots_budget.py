@@ -21,6 +21,7 @@ from matplotlib.transforms import ScaledTranslation
 from PIL import Image
 
 from toolkit.budget.plan import Plan
+from toolkit.plot_text import plain
 from toolkit.plots import STRATEGY_MARKERS
 
 MARKS = tuple(gigabytes * 10**9 for gigabytes in (2, 4, 6, 8))  # of common cards
@@ -205,7 +206,7 @@ def _short(names: list[str]) -> list[str]:
     short = [name.rsplit(".", 1)[-1] if name[-1].isdigit() else name for name in names]
     if len(set(short)) < len(short):  # stages that count their blocks each for itself
         short = [".".join(name.split(".")[-3:]) for name in names]
-    return [name.replace("$", r"\$") for name in short]
+    return [plain(name) for name in short]
 
 
 def batch_sizes_against_memory(frame: pd.DataFrame) -> Figure:

@@ -15,6 +15,7 @@ from torch import nn
 
 from toolkit.backbones import data_config
 from toolkit.datasets import Splits, loader
+from toolkit.plot_text import plain
 from toolkit.tasks import IGNORED
 
 COLUMNS = ("picture", "truth", "prediction")
@@ -151,7 +152,7 @@ def _draw_box(axes: Axes, box: list[float], classes: Sequence[str], colours: dic
     axes.add_patch(
         Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=2)
     )
-    said = " ".join([_text(classes[int(label)]), *(f"{value:.2f}" for value in score)])
+    said = " ".join([plain(classes[int(label)]), *(f"{value:.2f}" for value in score)])
     axes.text(
         max(x1, 0) - 0.5, y1 - 0.5, said, fontsize=7, color="white", verticalalignment="bottom",
         bbox={"facecolor": colour, "edgecolor": "none", "pad": 1},
@@ -159,14 +160,10 @@ def _draw_box(axes: Axes, box: list[float], classes: Sequence[str], colours: dic
 
 
 def _legend(figure: Figure, colours: dict[int, tuple], classes: Sequence[str], ignored: tuple | None) -> None:
-    handles = [Patch(color=colour, label=_text(classes[label])) for label, colour in colours.items()]
+    handles = [Patch(color=colour, label=plain(classes[label])) for label, colour in colours.items()]
     if len(handles) > MOST_NAMED:
         more = len(handles) - MOST_NAMED
         handles = [*handles[:MOST_NAMED], Patch(facecolor="none", label=f"and {more} more")]
     if ignored is not None:
         handles.append(Patch(facecolor=ignored, edgecolor="grey", label="ignored"))
     figure.legend(handles=handles, loc="outside right upper", fontsize=9)
-
-
-def _text(name: str) -> str:
-    return name.replace("$", r"\$")  # else it begins a formula

@@ -16,6 +16,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from toolkit.edge.recommend import title
 from toolkit.methods import METHODS
+from toolkit.plot_text import plain
 from toolkit.statistics import PARAMETERS
 
 _MARKERS = "osD^v<>PX*h8pdH"  # one a method: told without colour
@@ -34,10 +35,6 @@ def _style(method: str) -> dict:
     }
 
 
-def _plain(text: str) -> str:
-    return text.replace("$", r"\$")
-
-
 def accuracy_against_costs(frame: pd.DataFrame) -> Figure:
     """Mean accuracy with its interval against peak memory and against FLOPs; lines are the fronts.
 
@@ -48,13 +45,13 @@ def accuracy_against_costs(frame: pd.DataFrame) -> Figure:
         rows = frame.dropna(subset=["accuracy_pct", column])
         for method in sorted(set(rows.method), key=[*METHODS, *rows.method].index):
             own = rows[rows.method == method]
-            _errorbar(axes, own[column] / unit, own, label=_plain(method), linestyle="none", **_style(method))
+            _errorbar(axes, own[column] / unit, own, label=plain(method), linestyle="none", **_style(method))
         front = rows.sort_values([column, "accuracy_pct"], ascending=[True, False])
         front = front[front.accuracy_pct > front.accuracy_pct.cummax().shift(fill_value=-np.inf)]
         axes.step(front[column] / unit, front.accuracy_pct, where="post", color="0.35", zorder=1)
         for row in front.to_dict("records"):
             axes.annotate(
-                _plain(title(row)), (row[column] / unit, row["accuracy_pct"]), xytext=(5, -11),
+                plain(title(row)), (row[column] / unit, row["accuracy_pct"]), xytext=(5, -11),
                 textcoords="offset points", fontsize=8,
             )  # fmt: skip
         absent = len(frame) - len(rows)
@@ -124,7 +121,7 @@ def rank_curves(frame: pd.DataFrame) -> Figure:
         for method, (column, rows) in methods.items():
             _errorbar(axes, rows[column], rows, label=method, **_style(method))
         _draw_full(axes, _full(frame[frame.backbone == backbone], rows))
-        axes.set(title=_plain(backbone), ylabel="test accuracy (%)")
+        axes.set(title=plain(backbone), ylabel="test accuracy (%)")
         _powers_of_two(axes, "rank")
         axes.legend()
     return figure
@@ -145,7 +142,7 @@ def gap_curve(frame: pd.DataFrame) -> Figure:
     right.fill_between(rows.galore_gap, whole - optimizer, whole, label="optimizer", alpha=0.8)
     if full is not None:
         right.axhline(full.flops_per_step / 1e6, color="black", linestyle="--", label="full")
-    left.set(ylabel="test accuracy (%)", title=_plain(rows.backbone.iloc[0]))
+    left.set(ylabel="test accuracy (%)", title=plain(rows.backbone.iloc[0]))
     right.set(ylabel="MFLOP a step", ylim=(0, None))
     for axes in (left, right):
         _powers_of_two(axes, "steps between two choices of the subspace")
@@ -200,8 +197,8 @@ def costs_by_batch(stock: pd.DataFrame, lean: pd.DataFrame) -> Figure:
             rows = frame[frame.backbone == backbone]
             percent = 100 * rows[column] / rows.set_index(keys).index.map(full[column])
             for method, own in percent.groupby(rows.method, sort=False):
-                axes.plot(rows.batch_size[own.index], own, label=_plain(method), **_style(method))
-            axes.set_title(f"{_plain(backbone)}: {name}", fontsize=10)
+                axes.plot(rows.batch_size[own.index], own, label=plain(method), **_style(method))
+            axes.set_title(f"{plain(backbone)}: {name}", fontsize=10)
             _powers_of_two(axes, "")
         line[0].set_ylabel("memory (% of full)")
     every[0, -1].legend(loc="upper left", bbox_to_anchor=(1, 1))

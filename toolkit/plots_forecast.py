@@ -10,6 +10,8 @@ from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from toolkit.plot_text import plain
+
 _TITLES = {
     "none": "as it is: whole batch, nothing checkpointed",
     "planned": "as planned: recomputed and in micro-batches",
@@ -43,7 +45,7 @@ def plot_what_fits(frame: pd.DataFrame) -> Figure:
         sns.heatmap(
             tables[0].astype(float), annot=tables[1], fmt="", mask=tables[0].isna(), cmap=colours,
             norm=BoundaryNorm(np.arange(len(cards) + 1) - 0.5, len(cards)), cbar=False, linewidths=1,
-            yticklabels=[name.replace("$", r"\$") for name in backbones], annot_kws={"fontsize": 9}, ax=axes,
+            yticklabels=[plain(name) for name in backbones], annot_kws={"fontsize": 9}, ax=axes,
         )  # fmt: skip
         for row, column in np.argwhere(tables[0].isna().to_numpy()):
             axes.text(column + 0.5, row + 0.5, "–", ha="center", va="center", color="0.3")

@@ -17,6 +17,7 @@ from matplotlib.patches import Patch
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from toolkit.datasets import Splits
+from toolkit.plot_text import plain
 from toolkit.side_costs import MIB, StepMemory
 from toolkit.statistics import groups, mean_and_interval
 from toolkit.tasks import IGNORED, SCORES, score_in, task_of
@@ -29,7 +30,7 @@ _LINES = ("-", "--", "-.", ":")
 
 def memory_bars(steps: Mapping[str, StepMemory], title: str = "") -> Figure:
     """Peak of a step by method, and how much of it was kept by autograd for backward."""
-    names = [_plain(name) for name in steps]
+    names = [plain(name) for name in steps]
     peak, kept = (
         np.array([getattr(step, name) for step in steps.values()]) / MIB
         for name in ("peak_bytes", "kept_bytes")
@@ -45,7 +46,7 @@ def memory_bars(steps: Mapping[str, StepMemory], title: str = "") -> Figure:
         )  # fmt: skip
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.set(xlabel="memory of one training step (MiB)", title=_plain(title))
+    axes.set(xlabel="memory of one training step (MiB)", title=plain(title))
     axes.margins(x=0.28)  # for the numbers
     axes.legend(loc="lower right")
     return figure
@@ -69,7 +70,7 @@ def memory_over_steps(traces: Mapping[str, Sequence[dict]]) -> Figure:
             y += values
         axes.plot(
             x, y, color=colours[number], linestyle=_LINES[number % len(_LINES)], linewidth=1.6,
-            label=f"{_plain(name)}, peak {max(y, default=0):.3g}",
+            label=f"{plain(name)}, peak {max(y, default=0):.3g}",
         )  # fmt: skip
     for start in list(edges.values())[1:]:
         axes.axvline(start, color="0.3", linewidth=0.8)
@@ -81,10 +82,6 @@ def memory_over_steps(traces: Mapping[str, Sequence[dict]]) -> Figure:
     return figure
 
 
-def _plain(text: str) -> str:
-    return text.replace("$", r"\$")
-
-
 def curves_by_method(histories: Mapping[str, Sequence[dict]]) -> Figure:
     """Training loss and validation score by epoch, a line for each method; `histories`: of `FitResult`."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
@@ -93,11 +90,11 @@ def curves_by_method(histories: Mapping[str, Sequence[dict]]) -> Figure:
         if not history:  # it ended in its first epoch
             continue
         epochs = [row["epoch"] for row in history]
-        left.plot(epochs, [row["train_loss"] for row in history], marker="o", label=_plain(name))
+        left.plot(epochs, [row["train_loss"] for row in history], marker="o", label=plain(name))
         scores = [score_in(row, "val") for row in history]
         label = SCORES[scores[-1][0]]
         values = [float("nan") if value is None else value for _, value in scores]
-        right.plot(epochs, values, marker="o", label=_plain(name))
+        right.plot(epochs, values, marker="o", label=plain(name))
     left.set(xlabel="epoch", ylabel="training loss")
     right.set(xlabel="epoch", ylabel=f"validation {label}")
     for axes in (left, right):
@@ -130,10 +127,10 @@ def scores_against_memory(records: pd.DataFrame) -> Figure:
             colour, marker = looks[method]
             axes.errorbar(
                 peak, score, yerr=half_width or 0.0, marker=marker, markersize=8, capsize=3, linestyle="none",
-                color=colour, label=_plain(method),
+                color=colour, label=plain(method),
             )  # fmt: skip
         axes.margins(0.1)
-        axes.set(xlabel="peak memory (MiB)", ylabel=f"test {SCORES[metric]}", title=_plain(dataset))
+        axes.set(xlabel="peak memory (MiB)", ylabel=f"test {SCORES[metric]}", title=plain(dataset))
         axes.set_xlim(0, None)
     handles = {
         label: handle for axes in every.flat for handle, label in zip(*axes.get_legend_handles_labels())
@@ -157,7 +154,7 @@ def examples(splits: Splits, count: int = 6) -> Figure:
             axes.imshow(picture.permute(1, 2, 0))
             axes.set_axis_off()
     handles = [
-        Patch(color=np.array(colours[label]) / 255, label=_plain(splits.classes[label]))
+        Patch(color=np.array(colours[label]) / 255, label=plain(splits.classes[label]))
         for label in sorted(seen)
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=9)
