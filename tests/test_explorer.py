@@ -158,7 +158,7 @@ def test_what_answers_depend_on(explorer, monkeypatch):
     ):  # fmt: skip
         Explorer(replace(EXPERIMENT, **changes), 10)
     Explorer(EXPERIMENT, 11)
-    monkeypatch.setattr(explorer_module, "code_sha256", lambda: "other code")
+    monkeypatch.setattr(forecast_module, "code_sha256", lambda: "other code")
     Explorer(EXPERIMENT, 10)
     assert len({json.dumps(question, sort_keys=True) for question in asked}) == len(asked) == 11
 

@@ -14,7 +14,7 @@ import toolkit
 from toolkit.backbones import data_config, small_instance
 from toolkit.budget import STRATEGIES
 from toolkit.datasets import in_memory
-from toolkit.methods import METHODS, set_train_mode
+from toolkit.methods import DENSE_METHODS, METHODS, set_train_mode
 
 BACKBONES = ("vit_small", "tiny_vit", "vim_small", "mambavision_t")
 STEPS = 30
@@ -25,7 +25,8 @@ LR_OF_CELL = {("vit_small", "bitfit"): 5e-3}
 
 
 def cells():
-    for (b, backbone), (m, method) in itertools.product(enumerate(BACKBONES), enumerate(METHODS)):
+    methods = [method for method in METHODS if method not in DENSE_METHODS]
+    for (b, backbone), (m, method) in itertools.product(enumerate(BACKBONES), enumerate(methods)):
         for s, strategy in enumerate(STRATEGIES):
             slow = backbone == "tiny_vit" and method == "adalora"
             usual = (

@@ -280,6 +280,7 @@ def _training_reasons(
 ) -> dict[str, str | None]:
     ended = f"training or test ended with status {result.status}"
     train = _window(result, "train")
+    features = _features(result) if result.features_window else Window("features")
     test = evaluation.window if evaluation else Window("test", reason=ended)
     untraced = (f"{phase}_flops_per_image" for phase in ("forward", "backward", "recompute"))
     reasons = common_reasons(test, ended, result.memory_source)
@@ -302,8 +303,8 @@ def _training_reasons(
         "train_reserved_peak_bytes": "only CUDA's allocator reserves memory ahead",
         "context_bytes": result.context_reason or "training was not begun",
         "device_used_bytes": result.context_reason or "training was not begun",
-        "energy_joules": _features(result).reason or _window(result, "fit").reason or test.reason,
-        "features_energy_joules": _features(result).reason,
+        "energy_joules": features.reason or _window(result, "fit").reason or test.reason,
+        "features_energy_joules": features.reason,
         "validation_energy_joules": _window(result, "validation").reason,
         "train_cpu_joules": train.cpu_reason or train.reason,
         "idle_watts": train.reason or "idle power was not measured",

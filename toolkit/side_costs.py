@@ -86,7 +86,7 @@ class KeptTensors(saved_tensors_hooks):
         key = storage._cdata
         if key not in self._known and key not in self._saved:
             self._saved[key] = StorageRef(storage, self._freed, key, storage.nbytes())
-        return tensor
+        return tensor.detach()  # an output that its own graph held would never be let go
 
     def _freed(self, reference: StorageRef) -> None:
         if self._saved.get(reference.key) is reference:
