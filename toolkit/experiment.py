@@ -17,6 +17,9 @@ from toolkit.methods import (
     check_statistics,
     options_not_of,
 )
+from toolkit.methods.losa import MIXERS
+from toolkit.methods.losa import STARTS as LOSA_STARTS
+from toolkit.methods.lst import STARTS as LST_STARTS
 from toolkit.parameters import Parameters
 from toolkit.tasks import task_of
 
@@ -90,9 +93,9 @@ class Experiment(Parameters):
         check_name("depthwise", self.depthwise, ("train", "freeze"))
         check_name("batch_norm", self.batch_norm, BATCH_NORMS)
         check_statistics(self.method, self.batch_norm)
-        check_name("losa_start", self.losa_start, ("last", "first"))
-        check_name("losa_mixer", self.losa_mixer, ("both", "channels", "tokens"))
-        check_name("lst_init", self.lst_init, ("auto", "pruned", "random"))
+        check_name("losa_start", self.losa_start, LOSA_STARTS)
+        check_name("losa_mixer", self.losa_mixer, MIXERS)
+        check_name("lst_init", self.lst_init, LST_STARTS)
         if self.task == "detection" and self.checkpointing == "planned":
             raise InputError(
                 "checkpointing 'planned' cannot predict detectors: what their losses compute depends on the "

@@ -7,7 +7,6 @@ every method.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,7 +20,11 @@ from toolkit.methods.batch_norms import (
     freeze_statistics,
     set_train_mode,
 )
+from toolkit.methods.dtl import dtl
+from toolkit.methods.e3va import e3va
+from toolkit.methods.losa import losa
 from toolkit.methods.low_rank import adalora, dora, ia3, lokr, lora, merge, qlora
+from toolkit.methods.lst import lst
 from toolkit.methods.trainable import bitfit, full, head_name, linear, norm
 
 __all__ = [
@@ -42,15 +45,6 @@ __all__ = [
 _TARGETS = ("lora_targets", "clip_rank")
 _LOW_RANK = ("lora_rank", "lora_alpha", "lora_dropout", *_TARGETS)
 _GALORE = ("galore_rank", "galore_gap", "galore_scale", "galore_spectrum")
-
-
-def _side(name: str) -> Callable[..., nn.Module]:
-    """The function `name` of the module of that name, which needs timm: imported when it is called."""
-
-    def apply(model: nn.Module, **options: object) -> nn.Module:
-        return getattr(importlib.import_module(f"toolkit.methods.{name}"), name)(model, **options)
-
-    return apply
 
 
 @dataclass(frozen=True)
@@ -78,12 +72,10 @@ METHODS = {
     "qlora": Method(qlora, (*_LOW_RANK, "double_quantisation")),
     "ia3": Method(ia3, ("lora_targets",)),
     "lokr": Method(lokr, ("lora_rank", "lora_alpha", "lora_targets")),
-    "losa": Method(
-        _side("losa"), ("side_rank", "side_taps", "losa_start", "losa_mixer", "four_bit_backbone")
-    ),
-    "lst": Method(_side("lst"), ("side_reduction", "side_taps", "lst_init", "four_bit_backbone")),
-    "dtl": Method(_side("dtl"), ("side_rank", "dtl_feedback", "dtl_backprop", "four_bit_backbone")),
-    "e3va": Method(_side("e3va"), ("side_rank", "side_reduction")),
+    "losa": Method(losa, ("side_rank", "side_taps", "losa_start", "losa_mixer", "four_bit_backbone")),
+    "lst": Method(lst, ("side_reduction", "side_taps", "lst_init", "four_bit_backbone")),
+    "dtl": Method(dtl, ("side_rank", "dtl_feedback", "dtl_backprop", "four_bit_backbone")),
+    "e3va": Method(e3va, ("side_rank", "side_reduction")),
     "galore": Method(full, (), _GALORE, batch_norm="updated"),
     "full": Method(full, batch_norm="updated"),
 }
