@@ -12,7 +12,7 @@ _guard = str(Path(__file__).parent / "no_network")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_guard, os.environ.get("PYTHONPATH")]))
 sys.path.insert(0, _guard)
 
-# Before anything imports toolkit.paths, and inherited by notebook kernels.
+# Before anything imports toolkit.files, and inherited by notebook kernels.
 _folder = tempfile.mkdtemp(prefix="toolkit-tests-")
 os.environ["TOOLKIT_RUNS"] = os.path.join(_folder, "runs")
 os.environ["TOOLKIT_CACHE"] = os.path.join(_folder, "cache")

@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from toolkit import sweep
+from toolkit.batch import sweep
 from toolkit.experiment import Experiment
-from toolkit.records import RunRecord, run_fields
+from toolkit.training.record import RunRecord, run_fields
 
 TRAIN_SHA256 = "0" * 64
 

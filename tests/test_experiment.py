@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 import toolkit
 from toolkit.errors import InputError
-from toolkit.hyperparameters import TABLE, hyperparameters
 from toolkit.methods import DENSE_METHODS, METHODS
+from toolkit.methods.learning_rates import TABLE, hyperparameters
 
 
 @given(

@@ -15,21 +15,20 @@ from pathlib import Path
 
 import pandas as pd
 
+from toolkit.analysis.recommend import write_ranking
+from toolkit.analysis.report import write_report
+from toolkit.analysis.statistics import compare
 from toolkit.baselines.experiment import BaselineExperiment
 from toolkit.baselines.need import need_table
+from toolkit.batch.dry_run import dry_run, summary
+from toolkit.batch.sweep import DEFAULT_COMPARISON, execute_notebook, grid, run_experiments
+from toolkit.batch.sweep_file import check_count, preset, read_sweep
 from toolkit.budget import format_bytes
-from toolkit.dry_run import dry_run, summary
-from toolkit.edge.recommend import write_ranking
 from toolkit.errors import InputError
-from toolkit.experiment import Experiment
-from toolkit.forecast import forecast
-from toolkit.parameters import Parameters
-from toolkit.paths import FIGURES, RUNS
-from toolkit.records import load_records
-from toolkit.report import write_report
-from toolkit.statistics import compare
-from toolkit.sweep import DEFAULT_COMPARISON, execute_notebook, grid, run_experiments
-from toolkit.sweep_file import check_count, preset, read_sweep
+from toolkit.experiment import Experiment, Parameters
+from toolkit.files import FIGURES, RUNS
+from toolkit.forecast.forecasts import forecast
+from toolkit.training.record import load_records
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         "sweep", help="run what a sweep file names and compare it", allow_abbrev=False
     )
     source = sweep.add_mutually_exclusive_group(required=True)
-    source.add_argument("file", nargs="?", type=Path, help="a sweep file, see toolkit/sweep_file.py")
+    source.add_argument("file", nargs="?", type=Path, help="a sweep file, see toolkit/batch/sweep_file.py")
     source.add_argument("--preset", metavar="NAME", help="demo, edge, edge_paper or paper")
     sweep.add_argument("--dry-run", action="store_true", help="list the runs and start none")
     sweep.add_argument("--yes", action="store_true", help="run more than 1,000 experiments")
@@ -151,8 +150,8 @@ def _plan(experiment: Experiment, num_classes: int) -> str:
             f"recomputed {found.recompute_pct:.1f} % of the forward pass"
         )
     from toolkit.budget import plan
-    from toolkit.preview import step_of
-    from toolkit.training import held_bytes
+    from toolkit.forecast.steps import step_of
+    from toolkit.training.loop import held_bytes
 
     step = step_of(experiment, num_classes)
     return plan(

@@ -55,7 +55,7 @@ from toolkit.budget.plan import Plan, Planner
 from toolkit.budget.profile import Profile
 from toolkit.budget.step import segmented
 from toolkit.budget.tape import Op, Tape, operator_name
-from toolkit.evaluation import autocast
+from toolkit.training.evaluation import autocast
 
 METHODS = ("full", "linear", "bitfit", "lora")
 BUDGETS = ("15", "20", "25", "30", "40", "55", "70", "85", "100", "1GiB", "2GiB")

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 
 import toolkit
+from toolkit.backbones.dense import build_dense
 from toolkit.budget.step import optimizer_like
-from toolkit.dense.build import build_dense
+from toolkit.datasets.tasks import IGNORED
 from toolkit.methods import adapt, set_train_mode, summarize
-from toolkit.tasks import IGNORED
 
 BACKBONE, PIXELS, BATCH, CLASSES = "swin_tiny_patch4_window7_224", 224, 4, 21
 METHODS = ("full", "linear", "bitfit", "lora", "e3va")

@@ -22,8 +22,8 @@ from toolkit.budget import TensorMemory, format_bytes
 from toolkit.budget.fake_step import on_fake_tensors
 from toolkit.budget.flops import NORMS, FlopCounter
 from toolkit.errors import check_name
-from toolkit.evaluation import autocast
 from toolkit.methods import set_train_mode
+from toolkit.training.evaluation import autocast
 
 CPU = torch.device("cpu")
 PRECISIONS = ("fp32", "bf16")
@@ -148,7 +148,7 @@ class Trace:
 
 
 class Training:
-    """A model with its optimizer; `step` is `toolkit.training`'s, without reading the loss."""
+    """A model with its optimizer; `step` is `toolkit.training.loop`'s, without reading the loss."""
 
     def __init__(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, precision: str):
         self.model, self.images, self.labels, self.precision = model, images, labels, precision

@@ -25,12 +25,12 @@ import toolkit
 from toolkit.backbones import data_config
 from toolkit.budget import TensorMemory, format_bytes, tensors_of
 from toolkit.budget.fake_step import on_fake_tensors
-from toolkit.feature_cache import FeatureModel, layout_of
+from toolkit.forecast.step_memory import KeptTensors
 from toolkit.methods import set_train_mode, summarize
 from toolkit.methods.dtl import dtl
 from toolkit.methods.losa import losa
 from toolkit.methods.lst import lst
-from toolkit.side_costs import KeptTensors
+from toolkit.training.feature_cache import FeatureModel, layout_of
 
 CLASSES = 100
 CPU = torch.device("cpu")

@@ -14,8 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from toolkit.errors import InputError
-from toolkit.files import sha256_of
-from toolkit.paths import DATA
+from toolkit.files import DATA, sha256_of
 
 WEIGHTS = DATA / "demo_vit.safetensors"
 SHA256 = "fcb84cb856b3fb6734917cc1065202f58beaa6fe0e530d2383b924452bc8b2b1"

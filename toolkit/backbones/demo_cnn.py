@@ -13,7 +13,7 @@ from torch import nn
 
 from toolkit.backbones.demo import DATA_CONFIG, load_demo_weights
 from toolkit.errors import InputError
-from toolkit.paths import DATA
+from toolkit.files import DATA
 
 # Of the weight files under `data/`, by the name of the backbone.
 SHA256 = {

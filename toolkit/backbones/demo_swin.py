@@ -10,7 +10,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
 from toolkit.backbones.demo import DATA_CONFIG, load_demo_weights
-from toolkit.paths import DATA
+from toolkit.files import DATA
 
 WEIGHTS = DATA / "demo_swin.safetensors"
 SHA256 = "af3792e5bb617e3c1a22e8a0425a799dfef8871a85b4125175d07416e2a9108b"

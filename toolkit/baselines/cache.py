@@ -15,9 +15,9 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from toolkit.environment import device_name
 from toolkit.files import sha256_of, write_atomically
 from toolkit.measure import Meter, Window
+from toolkit.measure.environment import device_name
 
 
 @dataclass(frozen=True)

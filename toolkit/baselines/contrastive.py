@@ -23,9 +23,9 @@ from toolkit.baselines.hub import UNREADABLE
 from toolkit.baselines.prompts import check_classes, check_templates
 from toolkit.budget import device_memory, tensors_of
 from toolkit.errors import InputError, check_name
+from toolkit.files import CACHE
 from toolkit.measure import Meter
-from toolkit.paths import CACHE
-from toolkit.weights import weights_sha256
+from toolkit.methods.weights import weights_sha256
 
 _LOCAL = "local-dir:"  # open_clip's prefix of a folder
 _QUICK = "-quickgelu"  # open_clip's suffix of architectures that have OpenAI's approximate GELU

@@ -26,12 +26,12 @@ from toolkit.baselines.registry import Baseline, baseline_named
 from toolkit.baselines.trie import TrieClassifier
 from toolkit.budget import DeviceMemory, device_memory, is_out_of_memory, tensors_of
 from toolkit.datasets import Splits, load_dataset, loader
-from toolkit.environment import environment
-from toolkit.evaluation import Evaluation, attempt, evaluate
 from toolkit.measure import Meter, Window, total
-from toolkit.records import RunRecord
-from toolkit.training import check_fits_weights, seed_everything
-from toolkit.weights import weights_sha256
+from toolkit.measure.environment import environment
+from toolkit.methods.weights import weights_sha256
+from toolkit.model import check_fits_weights, seed_everything
+from toolkit.training.evaluation import Evaluation, attempt, evaluate
+from toolkit.training.record import RunRecord
 
 CHOICE_IMAGES = 1000  # validation images, at most, that a scoring rule is chosen on: a pass costs as a test
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -9,9 +9,9 @@ from typing import ClassVar
 from toolkit.baselines.need import FORMS
 from toolkit.baselines.registry import baseline_named
 from toolkit.budget import format_bytes
+from toolkit.datasets.tasks import task_of
 from toolkit.errors import InputError, check_name
-from toolkit.parameters import Parameters
-from toolkit.tasks import task_of
+from toolkit.experiment import Parameters
 
 DRAWN = ("linear_grid", "likelihood")  # protocols that draw random numbers
 

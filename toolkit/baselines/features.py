@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from toolkit import paths
+from toolkit import files as paths
 from toolkit.backbones import OWN, build_backbone, data_config
 from toolkit.baselines import cache
 from toolkit.baselines.architectures import check_image_size
@@ -26,7 +26,7 @@ from toolkit.datasets import Policy, loader
 from toolkit.errors import InputError
 from toolkit.files import sha256_of
 from toolkit.measure import Meter
-from toolkit.weights import weights_sha256
+from toolkit.methods.weights import weights_sha256
 
 CACHE = paths.CACHE / "features"
 _LOCAL = "local-dir:"

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from toolkit.baselines.experiment import BaselineExperiment
 from toolkit.datasets import Splits
-from toolkit.environment import installed_packages
-from toolkit.evaluation import Evaluation
 from toolkit.measure import Window, total
+from toolkit.measure.environment import installed_packages
 from toolkit.methods import summarize
-from toolkit.records import (
+from toolkit.training.evaluation import Evaluation
+from toolkit.training.record import (
     NO_TEST,
     RunRecord,
     budget_mode,

@@ -22,7 +22,7 @@ from toolkit.datasets.shifted import FORM, SHIFTED, clean_name, load_shifted
 from toolkit.datasets.splits import POLICIES, Policy, Splits, in_memory
 from toolkit.datasets.vtab import VTAB, load_vtab
 from toolkit.errors import check_name
-from toolkit.paths import DOWNLOADS
+from toolkit.files import DOWNLOADS
 
 __all__ = [
     "DATASETS", "POLICIES", "SHIFTED", "VTAB", "Policy", "Splits", "batch_rows", "clean_name", "in_memory",

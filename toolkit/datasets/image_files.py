@@ -16,8 +16,7 @@ from tqdm import tqdm
 
 from toolkit.datasets.splits import POLICIES, Policy, Splits, three_way
 from toolkit.errors import InputError
-from toolkit.files import write_atomically
-from toolkit.paths import CACHE
+from toolkit.files import CACHE, write_atomically
 
 MAX_PIXELS = 40_000_000  # a larger picture is refused before it is decoded: it may be a decompression bomb
 

@@ -14,8 +14,8 @@ from toolkit.datasets.dense_files import dense_splits, held_out
 from toolkit.datasets.image_files import MAX_PIXELS
 from toolkit.datasets.public import fetched
 from toolkit.datasets.splits import POLICIES, Splits
+from toolkit.datasets.tasks import IGNORED
 from toolkit.errors import InputError
-from toolkit.tasks import IGNORED
 
 VOC_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",

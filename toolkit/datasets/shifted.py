@@ -1,6 +1,6 @@
 """Data sets under a distribution shift: the clean set's images, labels and splits, corrupted.
 
-Digits and textures are corrupted here (`toolkit.corruptions`); CIFAR-10-C (Hendrycks & Dietterich 2019,
+Digits and textures are corrupted here (`corruptions`); CIFAR-10-C (Hendrycks & Dietterich 2019,
 arXiv 1903.12261) is its authors' archive.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from toolkit.corruptions import CORRUPTIONS, MIXED, SEVERITIES, corrupt
+from toolkit.datasets.corruptions import CORRUPTIONS, MIXED, SEVERITIES, corrupt
 from toolkit.datasets.embedded import digits, textures
 from toolkit.datasets.splits import POLICIES, Splits, in_memory, three_way
 from toolkit.errors import InputError, check_name
@@ -40,7 +40,7 @@ def clean_name(dataset: str) -> str:
 def load_shifted(name: str, root: Path) -> Splits:
     """`digits-c`, `textures-c` or `cifar10-c`, a corruption and a severity, with colons between.
 
-    Digits and textures take `toolkit.corruptions`: the three splits are the clean set's, image by image.
+    Digits and textures take `corruptions`: the three splits are the clean set's, image by image.
     cifar10-c takes the archive's corruptions; its 10,000 images, CIFAR-10's test set, are dealt to the
     splits alike for all of them: 4,000 to train on, 1,000 for validation and 5,000 to test.
 

@@ -22,9 +22,9 @@ from toolkit.backbones import BACKBONES
 from toolkit.budget import format_bytes, parse_bytes
 from toolkit.errors import InputError
 from toolkit.experiment import PRECISIONS, Experiment
-from toolkit.explorer import MARKS, Explorer
+from toolkit.forecast.explorer import MARKS, Explorer
 from toolkit.methods import DENSE_METHODS, METHODS, SIDE_METHODS
-from toolkit.plots_budget import StepFigure
+from toolkit.plots.step import StepFigure
 
 
 class BudgetExplorer(ipywidgets.VBox):

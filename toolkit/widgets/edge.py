@@ -10,10 +10,10 @@ import html
 import ipywidgets
 import pandas as pd
 
+from toolkit.analysis.recommend import recommend
 from toolkit.budget import format_bytes
-from toolkit.edge.recommend import recommend
 from toolkit.errors import InputError
-from toolkit.pareto import printable
+from toolkit.plots.pareto import printable
 
 WIDE = ipywidgets.Layout(width="90%")
 

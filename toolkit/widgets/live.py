@@ -17,9 +17,9 @@ from IPython.display import display
 from tqdm import tqdm
 
 from toolkit.budget import format_bytes
+from toolkit.datasets.tasks import SCORES, score_in, task_of
 from toolkit.experiment import Experiment
-from toolkit.progress import Progress, View, live_notebook, plain_view
-from toolkit.tasks import SCORES, score_in, task_of
+from toolkit.training.progress import Progress, View, live_notebook, plain_view
 
 MOST_POINTS = 240  # of a curve; then every second one goes
 WIDTH, HEIGHT = 260, 110  # of one picture, in pixels

@@ -20,11 +20,11 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from toolkit import plots
+from toolkit.analysis.statistics import ALIKE, DATA, PARAMETERS, adaptation, paired_differences, refuse_mixed
 from toolkit.errors import InputError
-from toolkit.pareto import COSTS, printable, svg
-from toolkit.records import FILE_NAME, SCHEMA_VERSION, SIMULATED, RunRecord, load_records
-from toolkit.statistics import ALIKE, DATA, PARAMETERS, adaptation, paired_differences, refuse_mixed
+from toolkit.plots import runs as plots
+from toolkit.plots.pareto import COSTS, printable, svg
+from toolkit.training.record import FILE_NAME, SCHEMA_VERSION, SIMULATED, RunRecord, load_records
 
 FILTERS = ("dataset", "backbone", "method", "checkpointing", "status", "phase")
 COLUMNS = {  # of the list: column, unit, format

@@ -1,0 +1,230 @@
+"""Verdicts on published claims, from records made so that the verdict is known."""
+
+from unittest import mock
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
+
+from toolkit.analysis import claims_checkpointing as verdicts
+from toolkit.analysis.claims_checkpointing import CLAIMS, REFUTED, SUPPORTED, UNTESTED, findings
+from toolkit.analysis.paired import change, differences, holm, interval
+
+SEEDS = (0, 1, 2)
+NOISE = (0.99, 1.0, 1.012)  # of the three seeds
+
+
+def runs(method="full", checkpointing="none", **columns) -> pd.DataFrame:
+    """Three seeds of one method and strategy on the paper's data and backbone."""
+    frame = pd.DataFrame(
+        {
+            "dataset": "cifar100", "backbone": "vit_small", "method": method, "checkpointing": checkpointing,
+            "seed": SEEDS, "budget": str(2 * 10**9), "status": "ok", "phase": "training", "environment": "E1",
+            "test_top1_pct": [88.0, 89.0, 90.1], "train_peak_bytes": 1000 * 2**20, "train_seconds": 10.0,
+            "train_energy_joules": [1000.0 * noise for noise in NOISE], "energy_source": "nvml_counter",
+            "checkpointed_blocks": 6, "params_trainable": 1000, "train_sha256": "a", "test_sha256": "b",
+        }
+    )  # fmt: skip
+    return frame.assign(**columns)
+
+
+def verdict(frame, text):
+    """The one finding on the claim that contains `text`, this claim alone judged: all of them take longer."""
+    (claim,) = [claim for claim in CLAIMS if text in claim.text]
+    with mock.patch.object(verdicts, "CLAIMS", (claim,)):
+        _, found = findings(frame)  # the first needs no run
+    return found
+
+
+def both(*parts):
+    return pd.concat(parts, ignore_index=True)
+
+
+def test_every_claim_has_a_finding_even_without_runs():
+    found = findings(pd.DataFrame({"status": []}))
+    assert [finding.claim for finding in found[1:]] == [claim.text for claim in CLAIMS]
+    assert {(finding.verdict, finding.n) for finding in found[1:]} == {(UNTESTED, 0)}
+    assert all(finding.why == "no run ended ok" for finding in found[1:])
+
+
+def test_table_v_needs_no_run():
+    found = findings(pd.DataFrame({"status": []}))[0]
+    assert found.verdict == SUPPORTED and found.ours == "NS-E 69.39, NS-M 70.52, NS# 61.81"
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"), [(0.50, SUPPORTED), (0.21, SUPPORTED), (0.70, REFUTED), (1.2, REFUTED)]
+)
+def test_peak_memory_of_the_adaptive_rule(share, expected):
+    rule = runs(checkpointing="threshold", train_peak_bytes=int(share * 1000 * 2**20))
+    found = verdict(both(runs(), rule), "43 to 79 %")
+    assert found.verdict == expected and found.n == 3
+    assert f"{100 * (share - 1):+.1f} %".replace("-", "−") in found.ours
+
+
+def test_a_rule_that_had_nothing_to_do_is_not_tested():
+    rule = runs(checkpointing="threshold", checkpointed_blocks=0)
+    found = verdict(both(runs(), rule), "43 to 79 %")
+    assert found.verdict == UNTESTED and "checkpointed nothing" in found.why
+
+
+@pytest.mark.parametrize(
+    ("factors", "expected"),
+    [
+        ((1.19, 1.20, 1.21), SUPPORTED),
+        ((1.49, 1.50, 1.51), REFUTED),
+        ((1.00, 1.10, 1.25), UNTESTED),  # contains 0 and the published range
+        ((0.999, 1.0, 1.001), REFUTED),  # sure to be less than 9 %
+    ],
+)
+def test_energy_of_the_adaptive_rule(factors, expected):
+    plain = runs()
+    rule = runs(checkpointing="threshold", train_energy_joules=plain.train_energy_joules * list(factors))
+    assert verdict(both(plain, rule), "more energy").verdict == expected
+
+
+def test_what_was_not_measured_is_not_tested():
+    for frame, why in (
+        (runs(train_energy_joules=None), "no energy was measured"),
+        (runs(energy_source="fake"), "no energy was measured"),
+    ):
+        frame = both(frame, frame.assign(checkpointing="threshold"))
+        found = verdict(frame, "more energy")
+        assert (found.verdict, found.n, found.why) == (UNTESTED, 0, why)
+    assert verdict(runs(), "more energy").why == "no finished run of threshold"
+    other = both(runs(), runs(checkpointing="threshold", seed=[7, 8, 9]))
+    assert "share seed" in verdict(other, "more energy").why
+
+
+def test_two_pairs_are_too_few():
+    frame = both(runs(), runs(checkpointing="threshold", train_peak_bytes=500 * 2**20))
+    found = verdict(frame[frame.seed < 2], "43 to 79 %")
+    assert found.verdict == UNTESTED and found.n == 2 and "fewer than 3 pairs" in found.why
+
+
+@pytest.mark.parametrize(
+    ("cost", "expected"),
+    [((1.0, 1.1, 0.9), SUPPORTED), ((5.0, 5.1, 4.9), REFUTED), ((0.5, 2.0, 3.0), UNTESTED)],
+)
+def test_accuracy_of_bitfit(cost, expected):
+    bitfit = runs("bitfit", test_top1_pct=runs().test_top1_pct - list(cost))
+    found = verdict(both(runs(), bitfit), "BitFit costs no more")
+    assert found.verdict == expected and found.ours.startswith(f"−{np.mean(cost):.2f} points")
+
+
+def test_one_setting_outside_is_enough_against_a_claim():
+    good, bad = 500 * 2**20, 900 * 2**20
+    frame = both(
+        runs(), runs(checkpointing="threshold", train_peak_bytes=good),
+        runs("lora"), runs("lora", "threshold", train_peak_bytes=bad),
+    )  # fmt: skip
+    found = verdict(frame, "43 to 79 %")
+    assert found.verdict == REFUTED and "1 of 2 settings" in found.why
+    assert found.ours == "2 settings, from −50.0 % [=] (full) to −10.0 % [=] (lora)"
+
+
+def test_intervals_hold_together():
+    """Costs of 0.7, 1.0 and 1.3 points: 1 ± 0.75 alone, 1 ± 1.06 as one of two settings."""
+    bitfit = runs("bitfit", test_top1_pct=runs().test_top1_pct - [0.7, 1.0, 1.3])
+    one = both(runs(), bitfit)
+    assert verdict(one, "BitFit costs no more").verdict == SUPPORTED
+    found = verdict(both(one, one.assign(backbone="tiny_vit")), "BitFit costs no more")
+    assert found.verdict == UNTESTED and "[−2.0" in found.ours
+
+
+def test_other_data_and_backbones_are_said():
+    assert "not the paper's" not in verdict(runs(), "43 to 79 %").tested_on
+    ours = runs(dataset="digits", backbone="demo_vit")
+    assert (
+        verdict(ours, "43 to 79 %").tested_on == "digits, demo_vit (E1); not the paper's data and backbones"
+    )
+
+
+def test_each_data_set_has_its_own_verdict():
+    here = both(runs(), runs(checkpointing="threshold", train_peak_bytes=500 * 2**20))
+    there = here.assign(dataset="digits", train_peak_bytes=1000 * 2**20)
+    found = [f for f in findings(both(here, there)) if "43 to 79 %" in f.claim]
+    assert {f.tested_on.split(",")[0]: f.verdict for f in found} == {"cifar100": SUPPORTED, "digits": REFUTED}
+
+
+def baseline(name, protocol, accuracy):
+    return runs(protocol, backbone=name, phase="inference", test_top1_pct=accuracy, seed=0)[:1]
+
+
+@pytest.mark.parametrize(("accuracy", "expected"), [(95.0, SUPPORTED), (80.0, REFUTED), (89.5, UNTESTED)])
+def test_frozen_features_against_the_best_fine_tuned(accuracy, expected):
+    worse = runs("lora", test_top1_pct=50.0)
+    frame = both(runs(), worse, baseline("dinov2_b", "logreg", accuracy), baseline("demo_vit", "knn", 99.0))
+    found = verdict(frame, "DINOv2")
+    assert found.verdict == expected and "dinov2_b" in found.ours and "vit_small, full" in found.ours
+
+
+def test_another_frozen_model_is_no_dinov2():
+    found = verdict(both(runs(), baseline("demo_vit", "knn", 99.0)), "DINOv2")
+    assert found.verdict == UNTESTED and "another frozen model" in found.why and "demo_vit" in found.ours
+
+
+@pytest.mark.parametrize(("accuracy", "expected"), [(60.0, SUPPORTED), (95.0, REFUTED)])
+def test_generative_models(accuracy, expected):
+    frame = both(runs(), baseline("smolvlm", "likelihood", accuracy))
+    assert verdict(frame, "vision-language").verdict == expected
+    assert verdict(runs(), "vision-language").why == "no finished run of a baseline of this kind"
+
+
+def test_models_that_saw_other_data_are_not_compared():
+    frame = both(runs(), baseline("dinov2_b", "logreg", 95.0).assign(test_sha256="other"))
+    found = verdict(frame, "DINOv2")
+    assert found.verdict == UNTESTED and "different data" in found.why
+
+
+@pytest.mark.parametrize(("peak", "expected"), [(1200, SUPPORTED), (800, REFUTED)])
+def test_peak_memory_and_trained_parameters(peak, expected):
+    frame = both(runs(), runs("dora", train_peak_bytes=peak * 2**20, params_trainable=100))
+    found = verdict(frame, "does not follow")
+    assert found.verdict == expected and "100 parameters instead of 1,000" in found.ours
+
+
+@pytest.mark.parametrize(("shift", "expected"), [(0.5, SUPPORTED), (-9.0, REFUTED)])
+def test_the_accuracy_of_table_v(shift, expected):
+    frame = runs(test_top1_pct=runs().test_top1_pct + shift)
+    assert verdict(frame, "reaches 89.7 %").verdict == expected
+    assert verdict(frame.assign(backbone="tiny_vit"), "reaches 89.7 %").verdict == UNTESTED
+
+
+def test_p_is_that_of_a_paired_t_test():
+    frame = both(runs(), runs("lora", train_energy_joules=[900.0, 930.0, 1000.0]))
+    table = differences(frame, "energy", {"method": "full"})
+    expected = scipy.stats.ttest_rel(
+        *(np.log(frame.train_energy_joules[part]) for part in (slice(3, 6), slice(0, 3)))
+    )
+    assert table.p.tolist() == pytest.approx([expected.pvalue])
+    assert change("energy", table["mean"].iloc[0]) == pytest.approx(
+        100 * (scipy.stats.gmean([900 / 990, 930 / 1000, 1000 / 1012]) - 1)
+    )
+
+
+def test_pairs_that_all_agree_leave_nothing_to_test():
+    table = differences(
+        both(runs(), runs("lora", test_top1_pct=runs().test_top1_pct - 1)), "accuracy", {"method": "full"}
+    )
+    assert table["mean"].tolist() == pytest.approx([-1.0]) and table.p.isna().all()
+    assert interval("accuracy", -1.0, 0.0) == "−1.00 [=]"
+    assert interval("time", 0.0, None) == "0.0" and interval("time", np.log(2), None, " %") == "+100.0 %"
+
+
+def test_holm_of_a_textbook():
+    """p = 0.01, 0.04, 0.03, 0.005 become 0.03, 0.06, 0.06, 0.02; what is missing does not count."""
+    p = pd.Series([0.01, 0.04, np.nan, 0.03, 0.005], index=list("abcde"))
+    assert holm(p).drop("c").to_dict() == pytest.approx({"a": 0.03, "b": 0.06, "d": 0.06, "e": 0.02})
+    assert np.isnan(holm(p)["c"])
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
+def test_law_holm_raises_keeps_the_order_and_is_below_bonferroni(values):
+    p = pd.Series(values)
+    adjusted = holm(p)
+    assert (adjusted >= p).all() and (adjusted <= (p * len(p)).clip(upper=1) + 1e-12).all()
+    assert adjusted[p.sort_values().index].is_monotonic_increasing

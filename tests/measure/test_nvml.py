@@ -1,0 +1,112 @@
+"""The real pynvml, end to end, against a C library that stands in for the driver's."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from toolkit.measure import Nvml, SensorError
+
+HERE = Path(__file__).parents[1]
+
+# The library reads its environment variables at every call, so one process can play all scenes.
+SCENES = """
+import json, os, time
+from toolkit.measure import Meter, Nvml, SensorError
+from toolkit.measure.memory import own_process_bytes
+
+def window(**environment):
+    os.environ.update(environment)
+    meter = Meter("cpu", gpu=Nvml("GPU-simulated"), cpu=None)
+    start = time.monotonic()
+    with meter.window("train") as window:
+        time.sleep(2.0)
+    end = time.monotonic()
+    for name in environment:
+        del os.environ[name]
+    return window.to_dict() | {"start": start, "end": end, "average": meter.gpu.power_window_seconds}
+
+def device():
+    nvml = Nvml("GPU-simulated")
+    return [nvml.name, nvml.driver_version(), nvml.power_limit_watts(), own_process_bytes(nvml)]
+
+told = {
+    "plain": window(),
+    "no counter": window(FAKE_NVML_NO_COUNTER="1"),
+    "old driver": window(FAKE_NVML_NO_COUNTER="1", FAKE_NVML_NO_INSTANT="1"),
+    "lost": window(FAKE_NVML_LOST_AFTER="0.7"),
+    "device": device(),
+}
+os.environ["FAKE_NVML_PID"] = "1"
+told["device in a container"] = device()
+try:
+    Nvml("GPU-other")
+except SensorError as error:
+    told["unknown"] = str(error)
+print(json.dumps(told))
+"""
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory) -> dict:
+    """What a process saw that found a fake libnvidia-ml.so.1."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None or not sys.platform.startswith("linux"):
+        pytest.skip("no C compiler to build the fake driver library with")
+    folder = tmp_path_factory.mktemp("driver")
+    library = str(folder / "libnvidia-ml.so.1")
+    subprocess.run([compiler, "-shared", "-fPIC", "-w", "-o", library, str(HERE / "fake_nvml.c")], check=True)
+    environment = os.environ | {"LD_LIBRARY_PATH": str(folder)}
+    done = subprocess.run([sys.executable, "-c", SCENES], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def joules(window: dict) -> float:
+    """The truth: 100 W in even seconds of the clock, 200 W in odd ones."""
+
+    def until(seconds: float) -> float:
+        whole, rest = divmod(seconds, 2)
+        return 300 * whole + 100 * rest + 100 * max(0, rest - 1)
+
+    return until(window["end"]) - until(window["start"])
+
+
+def test_counter_and_polling_through_pynvml(told):
+    window = told["plain"]
+    assert window["source"] == "fake" and "simulated" in window["flags"] and window["average"] == 0.1
+    assert window["energy_joules"] == pytest.approx(joules(window), rel=0.05)
+    assert window["poll_joules"] == pytest.approx(window["energy_joules"], rel=0.2)
+    assert window["start_celsius"] == window["end_celsius"] == 47
+
+
+@pytest.mark.parametrize(("scene", "average"), [("no counter", 0.1), ("old driver", 1.0)])
+def test_polling_where_the_counter_is_not_supported(told, scene, average):
+    window = told[scene]
+    assert window["energy_joules"] == pytest.approx(joules(window), rel=0.2)
+    assert window["disagreement_pct"] is None and "sensor_failed" not in window["flags"]
+    assert window["average"] == average
+
+
+def test_a_gpu_lost_in_the_middle_is_null_with_its_reason(told):
+    window = told["lost"]
+    assert window["energy_joules"] is None and "GPU is lost" in window["reason"]
+    assert window["seconds"] == pytest.approx(2.0, abs=0.5)
+
+
+def test_what_the_driver_tells_of_the_device(told):
+    assert told["device"] == ["Simulated Square Wave", "000.00", 250.0, 500 * 2**20]
+    assert told["device in a container"] == told["device"], "the host's process ids are not ours"
+
+
+def test_an_unknown_uuid_is_an_error_with_a_reason(told):
+    assert told["unknown"].startswith("NVML:")
+
+
+def test_without_such_a_gpu_the_reason_says_so():
+    with pytest.raises(SensorError, match="NVML"):
+        Nvml("GPU-simulated")

@@ -1,0 +1,74 @@
+"""`build_dense`: a pretrained trunk with a new head for segmentation or detection."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from timm.models.swin_transformer import SwinTransformer
+from torch import nn
+
+from toolkit.backbones import build_backbone
+from toolkit.backbones.dense_heads import FpnSegmentation, UperNet
+from toolkit.backbones.dense_model import DenseModel
+from toolkit.backbones.detectors import RegionDetector, RetinaDetector
+from toolkit.errors import InputError, check_name
+
+# By task: name -> a head for channels, (strides,) width and num_classes; the usual one first.
+HEADS = {
+    "segmentation": {"fpn": FpnSegmentation, "upernet": UperNet},
+    "detection": {
+        "retinanet": RetinaDetector,
+        "faster_rcnn": RegionDetector,
+        "mask_rcnn": functools.partial(RegionDetector, masks=True),
+    },
+}
+
+
+def build_dense(
+    backbone: str,
+    head: str,
+    num_classes: int,
+    pretrained: bool,
+    task: str,
+    image_size: int | None = None,
+) -> DenseModel:
+    """A model for `task`, "segmentation" or "detection", on a Swin transformer.
+
+    `backbone`: "demo_swin", "swin_tiny_patch4_window7_224" or any other timm model whose class is
+    `SwinTransformer`, with its weights if `pretrained`.  `head`: fpn | upernet for segmentation, retinanet |
+    faster_rcnn | mask_rcnn for detection, "" for the first of each; it is new and random: seed torch before.
+    `image_size`: pixels of a side, a multiple of the coarsest map's stride; by default the backbone's own.
+    Windows and their tables of positions stay those of the weights; only where a map is smaller than its
+    window does timm cut the window and interpolate the table.
+
+    Raises `InputError`, before weights are loaded, for a backbone, head, task or size that does not do.
+    """
+    heads = HEADS[check_name("task of dense prediction", task, HEADS)]
+    head = check_name(f"head for {task}", head or next(iter(heads)), heads)
+    with torch.device("meta"):
+        outline = build_backbone(backbone, 1, pretrained=False)
+    if not isinstance(outline, SwinTransformer):
+        raise InputError(
+            f"backbone {backbone!r} is a {type(outline).__name__}; dense prediction needs the maps of a timm "
+            "SwinTransformer: 'demo_swin', 'swin_tiny_patch4_window7_224', or another of its size."
+        )
+    own_size = outline.patch_embed.img_size[0]
+    channels, strides = ([info[key] for info in outline.feature_info] for key in ("num_chs", "reduction"))
+    size = own_size if image_size is None else image_size
+    if size < 1 or size % strides[-1]:
+        raise InputError(
+            f"image_size {size} is no multiple of {strides[-1]}, the stride of {backbone}'s coarsest map; "
+            f"choose {max(1, round(size / strides[-1])) * strides[-1]}."
+        )
+    trunk = build_backbone(backbone, 1, pretrained)
+    if size != own_size:
+        windows = [stage.blocks[0].attn.window_size for stage in trunk.layers]
+        trunk.set_input_size((size, size), window_size=windows)
+    # What only classification uses.
+    trunk.norm, trunk.head = nn.Identity(), nn.Identity()
+    trunk.pretrained_cfg = trunk.pretrained_cfg | {"input_size": (3, size, size)}
+    arguments = (channels, strides) if task == "detection" else (channels,)
+    # Of the pyramid: so narrow that heads stay a small part of what a method trains.
+    width = 64 if channels[-1] < 512 else 128
+    return DenseModel(trunk, heads[head](*arguments, width, num_classes))

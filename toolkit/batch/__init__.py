@@ -1,0 +1,1 @@
+"""Many experiments: sweeps, dry runs, clusters."""

@@ -1,0 +1,172 @@
+"""What one training step of a method costs, before anything is downloaded or trained.
+
+Counted on fake tensors: the shapes and storages of a real step, no arithmetic.  Beside our figures stand
+those that the profiler of arXiv 2507.23536 would print for the same step, which differ in two ways: its
+weight gradients of depthwise convolutions count `groups` times too much, while it knows no singular value
+decomposition, and its "peak memory" is the sum of each category's own maximum, whenever that occurs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import pandas as pd
+
+from toolkit.budget import LeanForms
+from toolkit.budget.fake_step import on_fake_tensors
+from toolkit.budget.step import optimizer_like
+from toolkit.errors import InputError, check_name
+from toolkit.experiment import Experiment
+from toolkit.forecast.steps import step_of
+from toolkit.measure import FlopCounter
+from toolkit.measure.memory import memory_of_step
+from toolkit.measure.published_counters import CORRECTED_COUNTER, PUBLISHED_COUNTER
+from toolkit.methods import check_batch_norms, summarize
+from toolkit.methods.optimizer import optimizer_flops
+
+NETWORKS = ("resnet18", "mobilenetv2_100", "mobilenetv3_small_100", "mobilenetv3_large_100")
+# The setting of arXiv 2507.23536 as far as it can be told: with rank 1, ten classes and depthwise layers
+# that stay frozen, LoRA's memory comes within five points of what is published.
+PUBLISHED_SETTING = {"lora_rank": 1, "lora_alpha": 1, "depthwise": "freeze"}
+# Of the table: column of the change -> figure that is compared with that of full fine-tuning.
+CHANGES = {
+    "peak_change_pct": "peak_bytes",
+    "published_bytes_change_pct": "published_bytes",
+    "flops_change_pct": "flops",
+    "published_flops_change_pct": "published_flops",
+}
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Costs of one step of a whole batch: floating-point operations, bytes, numbers of parameters."""
+
+    forward_flops: int
+    backward_flops: int
+    optimizer_flops: int  # projections and the share of a decomposition that falls to one step among them
+    svd_flops: int  # of one refresh of all of GaLore's subspaces; 0 under every other method
+    published_flops: int  # by the counter of arXiv 2507.23536
+    corrected_flops: int  # by that counter, with a weight gradient that knows groups
+    peak_bytes: int  # the highest simultaneous sum, at a step that refreshes GaLore's subspaces
+    category_peaks: dict[str, int]  # category -> bytes at its own highest moment
+    trainable: int
+    total: int
+
+    @property
+    def flops(self) -> int:
+        """Forward pass, backward pass and optimizer."""
+        return self.forward_flops + self.backward_flops + self.optimizer_flops
+
+    @property
+    def published_bytes(self) -> int:
+        """The sum of the categories' maxima, which is published as the peak."""
+        return sum(self.category_peaks.values())
+
+    @property
+    def gradient_bytes(self) -> int:
+        """The most bytes of gradients that exist at once."""
+        return self.category_peaks.get("gradients", 0)
+
+
+def step_costs(
+    backbone: str,
+    method: str,
+    *,
+    batch_size: int,
+    num_classes: int = 10,
+    image_size: int | None = None,
+    lean: bool = False,
+    **options: object,
+) -> StepCosts:
+    """Costs of one fp32 step of `method` on `backbone`: AdamW (or GaLore), cross-entropy, no checkpointing.
+
+    `image_size`: pixels of a side, by default what the backbone's weights were made for.  `lean`: with the
+    memory-minimal exact forms of layers that `planned` uses; by default stock torch and peft.  `options`:
+    fields of `Experiment`, of which a method ignores what is not its own.  Raises `InputError` for names,
+    options and sizes that cannot be run.
+    """
+    known = {field.name for field in fields(Experiment)}
+    for name in options:
+        check_name("field of an experiment", name, known)
+    if num_classes < 2:
+        raise InputError(f"num_classes must be at least 2, got {num_classes}.")
+    if image_size is not None and image_size < 1:
+        raise InputError(f"image_size must be a positive number of pixels, got {image_size}.")
+    experiment = Experiment(
+        backbone=backbone, method=method, batch_size=batch_size, checkpointing="none", device="cpu", **options
+    )
+    return _count(experiment, num_classes, image_size, lean)
+
+
+@functools.cache
+def _count(experiment: Experiment, num_classes: int, image_size: int | None, lean: bool) -> StepCosts:
+    step = step_of(experiment, num_classes)
+    images, labels = step.batch
+    if image_size is not None:
+        images = images.new_zeros(*images.shape[:2], image_size, image_size)
+    check_batch_norms(step.model, [len(images)], tuple(images.shape[1:]))
+    make_optimizer = optimizer_like(step.optimizer, step.model)
+    # Our optimizers keep out of their sight.
+    ours, published, corrected = map(FlopCounter, ({}, PUBLISHED_COUNTER, CORRECTED_COUNTER))
+    forms = LeanForms(step.model) if lean else None
+    try:
+        with on_fake_tensors(step.model, (images, labels)) as (images, labels):
+            memory = memory_of_step(
+                step.model,
+                (images, labels),
+                lambda: step.loss(step.model(images), labels),
+                make_optimizer,
+                *(ours, published, corrected),
+            )
+    finally:
+        if forms:
+            forms.remove()
+    spent, sizes, flops = optimizer_flops(step.optimizer), summarize(step.model), ours.flops
+    return StepCosts(
+        forward_flops=flops.forward,
+        backward_flops=flops.backward + flops.recompute,
+        optimizer_flops=spent.adam + spent.projection + spent.svd_per_refresh // spent.gap,
+        svd_flops=spent.svd_per_refresh,
+        published_flops=published.flops.total + spent.projection,
+        corrected_flops=corrected.flops.total + spent.projection,
+        peak_bytes=memory.peak_bytes,
+        category_peaks=dict(memory.category_peaks),
+        trainable=sizes.trainable,
+        total=sizes.total,
+    )
+
+
+def cost_table(
+    backbones: Sequence[str],
+    methods: Sequence[str],
+    batch_sizes: Sequence[int],
+    *,
+    num_classes: int = 10,
+    image_size: int | None = None,
+    lean: bool = False,
+    **options: object,
+) -> pd.DataFrame:
+    """`step_costs` of all combinations, one row each, and what each changes from full fine-tuning.
+
+    Columns: `backbone`, `method`, `batch_size`, the figures of `StepCosts` but
+    `category_peaks`, and `CHANGES` in per cent of `full`: the true peak and FLOPs, and the published
+    ones.  Raises as `step_costs`.
+    """
+    rows = []
+    for backbone in backbones:
+        for batch_size in batch_sizes:
+            sizes = dict(batch_size=batch_size, num_classes=num_classes, image_size=image_size, lean=lean)
+            full = step_costs(backbone, "full", **sizes, **options)
+            for method in methods:
+                costs = step_costs(backbone, method, **sizes, **options)
+                rows.append(dict(backbone=backbone, method=method, batch_size=batch_size) | _row(costs, full))
+    return pd.DataFrame(rows)
+
+
+def _row(costs: StepCosts, full: StepCosts) -> dict:
+    figures = {f.name: getattr(costs, f.name) for f in fields(costs) if f.name != "category_peaks"}
+    figures |= {name: getattr(costs, name) for name in ("flops", "published_bytes", "gradient_bytes")}
+    changes = {name: 100 * (getattr(costs, of) / getattr(full, of) - 1) for name, of in CHANGES.items()}
+    return figures | changes

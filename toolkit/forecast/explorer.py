@@ -1,0 +1,285 @@
+"""What any budget does to an experiment's training step, before anything trains.
+
+`Explorer` profiles the step once and then answers for every budget; `widgets.BudgetExplorer` is the slider
+on top.  The answers at all stops of the slider are kept on disk: the next time nothing has to be profiled.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import yaml
+from matplotlib.figure import Figure
+from tqdm.auto import tqdm
+
+from toolkit import cache as explorer_cache
+from toolkit.budget import Plan, format_bytes, parse_bytes
+from toolkit.budget.checkpointing import RULES
+from toolkit.errors import InputError
+from toolkit.experiment import Experiment
+from toolkit.files import CACHE, NOTEBOOKS, write_atomically
+from toolkit.forecast.forecasts import Forecast, TrainingStep
+from toolkit.plots.step import MARKS, BlockUse, StepPicture, kinds_of, picture_of, step_figure
+
+ANSWERS = CACHE / "explorer"
+STOPS = 40  # of the slider
+
+
+class Explorer:
+    """All plans of one training step of `experiment` on images of `num_classes` classes.
+
+    Random weights, fake tensors: no download, and no memory but that of the weights and one batch.  The
+    experiment's own budget and checkpointing do not matter: every budget and strategy is answered.
+    Budgets are bytes or text like "2GB", and hold tensors only: the context of a GPU comes on top.
+    `folder`: where answers are kept.  Raises `InputError` for a model that cannot be built, adapted or
+    profiled.
+    """
+
+    def __init__(self, experiment: Experiment, num_classes: int, folder: Path = ANSWERS):
+        self.experiment = replace(experiment, checkpointing="planned")
+        self._training = TrainingStep(self.experiment, num_classes)
+        self.num_classes, self.folder = num_classes, folder
+        self._plans: dict[int, Plan] = {}
+        self._answers: dict[int, tuple[list[dict], StepPicture]] = {}  # budget -> rows of the table, picture
+        kept = explorer_cache.read(folder, self._question("plans"))
+        if kept is None:
+            self._profile()
+            self._keep()
+        else:
+            self._take(*kept)
+
+    def range(self) -> tuple[int, int]:
+        """Bytes of the smallest budget that a plan is found for, and of the step without checkpointing."""
+        return self._range
+
+    @property
+    def marks(self) -> list[int]:
+        """Those of 2, 4, 6 and 8 GB that lie within the range."""
+        low, high = self._range
+        return [mark for mark in MARKS if low <= mark <= high]
+
+    @property
+    def stops(self) -> list[int]:
+        """Budgets for a slider: evenly spaced logarithms over the range, and the marks."""
+        spaced = np.geomspace(*self._range, STOPS)
+        return sorted({*map(int, np.ceil(spaced)), *self.marks})
+
+    def plan(self, budget: int | str) -> Plan:
+        """The fastest plan, in micro-batches where these are faster.  Raises `InputError` if nothing fits."""
+        size = parse_bytes(budget)
+        if size not in self._plans:
+            micro_batches = self.experiment.micro_batch_size or True
+            self._plans[size] = self._training.planner.plan(size, micro_batches=micro_batches)
+        return self._plans[size]
+
+    def table(self, budget: int | str) -> pd.DataFrame:
+        """One row per strategy: strategy, budget_bytes, peak_bytes (predicted), recompute_pct (of the
+        forward pass's FLOPs), step_seconds (estimated), micro_batch_size, within_budget.
+
+        Only "planned" chooses its micro-batches; the others take the experiment's, if it has any.
+        """
+        known = len(self._answers)
+        rows, _ = self._answer(parse_bytes(budget))
+        if len(self._answers) > known:
+            self._keep()
+        return pd.DataFrame(rows)
+
+    def curve(self) -> pd.DataFrame:
+        """The planned rows of `table` at all stops, and the rows of "none" and "static"."""
+        rows = [self._answer(size)[0][-1] for size in self.stops]
+        return pd.concat([pd.DataFrame(rows), self.table(self.stops[-1])[:2]], ignore_index=True)
+
+    def summary(self, budget: int | str) -> pd.DataFrame:
+        """`table` for people."""
+        table = self.table(budget)
+        return pd.DataFrame(
+            {
+                "strategy": table.strategy,
+                "predicted peak": table.peak_bytes.map(format_bytes),
+                "recomputed": table.recompute_pct.map("{:.1f} %".format),
+                "step, estimated": (1000 * table.step_seconds).map("{:.1f} ms".format),
+                "images per pass": table.micro_batch_size,
+                "within budget": table.within_budget.map({True: "yes", False: "no"}),
+            }
+        )
+
+    def picture(self, budget: int | str) -> StepPicture:
+        """Memory over the planned step, and what each block does."""
+        return self._answer(parse_bytes(budget))[1]
+
+    @property
+    def kinds(self) -> list[str]:
+        """All that blocks do in the pictures so far, those of all stops among them."""
+        return kinds_of([picture for _, picture in self._answers.values()])
+
+    def figure(self, budget: int | str) -> Figure:
+        """`picture` as a figure."""
+        return step_figure(self.picture(budget), self.kinds)
+
+    def write(self, budget: int | str, path: Path) -> str:
+        """Write the experiment with this budget to `path`; returns the command that runs it.
+
+        The file holds the parameters of `finetune.ipynb`, in the YAML that papermill reads.  Raises
+        `InputError` if no plan fits the budget, or `path` is a folder.
+        """
+        path = Path(path).resolve()
+        if path.is_dir():
+            raise InputError(f"parameters cannot be written to {path}: it is a folder; name a file in it.")
+        size = parse_bytes(budget)
+        self._answer(size)
+        chosen = replace(self.experiment, budget=str(size))
+        # Not json.dumps: it writes 5e-05, which YAML takes for text.
+        write_atomically(path, yaml.safe_dump(chosen.to_dict(), sort_keys=False).encode())
+        notebook, output = NOTEBOOKS / "finetune.ipynb", path.with_suffix(".ipynb")
+        return shlex.join(["papermill", str(notebook), str(output), "-f", str(path)])
+
+    def batch_sizes(self) -> pd.DataFrame:
+        """Peaks by the number of images in one pass: strategy, images, peak_bytes.
+
+        "planned" is the smallest peak of any plan.  Sizes are 1 (2 where a batch norm takes statistics of
+        the batch), the experiment's, and the one at which plans pass 8 GB.  In between, peaks are at most
+        those of even growth: the first images may fit below what gradients take anyway.
+        """
+        question = self._question("batch sizes")
+        kept = explorer_cache.kept(self.folder, question, lambda: {"rows": self._batch_sizes()})
+        frame = pd.DataFrame(kept["rows"], columns=["strategy", "images", "peak_bytes"])
+        return frame.sort_values("images", kind="stable", ignore_index=True)
+
+    def images_that_fit(self) -> pd.DataFrame:
+        """Images in one pass on cards of 2, 4, 6 and 8 GB, one row per strategy, read off `batch_sizes`.
+
+        Between its rows by even growth, so at least as many fit.
+        """
+        return pd.DataFrame(
+            {
+                strategy: {f"{mark // 10**9} GB": _images_within(mark, rows) for mark in MARKS}
+                for strategy, rows in self.batch_sizes().groupby("strategy", sort=False)
+            }
+        ).T
+
+    def _batch_sizes(self) -> list[tuple[str, int, int]]:
+        chain = self._training.planner.chain(self.experiment.batch_size, False)
+        smallest = 2 if chain.profile.batch_statistics else 1
+        size = max(self.experiment.batch_size, 8)
+        with tqdm(total=3, desc="batch sizes", unit="size", leave=False) as bar:
+            low, high = self._peaks(smallest, bar), self._peaks(size, bar)
+            growth = (high[-1][2] - low[-1][2]) / (size - smallest)  # of the last row: planned
+            largest = math.ceil(size + (1.01 * MARKS[-1] - high[-1][2]) / growth)
+            return low + high + (self._peaks(largest, bar) if largest > size else [])
+
+    def _peaks(self, images: int, bar: tqdm) -> list[tuple[str, int, int]]:
+        """A row of `batch_sizes` for each strategy, the planned one last."""
+        training = self._training.of_images(images)
+        e = replace(self.experiment, batch_size=images, micro_batch_size=0)  # all images in one pass
+        peaks = {
+            strategy: training.by_rule(replace(e, checkpointing=strategy)).peak_bytes
+            for strategy in ("none", "static")
+        }
+        peaks["planned"] = training.planner.smallest_bytes()
+        bar.update()
+        return [(strategy, images, peak) for strategy, peak in peaks.items()]
+
+    @cached_property
+    def _without(self) -> Plan:
+        return self._training.planner.plan(1 << 62)
+
+    def _profile(self) -> None:
+        """Answer for all stops."""
+        for size in tqdm(self._micro_batch_sizes(), desc="profiling", unit="size", leave=False):
+            self._training.planner.chain(size, size == self.experiment.batch_size)
+        smallest = self._training.smallest_bytes(self.experiment.micro_batch_size)
+        plain = self._training.by_rule(replace(self.experiment, checkpointing="none"))
+        self._range = smallest, max(smallest, plain.peak_bytes)
+        for stop in tqdm(self.stops, desc="budgets", unit="budget", leave=False):
+            self._answer(stop)
+
+    def _micro_batch_sizes(self) -> list[int]:
+        """The sizes that the planner chooses among, the largest first."""
+        size = self.experiment.micro_batch_size
+        if size:
+            return [size]
+        sizes = [self.experiment.batch_size]
+        if not self._training.planner.chain(sizes[0], False).profile.batch_statistics:
+            while sizes[-1] > 1:
+                sizes.append(-(-sizes[-1] // 2))
+        return sizes
+
+    def _answer(self, size: int) -> tuple[list[dict], StepPicture]:
+        if size not in self._answers:
+            plan = self.plan(size)
+            e = replace(self.experiment, budget=str(size))
+            rules = [(rule, self._training.by_rule(replace(e, checkpointing=rule))) for rule in RULES]
+            found = [*rules, ("planned", Forecast.of_plan(plan))]
+            rows = [_row(strategy, forecast) for strategy, forecast in found]
+            self._answers[size] = rows, picture_of(plan, self._without)
+        return self._answers[size]
+
+    def _question(self, asked: str) -> dict:
+        """All that an answer depends on: not the budget, nor how long and how fast it trains."""
+        e = self.experiment
+        return {
+            **self._training.key,
+            "asked": asked,
+            "micro_batch_size": e.micro_batch_size,
+            "threshold": e.threshold,
+        }
+
+    def _keep(self) -> None:
+        explorer_cache.write(self.folder, self._question("plans"), *self._to_keep())
+
+    def _to_keep(self) -> tuple[dict, dict[str, np.ndarray]]:
+        """All answers so far, for `explorer_cache`."""
+        pictures = {size: picture for size, (_, picture) in self._answers.items()}
+        answer = {
+            "range": self._range,
+            "answers": [
+                {
+                    "rows": rows,
+                    "fixed_bytes": picture.fixed_bytes,
+                    "blocks": [asdict(block) for block in picture.blocks],
+                }
+                for rows, picture in self._answers.values()
+            ],
+        }
+        arrays = {f"memory_{size}": picture.memory_bytes for size, picture in pictures.items()}
+        arrays |= {f"without_{size}": picture.without_bytes for size, picture in pictures.items()}
+        return answer, arrays
+
+    def _take(self, answer: dict, arrays: dict[str, np.ndarray]) -> None:
+        """What `_to_keep` gave."""
+        self._range = tuple(answer["range"])
+        for kept in answer["answers"]:
+            size = kept["rows"][0]["budget_bytes"]
+            blocks = tuple(BlockUse(**block) for block in kept["blocks"])
+            memory, without = arrays[f"memory_{size}"], arrays[f"without_{size}"]
+            picture = StepPicture(size, kept["fixed_bytes"], memory, without, blocks)
+            self._answers[size] = kept["rows"], picture
+
+
+def _row(strategy: str, forecast: Forecast) -> dict:
+    """A row of `Explorer.table`."""
+    return {
+        "strategy": strategy,
+        "budget_bytes": forecast.budget_bytes,
+        "peak_bytes": forecast.peak_bytes,
+        "recompute_pct": forecast.recompute_pct,
+        "step_seconds": forecast.step_seconds,
+        "micro_batch_size": forecast.micro_batch_size,
+        "within_budget": forecast.fits,
+    }
+
+
+def _images_within(budget_bytes: int, rows: pd.DataFrame) -> int:
+    """Images that a pass within a budget has, by the even growth of the peaks of one strategy."""
+    images, peaks = rows.images.to_numpy(), rows.peak_bytes.to_numpy()
+    if budget_bytes < peaks[0]:
+        return 0
+    place = min(np.searchsorted(peaks, budget_bytes), len(peaks) - 1)
+    growth = (peaks[place] - peaks[place - 1]) / (images[place] - images[place - 1])
+    return int(images[place] + (budget_bytes - peaks[place]) / growth)

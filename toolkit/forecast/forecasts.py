@@ -1,0 +1,304 @@
+"""What experiments will take before any of them runs: memory, time, and what fits which card.
+
+`forecast` answers for one training step, `what_fits` for methods and backbones, `dry_run.dry_run` for all
+runs of a sweep.  Weights are random and tensors fake: nothing is downloaded or trained.  Answers are kept
+on disk until the code that made them changes.  Bytes are of tensors: the context of a GPU comes on top.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from toolkit.budget import Plan, Planner, format_bytes, parse_bytes
+from toolkit.budget.solver import Chain
+from toolkit.cache import digest, kept
+from toolkit.datasets.tasks import IMAGE_PIXELS
+from toolkit.errors import InputError
+from toolkit.experiment import Experiment
+from toolkit.files import CACHE
+from toolkit.forecast.rules import RuleStep, rule_step
+from toolkit.forecast.steps import Step, step_of
+from toolkit.measure.environment import PACKAGES, code_sha256, device_name, installed_packages
+from toolkit.methods import DENSE_METHODS, METHODS
+from toolkit.model import check_fits_weights
+from toolkit.training.loop import held_bytes
+
+FORECASTS = CACHE / "forecasts"
+SHOWN_BACKBONES = ("demo_vit", "vit_small", "tiny_vit", "vim_small", "mambavision_t")
+
+DETECTORS = "what a detector takes depends on the boxes that it meets: it is measured, not predicted"
+_FAILURES = (InputError, RuntimeError)  # that would end a run, too
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What the training step of an experiment will take.
+
+    A run that would be refused has a `reason` and no `peak_bytes`; so has a detector, which runs all the same
+    (`DETECTORS`).  One that breaks its budget has both: it
+    runs all the same, as only the strategy "planned" keeps budgets.
+    """
+
+    budget_bytes: int
+    peak_bytes: int | None = None  # predicted: of all full batches, the first included
+    smallest_bytes: int | None = None  # smallest budget with a plan; only of "planned" that is refused
+    recompute_pct: float | None = None  # of the forward pass's FLOPs
+    step_seconds: float | None = None  # the planner's estimate; on a CPU of the device that it assumes
+    micro_batch_size: int | None = None  # images per forward pass
+    reason: str | None = None  # why the budget is not kept, or the model not built
+
+    @classmethod
+    def of_plan(cls, plan: Plan) -> Forecast:
+        """What a plan that keeps its budget takes."""
+        return cls(
+            plan.budget_bytes, int(plan.peak_bytes), None, float(plan.recompute_pct),
+            float(plan.plain_seconds + plan.extra_seconds), plan.micro_batch_size,
+        )  # fmt: skip
+
+    @property
+    def fits(self) -> bool:
+        """Whether the step is predicted to stay within the budget."""
+        return self.reason is None
+
+    @property
+    def refused(self) -> bool:
+        """Whether the run would end before its first step."""
+        return self.peak_bytes is None and self.reason != DETECTORS
+
+
+def forecast(experiment: Experiment, num_classes: int, folder: Path = FORECASTS) -> Forecast:
+    """What a step of `experiment` on images of `num_classes` classes takes; `folder`: where it is kept.
+
+    What cannot be built, adapted or planned has a `reason` and raises nothing.
+    """
+    return forecasts([experiment], lambda _: num_classes, folder)[0]
+
+
+def forecasts(
+    experiments: Sequence[Experiment],
+    num_classes_of: Callable[[str], int] | Mapping[str, int],
+    folder: Path = FORECASTS,
+) -> list[Forecast]:
+    """`forecast` of each, in order; `num_classes_of`: data set -> number of classes.
+
+    Experiments that differ in budget, strategy, seed or schedule only share one profile.
+    """
+    classes = num_classes_of.__getitem__ if isinstance(num_classes_of, Mapping) else num_classes_of
+    by_step: dict[str, tuple[TrainingStep, list[int]]] = {}
+    for place, e in enumerate(experiments):
+        step = TrainingStep(e, classes(e.dataset))
+        by_step.setdefault(digest(step.key), (step, []))[1].append(place)
+    found: dict[int, Forecast] = {}
+    with tqdm(total=len(experiments), desc="forecasts", unit="run", leave=False) as bar:
+        while by_step:  # one after the other, each let go before the next is profiled
+            step, places = by_step.pop(next(iter(by_step)))
+            for place in places:
+                bar.set_description(experiments[place].describe().split(",")[0], refresh=False)
+                found[place] = step.forecast(experiments[place], folder)
+                bar.update()
+    return [found[place] for place in range(len(experiments))]
+
+
+class TrainingStep:
+    """A training step of `experiment` and of all that differ in budget, strategy, seed or schedule.
+
+    Built and profiled when first needed.
+    """
+
+    def __init__(self, experiment: Experiment, num_classes: int):
+        if num_classes < 1:
+            raise InputError(f"num_classes must be at least 1, got {num_classes}.")
+        self.experiment, self.num_classes = experiment, num_classes
+        self._ran: dict[int, list[RuleStep]] = defaultdict(list)  # by images per pass
+
+    @property
+    def key(self) -> dict:
+        """All that its profile depends on."""
+        e = self.experiment
+        return made_by() | {
+            "backbone": e.backbone,
+            "head": e.head,
+            "pixels": IMAGE_PIXELS.get(e.dataset),
+            "cached_features": bool(e.feature_cache),
+            "method": e.method,
+            **e.method_options,
+            **e.optimizer_options,
+            "batch_size": e.batch_size,
+            "precision": e.precision,
+            "num_classes": self.num_classes,
+            "device": e.device if e.device == "cpu" else device_name(e.device),
+        }
+
+    def key_of(self, e: Experiment) -> dict:
+        """All that the forecast of `e` depends on: not its seed, learning rate or epochs."""
+        key = self.key | {"budget": e.budget, "strategy": e.checkpointing, "micro_batch": e.micro_batch_size}
+        return key | ({"threshold": e.threshold} if e.checkpointing == "threshold" else {})
+
+    def forecast(self, e: Experiment, folder: Path) -> Forecast:
+        """The forecast of `e`, which has this step, from `folder` if it is there."""
+        if e.task == "detection":
+            return Forecast(e.budget_bytes, reason=DETECTORS)
+        try:
+            return Forecast(**kept(folder, self.key_of(e), lambda: asdict(self._forecast(e))))
+        except _FAILURES as error:
+            return Forecast(e.budget_bytes, reason=one_line(error))
+
+    def smallest(self, folder: Path) -> tuple[dict[str, int | None], str]:
+        """The smallest budgets of "none" and "planned", from `folder` if they are there, or why not."""
+
+        def make() -> dict[str, int]:
+            plain = self._rule_step(self.experiment.batch_size, math.inf)
+            return {"none": plain.peak_bytes, "planned": self.smallest_bytes(0)}
+
+        try:
+            return kept(folder, self.key | {"strategy": "smallest"}, make), ""
+        except _FAILURES as error:
+            return {"none": None, "planned": None}, one_line(error)
+
+    def smallest_bytes(self, micro_batch_size: int) -> int:
+        """The smallest budget with a plan in micro-batches of this size (0: any size).
+
+        Where batch norms compute statistics, the batch is one piece.
+        """
+        whole = self.experiment.batch_size
+        if micro_batch_size:
+            return self.planner.smallest_bytes(min(micro_batch_size, whole))
+        pieces = {whole}  # may take less than micro-batches, whose gradients stay from one to the next
+        if not self.chain(whole).profile.batch_statistics:
+            pieces.add(1)
+        return min(map(self.planner.smallest_bytes, pieces))
+
+    def of_images(self, images: int) -> TrainingStep:
+        """The same model's step with a batch of another size."""
+        if images == self.experiment.batch_size:
+            return self
+        other = TrainingStep(
+            replace(self.experiment, batch_size=images, micro_batch_size=0), self.num_classes
+        )
+        # Not zeros, which would touch the memory.
+        batch = tuple(part.new_empty(images, *part.shape[1:]) for part in self.step.batch)
+        other.step = replace(self.step, batch=batch)
+        return other
+
+    @cached_property
+    def step(self) -> Step:
+        with _models_own_errors("built"):
+            return step_of(self.experiment, self.num_classes)
+
+    def chain(self, images: int) -> Chain:
+        """The profile of a step on so many images of the batch."""
+        with _models_own_errors("profiled"):
+            return self.planner.chain(images, False)
+
+    @cached_property
+    def planner(self) -> Planner:
+        return Planner(
+            self.step.model, self.step.batch, loss=self.step.loss, optimizer=self.step.optimizer,
+            precision=self.experiment.precision, held_bytes=held_bytes(self.step.model, "planned"),
+        )  # fmt: skip
+
+    def _forecast(self, e: Experiment) -> Forecast:
+        check_fits_weights(self.step.whole, e.budget_bytes)
+        if e.checkpointing != "planned":
+            return self.by_rule(e)
+        self.chain(min(e.micro_batch_size or e.batch_size, e.batch_size))
+        try:
+            plan = self.planner.plan(e.budget_bytes, micro_batches=e.micro_batch_size or True)
+        except InputError as error:
+            smallest = self.smallest_bytes(e.micro_batch_size)
+            return Forecast(e.budget_bytes, smallest_bytes=smallest, reason=one_line(error))
+        return Forecast.of_plan(plan)
+
+    def by_rule(self, e: Experiment) -> Forecast:
+        """The forecast of `e`, which has this step and a strategy that does not plan."""
+        limit = {"none": math.inf, "static": 0, "threshold": e.threshold * e.budget_bytes}[e.checkpointing]
+        held = held_bytes(self.step.model, "none")  # AdaLoRA's scores
+        limit -= held
+        size = e.micro_batch_size or e.batch_size
+        chain = self.chain(size)
+        ran = self._rule_step(size, limit)
+        # The threshold rule sees less in the very first step, there is no state of the optimizer and no
+        # score yet, and more in all but the first micro-batch of a step: the gradients of those before.
+        besides = [0, -chain.profile.fixed["optimizer"] - held]
+        if size < e.batch_size:
+            besides += [beside + chain.profile.fixed["gradients"] for beside in besides]
+        peak = max(self._rule_step(size, limit - beside).peak_bytes + beside for beside in besides)
+        passes = 3 + ran.recompute_pct / 100  # forward and backward together count as three
+        ops = round(len(chain.profile.ops) * passes / 3)
+        seconds = self.planner.speed.step_seconds(passes * chain.plain_seconds, ops, False)
+        above = f"predicted {format_bytes(peak)}, above the budget of {format_bytes(e.budget_bytes)}"
+        return Forecast(
+            e.budget_bytes, peak, None, ran.recompute_pct, math.ceil(e.batch_size / size) * seconds, size,
+            above if peak > e.budget_bytes else None,
+        )  # fmt: skip
+
+    def _rule_step(self, size: int, limit: float) -> RuleStep:
+        """A step of `size` images under the threshold rule with this limit."""
+        for ran in self._ran[size]:
+            if ran.above < limit <= ran.up_to:
+                return ran
+        part = replace(self.step, batch=tuple(tensor[:size] for tensor in self.step.batch))
+        with _models_own_errors("profiled"):
+            self._ran[size].append(rule_step(part, self.experiment.precision, limit))
+        return self._ran[size][-1]
+
+
+def what_fits(
+    budgets: Iterable[int | str],
+    backbones: Iterable[str] = SHOWN_BACKBONES,
+    methods: Iterable[str] = tuple(m for m in METHODS if m not in DENSE_METHODS),
+    *,
+    batch_size: int = 64,
+    precision: str = "bf16",
+    num_classes: int = 100,
+    folder: Path = FORECASTS,
+) -> pd.DataFrame:
+    """The smallest budget in which a step of each backbone and method runs: as it is, and planned.
+
+    Columns: `backbone`, `method`; `strategy`: none (whole batch, nothing checkpointed) or planned (in
+    micro-batches where batch norms allow them); `smallest_bytes`, `card` (the smallest of `budgets` that
+    holds it, an ordered categorical; missing where none does), and the `reason` where there is no number.
+    """
+    limits = sorted(set(map(parse_bytes, budgets)))
+    cards = [f"{limit / 1e9:g} GB" for limit in limits]
+    rows = []
+    with tqdm([(b, m) for b in backbones for m in methods], unit="step", leave=False) as bar:
+        for backbone, method in bar:
+            bar.set_description(f"{method} on {backbone}", refresh=False)
+            e = Experiment(backbone=backbone, method=method, batch_size=batch_size, precision=precision)
+            found, reason = TrainingStep(e, num_classes).smallest(folder)
+            for strategy, smallest in found.items():
+                holds = [card for card, limit in zip(cards, limits) if smallest and smallest <= limit]
+                rows.append((backbone, method, strategy, smallest, next(iter(holds), None), reason))
+    frame = pd.DataFrame(rows, columns=["backbone", "method", "strategy", "smallest_bytes", "card", "reason"])
+    return frame.astype({"smallest_bytes": "Int64", "card": pd.CategoricalDtype(cards, ordered=True)})
+
+
+def made_by() -> dict:
+    """The code that answers are made by."""
+    packages = {name: installed_packages().get(name) for name in (*PACKAGES, "open_clip_torch")}
+    return {"packages": packages, "code_sha256": code_sha256()}
+
+
+@contextlib.contextmanager
+def _models_own_errors(done: str) -> Iterator[None]:
+    """Raise as `InputError` whatever the code of a model raises."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"the model cannot be {done}: {type(error).__name__}: {error}") from error
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,44 @@
+"""The model of an experiment: a seeded backbone with a fresh head for its task."""
+
+from __future__ import annotations
+
+from timm.utils import random_seed
+from torch import nn
+
+from toolkit.backbones import build_backbone
+from toolkit.budget import format_bytes, tensors_of
+from toolkit.datasets.tasks import IMAGE_PIXELS
+from toolkit.errors import InputError
+from toolkit.experiment import Experiment
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch, numpy and random: call it before the model is built (its head is random)."""
+    random_seed(seed)
+
+
+def check_fits_weights(model: nn.Module, budget_bytes: int) -> None:
+    """Raise `InputError` if the weights alone exceed the budget."""
+    weights = sum(t.numel() * t.element_size() for t in tensors_of(model))
+    if weights > budget_bytes:
+        raise InputError(
+            f"budget {format_bytes(budget_bytes)} is smaller than the weights alone "
+            f"({format_bytes(weights)}); raise the budget or choose a smaller backbone."
+        )
+
+
+def build_model(experiment: Experiment, num_classes: int, pretrained: bool | None = None) -> nn.Module:
+    """The backbone of `experiment` with a fresh head for its task, not adapted yet.
+
+    `pretrained`: as the experiment says if None.  Raises `InputError` for a model that cannot be built.
+    """
+    if pretrained is None:
+        pretrained = experiment.pretrained
+    if not experiment.head:
+        return build_backbone(experiment.backbone, num_classes, pretrained)
+    from toolkit.backbones.dense import build_dense  # here, because its libraries take seconds to import
+
+    return build_dense(
+        experiment.backbone, experiment.head, num_classes, pretrained, experiment.task,
+        image_size=IMAGE_PIXELS.get(experiment.dataset),
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""One run: the loop, its evaluation, and the record that it leaves."""

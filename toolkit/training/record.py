@@ -1,0 +1,433 @@
+"""The JSON file that one run leaves: the only source of tables and figures.
+
+A record is written whole or not at all, is strict JSON, and carries units in its names; what was not
+measured is null with a reason under `missing`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import uuid
+import warnings
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pandas as pd
+from torch import nn
+
+from toolkit.budget import format_bytes
+from toolkit.datasets import Splits
+from toolkit.datasets.tasks import SCORES, TASKS, Task, score_in
+from toolkit.experiment import Experiment, Parameters
+from toolkit.files import RUNS, write_atomically
+from toolkit.measure import Window, total
+from toolkit.measure.environment import PACKAGES, environment, installed_packages
+from toolkit.measure.scores import netscore, why_no_score
+from toolkit.methods import METHODS, options_not_of, summarize
+from toolkit.training.evaluation import DenseEvaluation, Evaluation
+from toolkit.training.result import FitResult
+from toolkit.training.snapshots import clear_snapshots
+
+SCHEMA_VERSION = 5
+FILE_NAME = "record.json"
+FINISHED = ("ok", "oom", "nan")  # a run with such a record is not repeated; interrupted and failed ones are
+# What a simulated GPU makes worthless; tables leave it out.
+SIMULATED = (
+    "energy_joules", "train_energy_joules", "validation_energy_joules", "test_energy_joules",
+    "train_quantisation_joules", "test_quantisation_joules", "train_poll_joules", "train_net_joules",
+    "prepare_joules", "idle_watts", "ns_e_inference", "ns_sharp_inference", "ns_e_training",
+    "ns_sharp_training",
+)  # fmt: skip
+OVERVIEW = (  # of these, what a run's phase has
+    "test_top1_pct", "test_miou_pct", "test_map_pct", "unmatched_pct",
+    "prepare_seconds", "prepare_joules", "prepare_peak_bytes", "features_seconds",
+    "train_seconds", "train_energy_joules", "train_net_joules", "train_cpu_joules", "energy_source",
+    "train_peak_bytes", "train_reserved_peak_bytes", "context_bytes", "within_budget",
+    "forward_flops_per_image", "backward_flops_per_image", "recompute_flops_per_image",
+    "test_seconds", "test_energy_joules", "test_peak_bytes", "inference_macs_per_image",
+    "ns", "ns_e_inference", "ns_m_inference", "ns_sharp_inference",
+    "ns_e_training", "ns_m_training", "ns_sharp_training",
+)  # fmt: skip
+NO_TEST = ("test_top1_pct", "test_top5_pct", "test_loss")  # of quality, of a run that has no test
+GROUPS = ("run", "config", "data", "quality", "time", "energy", "memory", "flops", "scores", "env")
+
+
+@dataclass
+class RunRecord:
+    """One run.  Groups of scalars (`GROUPS`) become the columns of `load_records`; `curves` does not.
+
+    Units are in the names: `_bytes`, `_seconds`, `_pct`, `_joules`, `_watts`.  `test_top1_pct` is accuracy
+    on the test split after the last epoch (`selection_rule`); nothing was chosen on it.  Dense tasks have
+    `test_miou_pct` or `test_map_pct` instead; `metric` says which.  `energy_joules` is gross GPU energy of
+    training, validation and test, data loading and the computing of cached features included;
+    `train_net_joules` is training's less idle power.  Scores in decibels, `_inference` of the test pass,
+    `_training` of training.
+
+    `phase` is "training", or "inference" for a baseline, which `prepare_*` describes up to the first test
+    image: text classifier, features and probe, or the choice of a scoring rule, but not loading the weights.
+    """
+
+    run: dict
+    config: dict
+    data: dict = field(default_factory=dict)
+    quality: dict = field(default_factory=dict)
+    time: dict = field(default_factory=dict)
+    energy: dict = field(default_factory=dict)
+    memory: dict = field(default_factory=dict)
+    flops: dict = field(default_factory=dict)
+    scores: dict = field(default_factory=dict)
+    env: dict = field(default_factory=dict)
+    packages: dict = field(default_factory=dict)  # every installed distribution
+    curves: dict = field(default_factory=dict)
+    missing: dict = field(default_factory=dict)  # field name -> why it is null
+
+    @classmethod
+    def of_run(
+        cls,
+        experiment: Experiment,
+        splits: Splits,
+        model: nn.Module,
+        result: FitResult,
+        evaluation: Evaluation | DenseEvaluation | None,
+    ) -> RunRecord:
+        """Assemble the record of a run; `evaluation`: of the test split, None unless training ended well."""
+        summary, task = summarize(model), TASKS[splits.task]
+        env = result.environment or environment(experiment.device)
+        record = cls(
+            run=run_fields(experiment, result.status, result.error) | {"started_at": result.started_at},
+            config=experiment.to_dict(),
+            data=data_fields(splits),
+            quality={
+                **(evaluation.fields if evaluation else dict.fromkeys((*NO_TEST, f"test_{task.metric}"))),
+                **_last_validation(result),
+                "metric": task.metric,
+                "selection_rule": "last epoch",
+                "weights_sha256": result.weights_sha256,
+                "params_total": summary.total,
+                "params_trainable": summary.trainable,
+                "adapter_bytes": summary.adapter_bytes,
+            },
+            time={
+                "train_seconds": result.train_seconds,
+                "data_seconds": result.data_seconds,
+                "features_seconds": _features(result).seconds or 0.0,
+                "features_cached": result.features_cached,
+                "validation_seconds": _window(result, "validation").seconds or 0.0,
+                "snapshot_seconds": _window(result, "snapshot").seconds or 0.0,
+                "test_seconds": evaluation and evaluation.seconds,
+                "steps": result.steps,
+                "resumes": result.resumes,
+            },
+            energy=_energy_fields(result, evaluation),
+            memory={
+                "train_peak_bytes": result.peak_bytes or None,
+                "train_reserved_peak_bytes": result.reserved_peak_bytes,
+                "context_bytes": result.context_bytes,
+                "device_used_bytes": result.device_used_bytes,
+                "test_peak_bytes": evaluation and evaluation.peak_bytes,
+                "host_peak_bytes": host_peak_bytes(),
+                "memory_source": result.memory_source,
+                "budget_mode": budget_mode(experiment, env["device_total_bytes"]),
+                "within_budget": result.peak_bytes <= experiment.budget_bytes
+                if result.status == "ok"
+                else None,
+                "checkpointed_blocks": result.checkpointed_blocks,
+                "predicted_peak_bytes": result.predicted_peak_bytes,
+                "micro_batch_images": result.micro_batch_size or None,
+                "out_of_memory_retries": result.out_of_memory_retries,
+            },
+            flops={
+                **{
+                    f"{phase}_flops_per_image": result.step_flops.get(phase)
+                    for phase in ("forward", "backward", "recompute")
+                },
+                "inference_macs_per_image": evaluation and evaluation.macs_per_image,
+            },
+            env=env,
+            packages=installed_packages(),
+            curves={
+                "history": result.history,
+                "memory_trace_bytes": result.memory_trace,
+                "windows": result.windows
+                | ({"features": result.features_window} if result.features_window else {})
+                | ({"test": evaluation.window.to_dict()} if evaluation else {}),
+            },
+        )
+        record.score(summary.total, {"inference": "test", "training": "train"})
+        record.explain(_training_reasons(result, evaluation, task))
+        return record
+
+    def overview(self) -> pd.DataFrame:
+        """The figures that people look at first, as text, with the reason where there is none."""
+        values = {name: value for group in GROUPS for name, value in getattr(self, group).items()}
+        simulated = SIMULATED if values.get("energy_source") == "fake" else ()
+        rows = [
+            (
+                name,
+                "simulated" if name in simulated else _readable(name, values.get(name)),
+                self.missing.get(name, ""),
+            )
+            for name in OVERVIEW
+            if name in values
+        ]
+        return pd.DataFrame(rows, columns=["", "value", "missing because"]).set_index("")
+
+    def score(self, params_total: int, phases: dict[str, str]) -> None:
+        """Fill in the NetScore family with each phase's costs; `phases`: name -> prefix of its fields."""
+        accuracy = self.quality.get(f"test_{self.quality.get('metric', 'top1_pct')}")
+        macs = self.flops["inference_macs_per_image"]
+        costs = {"params_m": params_total and params_total / 1e6, "macs_g": macs and macs / 1e9}
+        self.scores["units"] = "accuracy %, parameters M, MACs G per image, s, W, MiB"
+        for phase, part in phases.items():
+            seconds, joules = self.time[f"{part}_seconds"], self.energy[f"{part}_energy_joules"]
+            peak = self.memory[f"{part}_peak_bytes"]
+            costs |= {
+                "seconds": seconds,
+                "watts": joules / seconds if joules and seconds else None,
+                "peak_mib": peak and peak / 2**20,
+            }
+            for kind, name in {"NS": "ns", "NS-E": "ns_e", "NS-M": "ns_m", "NS#": "ns_sharp"}.items():
+                if kind == "NS" and phase == "training":
+                    continue  # parameters and multiply-adds of a model have no phase
+                column = name if kind == "NS" else f"{name}_{phase}"
+                self.scores[column] = netscore(kind, accuracy, **costs)
+                if self.scores[column] is None:
+                    reason = why_no_score(kind, accuracy, **costs)
+                    self.missing[column] = reason.replace("watts was", "energy was")
+
+    def explain(self, reasons: dict[str, str | None]) -> None:
+        """Give every null its reason."""
+        groups = (self.quality, self.time, self.energy, self.memory, self.flops, self.env)
+        nulls = [name for group in groups for name, value in group.items() if value is None]
+        self.missing |= {name: reasons[name] for name in nulls}
+
+    @classmethod
+    def of_failure(cls, experiment: Parameters, error: str) -> RunRecord:
+        """The record of a run that ended without one of its own: its kernel died or a cell raised."""
+        return cls(
+            run=run_fields(experiment, "failed", error),
+            config=experiment.config,
+            env=environment(experiment.device),
+            packages=installed_packages(),
+            missing=dict.fromkeys(
+                ("data", "quality", "time", "energy", "memory", "flops", "scores"),
+                f"the run failed: {error}",
+            ),
+        )
+
+    def save(self, folder: Path) -> Path:
+        """Write `record.json` into `folder`; a finished run's snapshots go.
+
+        The record of a finished run is not replaced by that of an unfinished one.
+        """
+        path = Path(folder) / FILE_NAME
+        if self.run["status"] not in FINISHED and is_finished(Path(folder)):
+            print(f"this run is {self.run['status']}; kept the record of the finished one")
+            return path
+        write_atomically(path, json.dumps(asdict(self), indent=1, allow_nan=False).encode())
+        if self.run["status"] in FINISHED:
+            clear_snapshots(Path(folder) / "snapshots")
+        return path
+
+
+def run_fields(experiment: Parameters, status: str, error: str | None) -> dict:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "run_id": str(uuid.uuid4()),
+        "experiment_id": experiment.id,
+        "status": status,
+        "error": error,
+        "phase": experiment.phase,
+        "ended_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def data_fields(splits: Splits) -> dict:
+    return {
+        "n_train": len(splits.train),
+        "n_val": len(splits.val),
+        "n_test": len(splits.test),
+        "n_classes": len(splits.classes),
+        "n_broken": len(splits.broken),
+        **{f"{split}_sha256": digest for split, digest in splits.hashes.items()},
+    }
+
+
+def _last_validation(result: FitResult) -> dict[str, float | None]:
+    metric, value = score_in(result.history[-1], "val") if result.history else ("top1_pct", None)
+    return {"val_top1_pct": None, f"val_{metric}": value}
+
+
+def common_reasons(test: Window, ended: str, memory_source: str) -> dict[str, str | None]:
+    """Why fields that all records have may be null; `ended`: how a run ended that has no test."""
+    from_test = (*NO_TEST, "test_seconds", "test_peak_bytes")
+    reasons = dict.fromkeys((*from_test, "inference_macs_per_image", "within_budget"), ended)
+    reasons |= dict.fromkeys(("test_energy_joules", "test_quantisation_joules"), test.reason)
+    reasons["host_peak_bytes"] = "this operating system does not tell"
+    from_gpu = ("driver", "power_limit_watts", "gpu_uuid_sha256", "device_total_bytes", "cuda", "cudnn")
+    on_cuda = memory_source == "cuda_allocator"
+    reasons |= dict.fromkeys(from_gpu, "the driver does not tell" if on_cuda else "the run was on the CPU")
+    reasons |= {"alloc_conf": "not set", "git_sha": "no git repository", "git_dirty": "no git repository"}
+    return reasons | {f"version_{name}": "not installed" for name in PACKAGES}
+
+
+def _training_reasons(
+    result: FitResult, evaluation: Evaluation | DenseEvaluation | None, task: Task
+) -> dict[str, str | None]:
+    ended = f"training or test ended with status {result.status}"
+    train = _window(result, "train")
+    features = _features(result) if result.features_window else Window("features")
+    test = evaluation.window if evaluation else Window("test", reason=ended)
+    untraced = (f"{phase}_flops_per_image" for phase in ("forward", "backward", "recompute"))
+    reasons = common_reasons(test, ended, result.memory_source)
+    reasons |= dict.fromkeys(untraced, "no training step was traced") | {f"test_{task.metric}": ended}
+    if evaluation and task.heads:
+        reasons |= {
+            f"test_{name}": "no image of the split has anything to score"
+            for name, value in evaluation.scores.items()
+            if value is None
+        }
+        other = f"{task.name} is scored by {SCORES[task.metric]}"
+        reasons |= dict.fromkeys(("test_top1_pct", "test_top5_pct"), other)
+        reasons["test_loss"] = "detectors compute their loss in training only"
+    reasons |= {
+        f"val_{task.metric}": "no image of the split has anything to score",
+        "val_top1_pct": f"{task.name} has another score" if result.history else "no epoch was completed",
+        "train_peak_bytes": "no training step was begun",
+        "predicted_peak_bytes": "only the strategy planned predicts",
+        "micro_batch_images": "no training step was begun",
+        "train_reserved_peak_bytes": "only CUDA's allocator reserves memory ahead",
+        "context_bytes": result.context_reason or "training was not begun",
+        "device_used_bytes": result.context_reason or "training was not begun",
+        "energy_joules": features.reason or _window(result, "fit").reason or test.reason,
+        "features_energy_joules": features.reason,
+        "validation_energy_joules": _window(result, "validation").reason,
+        "train_cpu_joules": train.cpu_reason or train.reason,
+        "idle_watts": train.reason or "idle power was not measured",
+        "train_net_joules": train.reason or "idle power was not measured",
+        "train_disagreement_pct": train.reason or "counter and polling did not both work throughout",
+        "train_poll_joules": train.reason or "power could not be read throughout",
+    }
+    told = ("train_energy_joules", "train_quantisation_joules", "gpu_start_celsius", "gpu_end_celsius")
+    return reasons | dict.fromkeys(told, train.reason or "the sensor does not tell")
+
+
+def _readable(name: str, value: object) -> str:
+    if value is None:
+        return "–"
+    if name.endswith("_bytes"):
+        return format_bytes(value)
+    if "_flops_" in name or "_macs_" in name:
+        return f"{value / 1e6:,.1f} M"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def _window(result: FitResult, name: str) -> Window:
+    return Window(**result.windows[name]) if name in result.windows else total([], name)
+
+
+def _features(result: FitResult) -> Window:
+    """Of computing cached features, in this run or an earlier one."""
+    return Window(**result.features_window) if result.features_window else total([], "features")
+
+
+def _energy_fields(result: FitResult, evaluation: Evaluation | DenseEvaluation | None) -> dict:
+    train, validation = _window(result, "train"), _window(result, "validation")
+    fit, test = _window(result, "fit"), evaluation.window if evaluation else total([], "test")
+    features = [_features(result)] if result.features_window else []
+    whole = [*features, fit, test] if evaluation else [*features, fit]
+    return {
+        "energy_joules": total(whole).energy_joules,
+        "features_energy_joules": _features(result).energy_joules if result.features_window else 0.0,
+        "energy_source": energy_source([*features, fit, train, validation, test]),
+        "train_energy_joules": train.energy_joules,
+        "validation_energy_joules": validation.energy_joules,
+        "test_energy_joules": test.energy_joules,
+        "train_quantisation_joules": train.quantisation_joules,
+        "test_quantisation_joules": test.quantisation_joules,
+        "train_poll_joules": train.poll_joules,
+        "train_disagreement_pct": train.disagreement_pct,
+        "train_net_joules": train.net_joules,
+        "idle_watts": result.idle_watts,
+        "train_cpu_joules": train.cpu_joules,
+        "gpu_start_celsius": fit.start_celsius,
+        "gpu_end_celsius": fit.end_celsius,
+        "train_energy_flags": ", ".join(train.flags),
+        "test_energy_flags": ", ".join(test.flags),
+    }
+
+
+def energy_source(windows: list[Window]) -> str:
+    """The first energy source that there is, or "fake" if any window is a simulated GPU's."""
+    sources = [window.source for window in windows if window.source != "none"]
+    return "fake" if "fake" in sources else next(iter(sources), "none")
+
+
+def budget_mode(experiment: Parameters, device_total_bytes: int | None) -> str:
+    """Whether the budget is the device itself (within 10 %: part of it is the driver's) or a share of it."""
+    native = device_total_bytes is not None and device_total_bytes <= 1.1 * experiment.budget_bytes
+    return "native" if native else "simulated"
+
+
+def host_peak_bytes() -> int | None:
+    """The highest resident memory of this process."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def run_folder(experiment: Parameters, runs: Path = RUNS) -> Path:
+    """Where the run of `experiment` keeps its record, notebook and snapshots."""
+    return Path(runs) / experiment.name
+
+
+def is_finished(folder: Path, train_sha256: str | None = None) -> bool:
+    """Whether `folder` holds the record of a run that need not be repeated.
+
+    A record of an older schema does not count, nor, with `train_sha256`, a run on other training data.
+    """
+    try:
+        record = json.loads((folder / FILE_NAME).read_text())
+        finished = record["run"]["status"] in FINISHED and record["run"]["schema_version"] == SCHEMA_VERSION
+        return finished and train_sha256 in (None, record["data"]["train_sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def load_records(folder: Path = RUNS) -> pd.DataFrame:
+    """All records below `folder`, one row each; columns are the fields of `GROUPS`, and `folder`.
+
+    A file that is no record is left out with a warning.
+    """
+    rows = []
+    for path in sorted(Path(folder).glob(f"*/{FILE_NAME}")):
+        try:
+            record = json.loads(path.read_text())
+            row = {name: value for group in GROUPS for name, value in record[group].items()}
+            row.setdefault("phase", "training")  # before there were baselines
+            if row["phase"] == "training":
+                row = _completed(row)
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            warnings.warn(f"{path} is no record and was left out: {error!r}", stacklevel=2)
+            continue
+        rows.append(row | {"folder": str(path.parent)})
+    return pd.DataFrame(rows)
+
+
+def _completed(row: dict) -> dict:
+    """A row with what `Experiment` has learnt since its run: new parameters, whose defaults are what was done
+    before, and that options which a method does not have make no difference."""
+    defaults = {field.name: field.default for field in fields(Experiment)}
+    method = str(row.get("method"))
+    ignored = options_not_of(method) if method in METHODS else set()
+    return defaults | row | {name: defaults[name] for name in ignored}
+
+
+def load_curves(folder: Path) -> dict:
+    """`history` and `memory_trace_bytes` of the run in `folder`, as far as it has them."""
+    return json.loads((Path(folder) / FILE_NAME).read_text()).get("curves", {})
