@@ -7,9 +7,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-# No network, here and in every process that a test starts: see no_network/sitecustomize.py.
-_guard = str(Path(__file__).parent / "no_network")
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_guard, os.environ.get("PYTHONPATH")]))
+# No network, here and in every process that a test starts: see no_network/sitecustomize.py.  These processes
+# (notebook kernels, sweeps) import the package of this tree, whatever else is installed.
+_guard, _tree = str(Path(__file__).parent / "no_network"), str(Path(__file__).parents[1])
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_guard, _tree, os.environ.get("PYTHONPATH")]))
 sys.path.insert(0, _guard)
 
 # Before anything imports toolkit.files, and inherited by notebook kernels.
