@@ -5,13 +5,13 @@ import json
 import pandas as pd
 import pytest
 import torch
+from tiny_models import tiny_hub
 
 import toolkit
 from toolkit.__main__ import main
 from toolkit.analysis.statistics import compare, standing
 from toolkit.baselines import BASELINES, BaselineExperiment, evaluate, evaluate_baseline
 from toolkit.baselines.probes import fit_probe
-from toolkit.baselines.tiny import tiny_hub
 from toolkit.datasets import in_memory
 from toolkit.errors import InputError
 from toolkit.plots.runs import accuracy_against

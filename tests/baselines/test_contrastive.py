@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tiny_models import tiny_contrastive
 from torch.utils.data import DataLoader
 
 import toolkit
@@ -20,7 +21,6 @@ from toolkit.baselines import contrastive
 from toolkit.baselines.contrastive import ZeroShot, load, zero_shot
 from toolkit.baselines.prompts import templates
 from toolkit.baselines.registry import BASELINES
-from toolkit.baselines.tiny import tiny_contrastive
 from toolkit.errors import InputError
 from toolkit.files import sha256_of
 

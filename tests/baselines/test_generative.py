@@ -15,11 +15,11 @@ import safetensors.torch
 import torch
 from huggingface_hub import errors
 from PIL import Image
+from tiny_models import tiny_generative, tiny_mobilevlm
 
 from toolkit import InputError
 from toolkit.baselines import hub
 from toolkit.baselines.generative import KINDS, load, prune_vocabulary
-from toolkit.baselines.tiny import tiny_generative, tiny_mobilevlm
 from toolkit.methods.low_rank import four_bit_layers
 
 NAMES = ["can", "candle", "maple tree", "cat"]

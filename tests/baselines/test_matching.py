@@ -8,11 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from tiny_models import tiny_generative
 
 from toolkit import InputError
 from toolkit.baselines.generative import load, prune_vocabulary
 from toolkit.baselines.matching import NEW_TOKENS, GenerationClassifier, match, normalise
-from toolkit.baselines.tiny import tiny_generative
 
 CLASSES = [
     "tree",

@@ -18,6 +18,7 @@ from huggingface_hub import errors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiny_models import tiny_mobilevlm
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
@@ -29,7 +30,6 @@ from toolkit.baselines.mobilevlm import (
     load_mobilevlm,
     prompt,
 )
-from toolkit.baselines.tiny import tiny_mobilevlm
 from toolkit.errors import InputError
 from toolkit.methods.low_rank import quantise
 

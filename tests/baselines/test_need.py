@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiny_models import tiny_contrastive, tiny_generative, tiny_mobilevlm
 from torch import nn
 
 from toolkit import InputError
@@ -29,7 +30,6 @@ from toolkit.baselines.need import (
     nf4_bytes,
     weights_bytes,
 )
-from toolkit.baselines.tiny import tiny_contrastive, tiny_generative, tiny_mobilevlm
 from toolkit.baselines.trie import Trie, score_trie
 from toolkit.budget import TensorMemory, tensors_of
 from toolkit.methods.low_rank import four_bit_layers, quantise

@@ -8,15 +8,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from benchmarks.trie import score_naive
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiny_models import tiny_generative, tiny_mobilevlm
 
 from toolkit import InputError
 from toolkit.baselines import trie as trie_module
 from toolkit.baselines.generative import KINDS, load, prune_vocabulary
-from toolkit.baselines.tiny import tiny_generative, tiny_mobilevlm
-from toolkit.baselines.trie import AGGREGATIONS, Trie, TrieClassifier, aggregate, score_naive, score_trie
+from toolkit.baselines.trie import AGGREGATIONS, Trie, TrieClassifier, aggregate, score_trie
 
 NAMES = ["can", "candle", "maple tree", "aquarium fish", "cat"]  # one is the beginning of another
 QUESTION = "What type of object is in this photo?"

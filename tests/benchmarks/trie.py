@@ -11,7 +11,7 @@ takes seconds per class: one run of two classes, times 50.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 
 import open_clip
@@ -20,7 +20,7 @@ import transformers
 
 from toolkit.baselines.architectures import configuration
 from toolkit.baselines.generative import VisionLanguageModel
-from toolkit.baselines.trie import Trie, aggregate, score_naive, score_trie
+from toolkit.baselines.trie import Trie, aggregate, score_trie
 
 PROMPT, IMAGE_TOKENS, IMAGE_TOKEN, TERMINATOR = 97, 64, 49190, 49279
 NAIVE_CLASSES = 2
@@ -62,6 +62,28 @@ def seconds(run: Callable, runs: int = 3) -> float:
         run()
         times.append(time.process_time() - start)
     return min(times)
+
+
+def score_naive(
+    vlm: VisionLanguageModel, inputs: Mapping[str, torch.Tensor], candidates: list[list[int]]
+) -> list[torch.Tensor]:
+    """Log-probabilities of each candidate's tokens, float32 (B, its length), by one full pass per candidate.
+
+    The slow reference for `score_trie`.
+    """
+    prefix = inputs["input_ids"]
+    tables = []
+    for candidate in candidates:
+        answer = torch.tensor(candidate, device=prefix.device).expand(len(prefix), -1)
+        given = answer[:, :-1]
+        whole = dict(inputs) | {"input_ids": torch.cat([prefix, given], 1)}
+        whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+        if "token_type_ids" in inputs:  # 1: sees what is before it only
+            whole["token_type_ids"] = torch.cat([inputs["token_type_ids"], torch.ones_like(given)], 1)
+        hidden = vlm.hidden(whole).last_hidden_state[:, -answer.shape[1] :]
+        total = vlm.logits(hidden).float().logsumexp(-1)
+        tables.append(vlm.logits_of(hidden, answer[0]) - total)
+    return tables
 
 
 def main() -> None:

@@ -8,15 +8,12 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from toolkit.baselines.generative import VisionLanguageModel
 from toolkit.errors import InputError
-
-if TYPE_CHECKING:
-    from toolkit.baselines.generative import VisionLanguageModel
 
 NEW_TOKENS = 16  # a name and a few words around it
 _ARTICLES = {"a", "an", "the"}

@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from toolkit.baselines.generative import VisionLanguageModel
 from toolkit.budget.memory import WORKSPACES, rounded
 from toolkit.errors import InputError, check_name
-
-if TYPE_CHECKING:
-    from toolkit.baselines.generative import VisionLanguageModel
 
 # Of logits, which are among the largest tensors: it exponentiates into a copy.
 WORKSPACES[torch.ops.aten.logsumexp.default] = lambda x, dim, keepdim=False: rounded(x.nbytes)
@@ -120,28 +117,6 @@ def _log_probabilities(vlm: VisionLanguageModel, hidden: torch.Tensor, trie: Tri
         chosen = vlm.logits_of(states, trie.tokens[1 + first : 1 + last])
         columns.append(chosen - logits.logsumexp(-1)[:, parents])
     return torch.cat(columns, dim=1)
-
-
-def score_naive(
-    vlm: VisionLanguageModel, inputs: Mapping[str, torch.Tensor], candidates: list[list[int]]
-) -> list[torch.Tensor]:
-    """Log-probabilities of each candidate's tokens, float32 (B, its length), by one full pass per candidate.
-
-    The reference for `score_trie`, for tests and benchmarks: slow.
-    """
-    prefix = inputs["input_ids"]
-    tables = []
-    for candidate in candidates:
-        answer = torch.tensor(candidate, device=prefix.device).expand(len(prefix), -1)
-        given = answer[:, :-1]
-        whole = dict(inputs) | {"input_ids": torch.cat([prefix, given], 1)}
-        whole["attention_mask"] = torch.ones_like(whole["input_ids"])
-        if "token_type_ids" in inputs:  # 1: sees what is before it only
-            whole["token_type_ids"] = torch.cat([inputs["token_type_ids"], torch.ones_like(given)], 1)
-        hidden = vlm.hidden(whole).last_hidden_state[:, -answer.shape[1] :]
-        total = vlm.logits(hidden).float().logsumexp(-1)
-        tables.append(vlm.logits_of(hidden, answer[0]) - total)
-    return tables
 
 
 def aggregate(table: torch.Tensor, trie: Trie, how: str, null: torch.Tensor | None = None) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Small models with random weights, in folders that the loaders of the real ones open.
 
-They show and test each family's whole path without a download.  What they answer means nothing.
+Tests take each family through its whole path without a download.  The answers mean nothing.
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from tiny_models.contrastive import tiny_contrastive
+from tiny_models.generative import tiny_generative
+from tiny_models.mobilevlm import tiny_mobilevlm
 from toolkit.baselines.registry import baseline_named
-from toolkit.baselines.tiny.contrastive import tiny_contrastive
-from toolkit.baselines.tiny.generative import tiny_generative
-from toolkit.baselines.tiny.mobilevlm import tiny_mobilevlm
 from toolkit.errors import InputError
 
 __all__ = ["tiny_contrastive", "tiny_generative", "tiny_hub", "tiny_mobilevlm"]
