@@ -7,18 +7,19 @@ from typing import TYPE_CHECKING
 
 from toolkit.baselines.experiment import BaselineExperiment
 from toolkit.datasets import Splits
+from toolkit.datasets.tasks import TASKS
 from toolkit.measure import Window, total
 from toolkit.measure.environment import installed_packages
+from toolkit.measure.quantities import NOT_ENDED
 from toolkit.methods import summarize
 from toolkit.training.evaluation import Evaluation
 from toolkit.training.record import (
-    NO_TEST,
     RunRecord,
     budget_mode,
-    common_reasons,
     data_fields,
     energy_source,
     host_peak_bytes,
+    no_test,
     run_fields,
 )
 
@@ -37,17 +38,16 @@ def record_of(
     `config` also has the baseline and the protocol under `backbone` and `method`, so that tables hold
     them beside the fine-tuned models.
     """
-    ended = f"the run ended with status {prepared.status}"
     params_total = summarize(prepared.model).total if prepared.model else None
     env = prepared.environment
-    test = evaluation.window if evaluation else Window("test", reason=ended)
+    test = evaluation.window if evaluation else Window("test", reason=NOT_ENDED)
     within = evaluation and max(prepared.peak_bytes, evaluation.peak_bytes) <= experiment.budget_bytes
     whole = RunRecord(
         run=run_fields(experiment, prepared.status, prepared.error) | {"started_at": prepared.started_at},
         config=experiment.config,
         data=data_fields(splits),
         quality={
-            **(evaluation.fields if evaluation else dict.fromkeys(NO_TEST)),
+            **(evaluation.fields if evaluation else no_test(TASKS["classification"])),
             "val_top1_pct": prepared.val_top1_pct,
             "unmatched_pct": prepared.unmatched_pct,
             "selection_rule": prepared.selection_rule,
@@ -89,21 +89,9 @@ def record_of(
         },
     )
     whole.score(params_total, {"inference": "test"})
-    whole.explain(
-        common_reasons(test, ended, prepared.memory_source)
-        | {
-            "energy_joules": prepared.window.reason or test.reason,
-            "prepare_joules": prepared.window.reason,
-            "prepare_seconds": ended,
-            "prepare_peak_bytes": ended,
-            "params_total": ended,
-            "weights_sha256": ended,
-            "predicted_peak_bytes": "predictions are for the published weights, not for a folder",
-            "val_top1_pct": "nothing was chosen on validation images",
-            "test_top5_pct": ended if evaluation is None else "a generated answer names one class",
-            "test_loss": ended if evaluation is None else "a generated answer has no probabilities",
-            "unmatched_pct": ended if experiment.protocol == "generate" else "no answer has to be matched",
-            "prepare_cached": "nothing of this is kept",
-        }
-    )
+    prepare = prepared.window.reason
+    sensors = {"energy_joules": prepare or test.reason, "prepare_joules": prepare}
+    sensors |= dict.fromkeys(("test_energy_joules", "test_quantisation_joules"), test.reason)
+    sensors["predicted_peak_bytes"] = "predictions are for published weights, not for a folder"
+    whole.explain(sensors)
     return whole

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from toolkit.measure.quantities import NOT_ENDED, QUANTITIES, Quantity, register_metric
+
 IGNORED = 255  # label of pixels that count for nothing
 _DENSE = {  # data sets by name; all others are of classification
     "mosaics": "segmentation",
@@ -23,13 +25,6 @@ _DENSE = {  # data sets by name; all others are of classification
 }
 # Data sets whose images are made at one size; others come in the backbone's.
 IMAGE_PIXELS = {"mosaics": 64, "digit_scenes": 64}
-
-SCORES = {  # metrics, for people
-    "top1_pct": "accuracy (%)",
-    "pixel_accuracy_pct": "pixel accuracy (%)",
-    "miou_pct": "mean IoU (%)",
-    "map_pct": "box mAP (%)",
-}
 
 
 @dataclass(frozen=True)
@@ -77,6 +72,33 @@ def _no_boxes(images: int, height: int, width: int) -> dict[str, torch.Tensor]:
     }
 
 
+def _among_highest(count: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    def right(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """100 for an image whose class is among the `count` highest scores (B, classes), else 0."""
+        highest = scores.topk(min(count, scores.shape[1]), dim=1).indices
+        return 100.0 * (highest == labels[:, None]).any(1)
+
+    return right
+
+
+_ONE_CLASS = f"{NOT_ENDED}, or the model names one class only"
+_NOTHING = f"{NOT_ENDED}, or no image has anything to score"
+
+register_metric(Quantity("top1_pct", "accuracy", "%", better="more"), "classification", _among_highest(1))
+register_metric(
+    Quantity("top5_pct", "top-5 accuracy", "%", better="more", missing=_ONE_CLASS),
+    "classification", _among_highest(5),
+)  # fmt: skip
+for _name, _label in (("miou_pct", "mean IoU"), ("pixel_accuracy_pct", "pixel accuracy")):
+    register_metric(Quantity(_name, _label, "%", better="more", missing=_NOTHING), "segmentation")
+for _name, _label in (
+    ("map_pct", "box mAP"), ("map50_pct", "box AP at IoU 0.5"), ("map75_pct", "box AP at IoU 0.75"),
+    ("mask_map_pct", "mask mAP"), ("mask_map50_pct", "mask AP at IoU 0.5"),
+    ("mask_map75_pct", "mask AP at IoU 0.75"),
+):  # fmt: skip
+    register_metric(Quantity(_name, _label, "%", better="more", missing=_NOTHING), "detection")
+
+
 TASKS = {
     "classification": Task(
         "classification", "top1_pct", "top1_pct", (), _class_loss, _right_classes,
@@ -107,4 +129,4 @@ def split_targets(targets: Any, size: int) -> list:
 def score_in(row: dict, part: str) -> tuple[str, float] | None:
     """Metric and value of the score in a row of `FitResult.history`, if any; `part`: "train" or "val"."""
     found = {name.removeprefix(f"{part}_"): value for name, value in row.items() if name.startswith(part)}
-    return next(((name, value) for name, value in found.items() if name in SCORES), None)
+    return next(((name, value) for name, value in found.items() if name in QUANTITIES), None)

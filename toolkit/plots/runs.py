@@ -16,9 +16,10 @@ from torch.utils.data import Dataset
 
 from toolkit.analysis.statistics import adaptation
 from toolkit.datasets import Splits
-from toolkit.datasets.tasks import SCORES, score_in
+from toolkit.datasets.tasks import score_in
 from toolkit.errors import InputError
 from toolkit.files import FIGURES
+from toolkit.measure.quantities import QUANTITIES
 from toolkit.methods import METHODS
 from toolkit.plots.images import test_examples
 from toolkit.plots.pareto import COSTS
@@ -46,7 +47,7 @@ def learning_curves(history: list[dict]) -> Figure:
         if f"{part}_loss" in frame:
             left.plot(frame.epoch, frame[f"{part}_loss"], marker="o", label=name)
         if found := score_in(history[-1], part):
-            labels.append(SCORES[found[0]])
+            labels.append(QUANTITIES[found[0]].title)
             right.plot(frame.epoch, frame[f"{part}_{found[0]}"], marker="o", label=name)
     left.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
     right.set(xlabel="epoch", ylabel=", ".join(dict.fromkeys(labels)), ylim=(0, 101))

@@ -18,8 +18,9 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from toolkit.analysis.statistics import groups, mean_and_interval
 from toolkit.datasets import Splits
-from toolkit.datasets.tasks import IGNORED, SCORES, score_in, task_of
+from toolkit.datasets.tasks import IGNORED, score_in, task_of
 from toolkit.forecast.step_memory import MIB, StepMemory
+from toolkit.measure.quantities import QUANTITIES
 from toolkit.plots.text import plain
 
 _PHASES = {"forward": 3, "backward": 3, "optimizer": 1}  # with the width of their part of the axis
@@ -92,7 +93,7 @@ def curves_by_method(histories: Mapping[str, Sequence[dict]]) -> Figure:
         epochs = [row["epoch"] for row in history]
         left.plot(epochs, [row["train_loss"] for row in history], marker="o", label=plain(name))
         scores = [score_in(row, "val") for row in history]
-        label = SCORES[scores[-1][0]]
+        label = QUANTITIES[scores[-1][0]].title
         values = [float("nan") if value is None else value for _, value in scores]
         right.plot(epochs, values, marker="o", label=plain(name))
     left.set(xlabel="epoch", ylabel="training loss")
@@ -130,7 +131,7 @@ def scores_against_memory(records: pd.DataFrame) -> Figure:
                 color=colour, label=plain(method),
             )  # fmt: skip
         axes.margins(0.1)
-        axes.set(xlabel="peak memory (MiB)", ylabel=f"test {SCORES[metric]}", title=plain(dataset))
+        axes.set(xlabel="peak memory (MiB)", ylabel=QUANTITIES[f"test_{metric}"].title, title=plain(dataset))
         axes.set_xlim(0, None)
     handles = {
         label: handle for axes in every.flat for handle, label in zip(*axes.get_legend_handles_labels())

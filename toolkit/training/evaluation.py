@@ -95,7 +95,7 @@ class DenseEvaluation:
     def fields(self) -> dict[str, float | None]:
         """What a record keeps of the quality."""
         scores = {f"test_{name}": value for name, value in self.scores.items() if not isinstance(value, list)}
-        return {"test_top1_pct": None, "test_top5_pct": None, "test_loss": self.loss} | scores
+        return scores | {"test_loss": self.loss}
 
     def __str__(self) -> str:
         peak = "" if self.peak_bytes is None else f", peak {format_bytes(self.peak_bytes)}"

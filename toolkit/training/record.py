@@ -19,11 +19,12 @@ from torch import nn
 
 from toolkit.budget import format_bytes
 from toolkit.datasets import Splits
-from toolkit.datasets.tasks import SCORES, TASKS, Task, score_in
+from toolkit.datasets.tasks import TASKS, Task
 from toolkit.experiment import Experiment, Parameters
 from toolkit.files import RUNS, write_atomically
 from toolkit.measure import Window, total
-from toolkit.measure.environment import PACKAGES, environment, installed_packages
+from toolkit.measure.environment import environment, installed_packages
+from toolkit.measure.quantities import METRICS, QUANTITIES
 from toolkit.measure.scores import netscore, why_no_score
 from toolkit.methods import METHODS, options_not_of, summarize
 from toolkit.training.evaluation import DenseEvaluation, Evaluation
@@ -34,12 +35,7 @@ SCHEMA_VERSION = 5
 FILE_NAME = "record.json"
 FINISHED = ("ok", "oom", "nan")  # a run with such a record is not repeated; interrupted and failed ones are
 # What a simulated GPU makes worthless; tables leave it out.
-SIMULATED = (
-    "energy_joules", "train_energy_joules", "validation_energy_joules", "test_energy_joules",
-    "train_quantisation_joules", "test_quantisation_joules", "train_poll_joules", "train_net_joules",
-    "prepare_joules", "idle_watts", "ns_e_inference", "ns_sharp_inference", "ns_e_training",
-    "ns_sharp_training",
-)  # fmt: skip
+SIMULATED = tuple(name for name, quantity in QUANTITIES.items() if quantity.from_gpu_sensor)
 OVERVIEW = (  # of these, what a run's phase has
     "test_top1_pct", "test_miou_pct", "test_map_pct", "unmatched_pct",
     "prepare_seconds", "prepare_joules", "prepare_peak_bytes", "features_seconds",
@@ -50,7 +46,6 @@ OVERVIEW = (  # of these, what a run's phase has
     "ns", "ns_e_inference", "ns_m_inference", "ns_sharp_inference",
     "ns_e_training", "ns_m_training", "ns_sharp_training",
 )  # fmt: skip
-NO_TEST = ("test_top1_pct", "test_top5_pct", "test_loss")  # of quality, of a run that has no test
 GROUPS = ("run", "config", "data", "quality", "time", "energy", "memory", "flops", "scores", "env")
 
 
@@ -100,8 +95,8 @@ class RunRecord:
             config=experiment.to_dict(),
             data=data_fields(splits),
             quality={
-                **(evaluation.fields if evaluation else dict.fromkeys((*NO_TEST, f"test_{task.metric}"))),
-                **_last_validation(result),
+                **(evaluation.fields if evaluation else no_test(task)),
+                f"val_{task.metric}": result.history[-1][f"val_{task.metric}"] if result.history else None,
                 "metric": task.metric,
                 "selection_rule": "last epoch",
                 "weights_sha256": result.weights_sha256,
@@ -156,7 +151,7 @@ class RunRecord:
             },
         )
         record.score(summary.total, {"inference": "test", "training": "train"})
-        record.explain(_training_reasons(result, evaluation, task))
+        record.explain(_sensor_reasons(result, evaluation))
         return record
 
     def overview(self) -> pd.DataFrame:
@@ -197,11 +192,12 @@ class RunRecord:
                     reason = why_no_score(kind, accuracy, **costs)
                     self.missing[column] = reason.replace("watts was", "energy was")
 
-    def explain(self, reasons: dict[str, str | None]) -> None:
-        """Give every null its reason."""
-        groups = (self.quality, self.time, self.energy, self.memory, self.flops, self.env)
-        nulls = [name for group in groups for name, value in group.items() if value is None]
-        self.missing |= {name: reasons[name] for name in nulls}
+    def explain(self, sensors: dict[str, str | None]) -> None:
+        """Record why each missing value is missing: what the sensors told, or what `QUANTITIES` says."""
+        for group in (self.quality, self.time, self.energy, self.memory, self.flops, self.env):
+            for name, value in group.items():
+                if value is None:
+                    self.missing[name] = sensors.get(name) or QUANTITIES[name].missing
 
     @classmethod
     def of_failure(cls, experiment: Parameters, error: str) -> RunRecord:
@@ -255,63 +251,30 @@ def data_fields(splits: Splits) -> dict:
     }
 
 
-def _last_validation(result: FitResult) -> dict[str, float | None]:
-    metric, value = score_in(result.history[-1], "val") if result.history else ("top1_pct", None)
-    return {"val_top1_pct": None, f"val_{metric}": value}
+def no_test(task: Task) -> dict[str, None]:
+    """The fields of a test that did not take place."""
+    return {f"test_{name}": None for name in dict.fromkeys((task.metric, *METRICS[task.name], "loss"))}
 
 
-def common_reasons(test: Window, ended: str, memory_source: str) -> dict[str, str | None]:
-    """Why fields that all records have may be null; `ended`: how a run ended that has no test."""
-    from_test = (*NO_TEST, "test_seconds", "test_peak_bytes")
-    reasons = dict.fromkeys((*from_test, "inference_macs_per_image", "within_budget"), ended)
-    reasons |= dict.fromkeys(("test_energy_joules", "test_quantisation_joules"), test.reason)
-    reasons["host_peak_bytes"] = "this operating system does not tell"
-    from_gpu = ("driver", "power_limit_watts", "gpu_uuid_sha256", "device_total_bytes", "cuda", "cudnn")
-    on_cuda = memory_source == "cuda_allocator"
-    reasons |= dict.fromkeys(from_gpu, "the driver does not tell" if on_cuda else "the run was on the CPU")
-    reasons |= {"alloc_conf": "not set", "git_sha": "no git repository", "git_dirty": "no git repository"}
-    return reasons | {f"version_{name}": "not installed" for name in PACKAGES}
-
-
-def _training_reasons(
-    result: FitResult, evaluation: Evaluation | DenseEvaluation | None, task: Task
+def _sensor_reasons(
+    result: FitResult, evaluation: Evaluation | DenseEvaluation | None
 ) -> dict[str, str | None]:
-    ended = f"training or test ended with status {result.status}"
-    train = _window(result, "train")
-    features = _features(result) if result.features_window else Window("features")
-    test = evaluation.window if evaluation else Window("test", reason=ended)
-    untraced = (f"{phase}_flops_per_image" for phase in ("forward", "backward", "recompute"))
-    reasons = common_reasons(test, ended, result.memory_source)
-    reasons |= dict.fromkeys(untraced, "no training step was traced") | {f"test_{task.metric}": ended}
-    if evaluation and task.heads:
-        reasons |= {
-            f"test_{name}": "no image of the split has anything to score"
-            for name, value in evaluation.scores.items()
-            if value is None
-        }
-        other = f"{task.name} is scored by {SCORES[task.metric]}"
-        reasons |= dict.fromkeys(("test_top1_pct", "test_top5_pct"), other)
-        reasons["test_loss"] = "detectors compute their loss in training only"
-    reasons |= {
-        f"val_{task.metric}": "no image of the split has anything to score",
-        "val_top1_pct": f"{task.name} has another score" if result.history else "no epoch was completed",
-        "train_peak_bytes": "no training step was begun",
-        "predicted_peak_bytes": "only the strategy planned predicts",
-        "micro_batch_images": "no training step was begun",
-        "train_reserved_peak_bytes": "only CUDA's allocator reserves memory ahead",
-        "context_bytes": result.context_reason or "training was not begun",
-        "device_used_bytes": result.context_reason or "training was not begun",
-        "energy_joules": features.reason or _window(result, "fit").reason or test.reason,
-        "features_energy_joules": features.reason,
+    """Why energies and temperatures are missing, where the meter knows it."""
+    fit, train = _window(result, "fit"), _window(result, "train")
+    features = _features(result).reason if result.features_window else None
+    test = evaluation.window.reason if evaluation else None
+    names = ("train_energy_joules", "train_quantisation_joules", "train_poll_joules", "train_net_joules")
+    names += ("train_disagreement_pct", "idle_watts", "gpu_start_celsius", "gpu_end_celsius")
+    return dict.fromkeys(names, train.reason) | {
+        "energy_joules": features or fit.reason or test,
+        "features_energy_joules": features,
         "validation_energy_joules": _window(result, "validation").reason,
+        "test_energy_joules": test,
+        "test_quantisation_joules": test,
         "train_cpu_joules": train.cpu_reason or train.reason,
-        "idle_watts": train.reason or "idle power was not measured",
-        "train_net_joules": train.reason or "idle power was not measured",
-        "train_disagreement_pct": train.reason or "counter and polling did not both work throughout",
-        "train_poll_joules": train.reason or "power could not be read throughout",
+        "context_bytes": result.context_reason,
+        "device_used_bytes": result.context_reason,
     }
-    told = ("train_energy_joules", "train_quantisation_joules", "gpu_start_celsius", "gpu_end_celsius")
-    return reasons | dict.fromkeys(told, train.reason or "the sensor does not tell")
 
 
 def _readable(name: str, value: object) -> str:

@@ -17,8 +17,9 @@ from IPython.display import display
 from tqdm import tqdm
 
 from toolkit.budget import format_bytes
-from toolkit.datasets.tasks import SCORES, score_in, task_of
+from toolkit.datasets.tasks import score_in, task_of
 from toolkit.experiment import Experiment
+from toolkit.measure.quantities import QUANTITIES
 from toolkit.training.progress import Progress, View, live_notebook, plain_view
 
 MOST_POINTS = 240  # of a curve; then every second one goes
@@ -115,7 +116,7 @@ class LiveView(View):
         metric = task_of(self.experiment.dataset).metric
         loss = curve("loss", progress.epochs, [p[:2] for p in self.points], self._validated("val_loss"))
         score = curve(
-            SCORES[metric], progress.epochs, [p[::2] for p in self.points if p[2] is not None],
+            QUANTITIES[metric].title, progress.epochs, [p[::2] for p in self.points if p[2] is not None],
             self._validated(f"val_{metric}"), top=100,
         )  # fmt: skip
         memory = memory_bar(progress.peak_bytes, progress.budget_bytes)
