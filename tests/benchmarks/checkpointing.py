@@ -48,12 +48,11 @@ from torch import nn
 
 from toolkit import InputError
 from toolkit.budget import Checkpointing, TensorMemory, format_bytes, parse_bytes
-from toolkit.budget.fake_step import on_fake_tensors
 from toolkit.budget.flops import FlopCounter
 from toolkit.budget.lean import LeanForms
 from toolkit.budget.plan import Plan, Planner
 from toolkit.budget.profile import Profile
-from toolkit.budget.step import segmented
+from toolkit.budget.step import on_fake_tensors, segmented
 from toolkit.budget.tape import Op, Tape, operator_name
 from toolkit.training.evaluation import autocast
 

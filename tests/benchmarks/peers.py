@@ -37,7 +37,7 @@ from torch import nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from toolkit.budget import Checkpointing, TensorMemory, format_bytes
-from toolkit.budget.phases import PHASES
+from toolkit.budget.flops import PHASES
 
 TAUS = (0.50, 0.55, 0.65, 0.70)  # of arXiv 2607.02158's rule
 MICRO_BATCHES = (32, 16, 8)

@@ -24,8 +24,8 @@ from torch import nn
 import toolkit
 from toolkit.backbones import data_config
 from toolkit.budget import TensorMemory, format_bytes, tensors_of
-from toolkit.budget.fake_step import on_fake_tensors
-from toolkit.forecast.step_memory import KeptTensors
+from toolkit.budget.step import on_fake_tensors
+from toolkit.measure.memory import KeptTensors
 from toolkit.methods import set_train_mode, summarize
 from toolkit.methods.dtl import dtl
 from toolkit.methods.losa import losa

@@ -15,11 +15,10 @@ from torch import nn
 import toolkit
 from toolkit.budget import Checkpointing, TensorMemory, find_blocks, format_bytes, parse_bytes
 from toolkit.budget.blocks import find_segments
-from toolkit.budget.fake_step import on_fake_tensors
 from toolkit.budget.lean import LeanForms
 from toolkit.budget.memory import WORKSPACES
 from toolkit.budget.plan import Planner, plan
-from toolkit.budget.step import autocast, optimizer_like, segmented
+from toolkit.budget.step import autocast, on_fake_tensors, optimizer_like, segmented
 from toolkit.budget.tape import Tape
 from toolkit.errors import InputError
 

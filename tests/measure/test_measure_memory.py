@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from toolkit.budget import Checkpointing, TensorMemory, device_memory
-from toolkit.budget.fake_step import on_fake_tensors
+from toolkit.budget.step import on_fake_tensors
 from toolkit.measure.memory import MemoryTrace, memory_of_step
 from toolkit.methods.galore import GaLore
 
@@ -75,7 +75,7 @@ def adam_step(model, images):
     def make_optimizer(model):
         return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
 
-    return memory_of_step(model, [images], lambda: model(images).sum(), make_optimizer)
+    return memory_of_step(model, images, None, make_optimizer)
 
 
 def test_categories_partition_the_memory(demo_model, batch):
@@ -97,9 +97,7 @@ def test_gradients_of_a_fused_optimizer_are_counted_in_both_shapes():
     """One layer's whole gradient at a time, beside the projected ones; the projectors are the optimizer's."""
     model = nn.Sequential(*(nn.Linear(128, 128, bias=False) for _ in range(8)))
     x, size, projected = torch.randn(4, 128), 4 * 128 * 128, 4 * 4 * 128
-    memory = memory_of_step(
-        model, [x], lambda: model(x).sum(), lambda m: GaLore(m.parameters(), rank=4, gap=1)
-    )
+    memory = memory_of_step(model, x, None, lambda m: GaLore(m.parameters(), rank=4, gap=1))
     assert memory.category_peaks["gradients"] == size + 7 * projected
     assert memory.category_bytes["gradients"] == 0, "none is left"
     assert memory.category_bytes["optimizer"] == 8 * (3 * projected + 512), "projector, moments, step"

@@ -14,8 +14,8 @@ from torch import nn
 
 import toolkit
 from toolkit.budget import auto_checkpoint, plan
-from toolkit.budget.fake_step import on_fake_tensors
 from toolkit.budget.memory import TensorMemory
+from toolkit.budget.step import on_fake_tensors
 from toolkit.errors import InputError
 from toolkit.forecast.forecasts import forecast
 from toolkit.measure.memory import memory_of_step
@@ -295,12 +295,9 @@ def memory_of(method):
     """Memory of the second step of a ResNet-18 on 64 px."""
     model = toolkit.build_backbone("resnet18", 10, pretrained=False)
     batch = torch.zeros(4, 3, 64, 64), torch.zeros(4, dtype=torch.long)
-    with on_fake_tensors(model, batch) as (x, y):
+    with on_fake_tensors(model, batch) as fakes:
         return memory_of_step(
-            model,
-            [x, y],
-            lambda: F.cross_entropy(model(x), y),
-            lambda model: optimizer_for(model, method, lr=1e-3, weight_decay=0.05),
+            model, fakes, None, lambda model: optimizer_for(model, method, lr=1e-3, weight_decay=0.05)
         )
 
 

@@ -17,12 +17,13 @@ from toolkit.budget.memory import (
     DeviceMemory,
     TensorMemory,
     device_memory,
+    format_bytes,
     is_out_of_memory,
+    parse_bytes,
     release_failed_backward,
     tensors_of,
 )
 from toolkit.budget.plan import Plan, Planner, plan
-from toolkit.budget.sizes import format_bytes, parse_bytes
 
 __all__ = [
     "STRATEGIES",

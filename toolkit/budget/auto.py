@@ -17,8 +17,8 @@ from torch import nn
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from toolkit.budget.lean import LeanForms
+from toolkit.budget.memory import format_bytes, parse_bytes
 from toolkit.budget.plan import Plan, Planner, batch_size_of
-from toolkit.budget.sizes import format_bytes, parse_bytes
 from toolkit.budget.solver import Option
 from toolkit.budget.step import AUTOCAST, segmented, split_batch
 from toolkit.budget.tape import Op, Tape, operator_name

@@ -23,12 +23,30 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
-from toolkit.budget.fake_step import on_fake_tensors
-from toolkit.budget.phases import PHASES, current_phase
-from toolkit.errors import InputError
+from toolkit.budget.step import call, loss_of, on_fake_tensors, split_batch
+from toolkit.budget.tape import recomputing
+
+PHASES = ("forward", "backward", "recompute")
+
+
+def current_phase() -> str:
+    """The phase of the operator that a dispatch mode sees right now.
+
+    During backward the engine runs a graph task.  What runs in it with gradients enabled, or for a tape
+    (`budget.tape`), or under the saved-tensor hooks that torch's non-reentrant checkpoint sets while it
+    repeats a forward pass (there the forward of an autograd function runs without gradients), is
+    recomputation.  Gradients of gradients
+    (`create_graph`) are not told from it.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        return "forward"
+    if torch.is_grad_enabled() or recomputing():
+        return "recompute"
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    repeats = hooks is not None and "_recomputation_hook" in getattr(hooks[0], "__qualname__", "")
+    return "recompute" if repeats else "backward"
 
 
 @dataclass(frozen=True)
@@ -61,25 +79,11 @@ def flops(model: nn.Module, batch) -> Flops:
     step with `FlopCounter` then.
     """
     with on_fake_tensors(model, batch) as fake_batch, FlopCounter() as counter:
-        loss = _scalar(_call(model, fake_batch))
+        inputs, _ = split_batch(fake_batch)
+        loss = loss_of(call(model, inputs), None, None)
         if loss.requires_grad:
             loss.backward()
     return counter.flops
-
-
-def _call(model: nn.Module, batch):
-    if isinstance(batch, dict):
-        return model(**batch)
-    inputs = batch[0] if isinstance(batch, tuple | list) else batch
-    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
-
-
-def _scalar(output) -> torch.Tensor:
-    output = getattr(output, "logits", output)
-    tensors = [leaf for leaf in tree_iter(output) if isinstance(leaf, torch.Tensor)]
-    if not tensors:
-        raise InputError(f"the model returns {type(output).__name__}, which holds no tensor.")
-    return tensors[0].sum()
 
 
 # What fake tensors ask of themselves; not operators.

@@ -12,15 +12,12 @@ from torch.utils._pytree import tree_iter
 
 from toolkit.budget.blocks import find_segments
 from toolkit.budget.checkpointing import STRATEGIES, Checkpointing
-from toolkit.budget.device import DeviceSpeed, speed_of
-from toolkit.budget.fake_step import on_fake_tensors
 from toolkit.budget.flops import NORMS, FlopCounter
 from toolkit.budget.lean import LeanForms
-from toolkit.budget.memory import TensorMemory, tensors_of
+from toolkit.budget.memory import TensorMemory, format_bytes, parse_bytes, tensors_of
 from toolkit.budget.profile import Profile, profile
-from toolkit.budget.sizes import format_bytes, parse_bytes
-from toolkit.budget.solver import Chain, Option
-from toolkit.budget.step import autocast, call, loss_of, optimizer_like, split_batch
+from toolkit.budget.solver import Chain, DeviceSpeed, Option, speed_of
+from toolkit.budget.step import make_state, on_fake_tensors, optimizer_like, run_step
 from toolkit.errors import InputError, check_name
 
 SLICES = 8  # of a block's batch, where that can help
@@ -122,7 +119,7 @@ def plan(
     trained parameters.  `precision`: of autocast.  `blocks`: names of modules to plan by, found if None.
     `reserve`: part of the budget for what is no tensor (a CUDA context, fragmentation).  `micro_batches`:
     True: the batch may also run in slices whose gradients accumulate; a number: in slices of that size.
-    `lean`: low-rank and frozen layers run as in `budget.lean`.  `speed`: of the device, see `budget.device`.
+    `lean`: low-rank and frozen layers run as in `budget.lean`.  `speed`: of the device, see `budget.solver`.
     `held_bytes`: of tensors that the loop holds beside model, batch and optimizer.  Strategies other than
     "planned" are predicted as they are, whether or not they fit.
 
@@ -400,29 +397,20 @@ def _observed(
     precision: str,
     held_bytes: int,
 ) -> Plan:
-    """What a step takes under a strategy that does not plan: two steps on fake tensors, the second counts."""
+    """What a step takes under a strategy that does not plan: one step on fake tensors."""
     make_optimizer = optimizer_like(optimizer, model)
     peaks, flops = {}, {}
     for name in dict.fromkeys(("none", strategy)):
         with on_fake_tensors(model, batch) as fake:
-            inputs, targets = split_batch(fake)
-            device = next(model.parameters()).device
-            memory = TensorMemory(device)
+            memory = TensorMemory(next(model.parameters()).device)
             memory.track(tensors_of(model))
             memory.track(leaf for leaf in tree_iter(fake) if isinstance(leaf, torch.Tensor))
-            stepper = make_optimizer(model)
+            stepper, counter = make_optimizer(model), FlopCounter()
             checkpointing = Checkpointing(model, name, memory=memory, budget_bytes=budget_bytes)
             with memory, checkpointing:
-                for _ in range(2):
-                    memory.reset_peak()
-                    with FlopCounter() as counter:
-                        with autocast(device, precision):
-                            outputs = call(model, inputs)
-                            value = loss_of(outputs, targets, loss)
-                        value.backward()
-                        del value, outputs
-                        stepper.step()
-                        stepper.zero_grad(set_to_none=True)
+                make_state(model, stepper)
+                memory.reset_peak()
+                run_step(model, fake, loss, stepper, precision, counter)
         peaks[name], checkpointed = memory.peak_bytes, checkpointing.checkpointed
         flops[name] = {
             phase: sum(n for op, n in counter.counts[phase].items() if op not in NORMS)

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from toolkit.budget.fake_step import on_fake_tensors
 from toolkit.budget.flops import operator_flops
 from toolkit.budget.memory import StorageRef, TensorMemory, tensors_of, workspace_bytes
 from toolkit.budget.step import (
@@ -25,6 +24,7 @@ from toolkit.budget.step import (
     call,
     deposit_gradients,
     loss_of,
+    on_fake_tensors,
     optimizer_like,
     segmented,
     split_batch,

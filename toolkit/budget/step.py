@@ -1,17 +1,26 @@
-"""A training step as the planner sees it: model, batch, loss, optimizer, precision."""
+"""One training step: its parts, and how it runs (`run_step`).
+
+On fake tensors (`on_fake_tensors`) shapes and storages are those of a real step; nothing is computed.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.utils._pytree import tree_iter
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+    unset_fake_temporarily,
+)
+from torch.utils._pytree import tree_iter, tree_map_only
 
 from toolkit.errors import InputError, check_name
 
@@ -104,6 +113,48 @@ def deposit_gradients(parameters: Iterable[torch.Tensor]) -> None:
         parameter.backward(torch.zeros_like(parameter))
 
 
+def make_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Let `optimizer` make its state, in a step on gradients of zeros."""
+    deposit_gradients(p for p in model.parameters() if p.requires_grad)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def run_step(
+    model: nn.Module,
+    batch,
+    loss: Callable | None,
+    optimizer: torch.optim.Optimizer,
+    precision: str,
+    *observers: AbstractContextManager,
+) -> None:
+    """Run one training step: forward pass, loss, backward pass, optimizer.
+
+    `batch` and `loss`: as in `plan`.  `observers` are entered around the step, in this order: counters of
+    memory, FLOPs, kept bytes.  Those with a method `end_forward` or `start_optimizer` are told when the
+    backward pass and the optimizer's step begin.  For the memory of a usual step call `make_state` before.
+    """
+    inputs, targets = split_batch(batch)
+    with ExitStack() as entered:
+        for observer in observers:
+            entered.enter_context(observer)
+        with autocast(next(model.parameters()).device, precision):
+            outputs = call(model, inputs)
+            value = loss_of(outputs, targets, loss)
+        _tell(observers, "end_forward")
+        value.backward()
+        del value, outputs
+        _tell(observers, "start_optimizer")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def _tell(observers: Iterable, moment: str) -> None:
+    for observer in observers:
+        if hasattr(observer, moment):
+            getattr(observer, moment)()
+
+
 @contextmanager
 def segmented(
     blocks: dict[str, nn.Module], ended: Callable, slices: dict[str, int] | None = None
@@ -126,3 +177,57 @@ def _run_block(forward, name, ended, slices, *args, **kwargs):
         output = torch.cat([forward(part, **kwargs) for part in x.chunk(slices)])
     ended(name, args, kwargs, output)
     return output
+
+
+@contextmanager
+def on_fake_tensors(model: nn.Module, batch) -> Iterator:
+    """`model` holds fake parameters and buffers inside the with statement, as it was afterwards.
+
+    Yields `batch` (any nest of tensors) as fakes.  Meta tensors stand for tensors on the model's device, or
+    where the model itself is on none, as it is too large to be allocated, on the CPU.  Parameters of a
+    subclass (4-bit weights) stay what they are; operators take them as they come.  Raises `InputError` where
+    the model's path depends on values.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    on_meta: dict[int, torch.Tensor] = {}  # fakes by what they stand for
+    devices = (p.device for p in model.parameters() if not p.is_meta)
+    device = next(devices, torch.device("cpu"))
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_meta:
+            return mode.from_tensor(tensor, static_shapes=True)
+        if id(tensor) not in on_meta:
+            with mode:
+                made = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            on_meta[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if is_parameter else made
+        return on_meta[id(tensor)]
+
+    modules = list(model.modules())
+    saved = [
+        (vars(m).copy(), {k: v.copy() for k, v in vars(m).items() if isinstance(v, dict)}) for m in modules
+    ]
+    try:
+        for module in modules:
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if type(tensor) in (torch.Tensor, nn.Parameter):
+                        tensors[name] = fake(tensor)
+        with mode:
+            yield tree_map_only(torch.Tensor, fake, batch)
+    except (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        UnsupportedFakeTensorException,
+    ) as error:
+        raise InputError(
+            f"{type(model).__name__} cannot run on fake tensors, its path depends on values ({error}); "
+            "measure a real step instead."
+        ) from error
+    finally:
+        for module, (attributes, dicts) in zip(modules, saved):
+            vars(module).clear()
+            vars(module).update(attributes)
+            for name, content in dicts.items():
+                vars(module)[name].clear()
+                vars(module)[name].update(content)

@@ -15,8 +15,7 @@ from dataclasses import dataclass, fields
 import pandas as pd
 
 from toolkit.budget import LeanForms
-from toolkit.budget.fake_step import on_fake_tensors
-from toolkit.budget.step import optimizer_like
+from toolkit.budget.step import on_fake_tensors, optimizer_like
 from toolkit.errors import InputError, check_name
 from toolkit.experiment import Experiment
 from toolkit.forecast.steps import step_of
@@ -112,14 +111,8 @@ def _count(experiment: Experiment, num_classes: int, image_size: int | None, lea
     ours, published, corrected = map(FlopCounter, ({}, PUBLISHED_COUNTER, CORRECTED_COUNTER))
     forms = LeanForms(step.model) if lean else None
     try:
-        with on_fake_tensors(step.model, (images, labels)) as (images, labels):
-            memory = memory_of_step(
-                step.model,
-                (images, labels),
-                lambda: step.loss(step.model(images), labels),
-                make_optimizer,
-                *(ours, published, corrected),
-            )
+        with on_fake_tensors(step.model, (images, labels)) as batch:
+            memory = memory_of_step(step.model, batch, step.loss, make_optimizer, ours, published, corrected)
     finally:
         if forms:
             forms.remove()

@@ -11,9 +11,8 @@ import sys
 from dataclasses import dataclass
 
 from toolkit.budget import Checkpointing, TensorMemory, tensors_of
-from toolkit.budget.fake_step import on_fake_tensors
 from toolkit.budget.flops import NORMS, FlopCounter
-from toolkit.budget.step import autocast, deposit_gradients, optimizer_like
+from toolkit.budget.step import make_state, on_fake_tensors, optimizer_like, run_step
 from toolkit.forecast.steps import Step
 from toolkit.training.loop import held_bytes
 
@@ -54,27 +53,18 @@ def rule_step(step: Step, precision: str, limit: float) -> RuleStep:
     every limit between two of these numbers.  Without a limit no block is needed: some models have none.
     """
     make_optimizer = optimizer_like(step.optimizer, step.model)
-    with on_fake_tensors(step.model, step.batch) as (images, labels):
-        memory = TensorMemory(images.device)
-        memory.track([*tensors_of(step.model), images, labels])
-        stepper = make_optimizer(step.model)
+    with on_fake_tensors(step.model, step.batch) as batch:
+        memory = TensorMemory(batch[0].device)
+        memory.track([*tensors_of(step.model), *batch])
+        stepper, counter = make_optimizer(step.model), FlopCounter()
         readings = _Readings(memory)
         strategy = "none" if limit == math.inf else "threshold"
         rule = Checkpointing(step.model, strategy, memory=readings, budget_bytes=0)
         rule.threshold_bytes = limit
         with memory, rule:
-            deposit_gradients(p for p in step.model.parameters() if p.requires_grad)
-            stepper.step()  # gives the optimizer its state
-            stepper.zero_grad(set_to_none=True)
+            make_state(step.model, stepper)
             memory.reset_peak()
-            with FlopCounter() as counter:
-                with autocast(images.device, precision):
-                    logits = step.model(images)
-                    loss = step.loss(logits, labels)
-                loss.backward()
-                del loss, logits
-                stepper.step()
-                stepper.zero_grad(set_to_none=True)
+            run_step(step.model, batch, step.loss, stepper, precision, counter)
     forward, recompute = (
         sum(count for op, count in counter.counts[phase].items() if op not in NORMS)
         for phase in ("forward", "recompute")

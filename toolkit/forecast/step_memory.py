@@ -12,16 +12,14 @@ from dataclasses import dataclass, fields
 
 import pandas as pd
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 from toolkit.analysis.statistics import compare, groups, mean_and_interval
 from toolkit.budget import device_memory, tensors_of
-from toolkit.budget.memory import StorageRef
-from toolkit.budget.step import autocast, call, deposit_gradients
+from toolkit.budget.step import make_state, run_step
 from toolkit.experiment import Experiment, Parameters
 from toolkit.forecast.steps import step_of
-from toolkit.measure.memory import MemoryTrace
+from toolkit.measure.memory import KeptTensors, MemoryTrace
 from toolkit.methods import METHODS, summarize
 from toolkit.training.result import FitResult
 
@@ -45,56 +43,16 @@ def step_memory(experiment: Experiment, num_classes: int) -> StepMemory:
     built or adapted.
     """
     step = step_of(experiment, num_classes)
-    inputs, targets = step.batch
     kept = KeptTensors(tensors_of(step.model))
     memory = device_memory(torch.device(experiment.device))
     memory.track(tensors_of(step.model))
     memory.track(tree_leaves(step.batch))
-
-    def step_optimizer() -> None:
-        step.optimizer.step()
-        step.optimizer.zero_grad(set_to_none=True)
-
+    trace = MemoryTrace(memory, step.model)
     with memory:
-        deposit_gradients([p for p in step.model.parameters() if p.requires_grad])
-        step_optimizer()
+        make_state(step.model, step.optimizer)
         memory.reset_peak()
-        with MemoryTrace(memory, step.model) as trace:
-            with autocast(torch.device(experiment.device), experiment.precision), kept:
-                loss = step.loss(call(step.model, inputs), targets)
-            kept_bytes = kept.nbytes
-            loss.backward()
-            trace.start_optimizer()
-            step_optimizer()
-    return StepMemory(kept_bytes, memory.peak_bytes, summarize(step.model).trainable, trace.segments)
-
-
-class KeptTensors(saved_tensors_hooks):
-    """Counts the bytes of what autograd saves while it is entered, but for the tensors `known`.
-
-    Of a graph that is let go before the forward pass ends nothing is kept, so nothing is counted.
-    """
-
-    def __init__(self, known: Iterable[torch.Tensor]):
-        self._known = {tensor.untyped_storage()._cdata for tensor in known}
-        self._saved: dict[int, StorageRef] = {}
-        super().__init__(self._pack, lambda tensor: tensor)
-
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in self._known and key not in self._saved:
-            self._saved[key] = StorageRef(storage, self._freed, key, storage.nbytes())
-        return tensor.detach()  # an output that its own graph held would never be let go
-
-    def _freed(self, reference: StorageRef) -> None:
-        if self._saved.get(reference.key) is reference:
-            del self._saved[reference.key]
-
-    @property
-    def nbytes(self) -> int:
-        """Of what is still there."""
-        return sum(reference.nbytes for reference in self._saved.values())
+        run_step(step.model, step.batch, step.loss, step.optimizer, experiment.precision, trace, kept)
+    return StepMemory(kept.forward_bytes, memory.peak_bytes, summarize(step.model).trainable, trace.segments)
 
 
 def memory_table(steps: Mapping[str, StepMemory]) -> pd.DataFrame:

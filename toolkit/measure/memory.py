@@ -6,15 +6,18 @@ import os
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from toolkit.budget import DeviceMemory, TensorMemory, find_blocks, tensors_of
-from toolkit.budget.phases import current_phase
-from toolkit.budget.step import deposit_gradients
+from toolkit.budget.flops import current_phase
+from toolkit.budget.memory import StorageRef
+from toolkit.budget.step import make_state, run_step
 from toolkit.errors import InputError
 from toolkit.measure.sensors import GpuSensor, SensorError
 
@@ -165,38 +168,61 @@ class CategoryMemory(TensorMemory):
         super()._freed(reference)
 
 
+class KeptTensors(saved_tensors_hooks):
+    """Counts the bytes that autograd saves while it is entered, without the tensors `known`.
+
+    A graph that is freed before the forward pass ends adds nothing.  `forward_bytes`: what was saved when the
+    forward pass of `run_step` ended.
+    """
+
+    def __init__(self, known: Iterable[torch.Tensor]):
+        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+        self._saved: dict[int, StorageRef] = {}
+        self.forward_bytes = 0
+        super().__init__(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._known and key not in self._saved:
+            self._saved[key] = StorageRef(storage, self._freed, key, storage.nbytes())
+        return tensor.detach()  # an output that its own graph held would never be let go
+
+    def _freed(self, reference: StorageRef) -> None:
+        if self._saved.get(reference.key) is reference:
+            del self._saved[reference.key]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of saved tensors that are still alive."""
+        return sum(reference.nbytes for reference in self._saved.values())
+
+    def end_forward(self) -> None:
+        """Note what is saved now."""
+        self.forward_bytes = self.nbytes
+
+
 def memory_of_step(
     model: nn.Module,
-    inputs: Iterable[torch.Tensor],
-    loss: Callable[[], torch.Tensor],
+    batch,
+    loss: Callable | None,
     make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
-    *counters: AbstractContextManager,
+    *observers: AbstractContextManager,
 ) -> CategoryMemory:
-    """Memory of a training step whose optimizer has its state already, from a step on gradients of zeros.
+    """Memory by category of one training step in fp32 whose optimizer has its state.
 
-    `loss` runs the model on `inputs`.  `make_optimizer` is called when the gradients are watched already,
-    so that those which a fused optimizer takes away at once are counted.  `counters` are entered for the
-    step that is measured.
+    `make_optimizer` is called when the gradients are watched already, so that those which a fused optimizer
+    takes away at once are counted.  `batch`, `loss`, `observers`: as in `run_step`.
     """
     memory = CategoryMemory(next(model.parameters()).device, model)
-    memory.track_as("inputs", inputs)
-    memory.optimizer = optimizer = make_optimizer(model)
-
-    def step_optimizer() -> None:
-        memory.start_optimizer()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        memory.optimizing = False
-
+    memory.track_as("inputs", (leaf for leaf in tree_iter(batch) if isinstance(leaf, torch.Tensor)))
+    memory.optimizer = make_optimizer(model)
+    memory.optimizing = True
     with memory:
-        deposit_gradients([p for p in model.parameters() if p.requires_grad])
-        step_optimizer()
-        memory.reset_peak()
-        with ExitStack() as counting:
-            for counter in counters:
-                counting.enter_context(counter)
-            loss().backward()
-            step_optimizer()
+        make_state(model, memory.optimizer)
+    memory.optimizing = False
+    memory.reset_peak()
+    run_step(model, batch, loss, memory.optimizer, "fp32", memory, *observers)
     return memory
 
 

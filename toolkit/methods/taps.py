@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from toolkit.budget import find_blocks
-from toolkit.budget.fake_step import on_fake_tensors
+from toolkit.budget.step import on_fake_tensors
 from toolkit.errors import InputError
 
 TOKENS, CHANNELS_FIRST, CHANNELS_LAST = "tokens", "channels first", "channels last"

@@ -27,8 +27,7 @@ from tqdm import tqdm
 
 from toolkit.backbones import data_config
 from toolkit.budget import format_bytes
-from toolkit.budget.fake_step import on_fake_tensors
-from toolkit.budget.step import autocast
+from toolkit.budget.step import autocast, on_fake_tensors
 from toolkit.datasets import Policy, Splits, batch_rows, loader
 from toolkit.errors import InputError, check_name
 from toolkit.files import CACHE

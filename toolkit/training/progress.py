@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from toolkit.budget.sizes import format_bytes
+from toolkit.budget.memory import format_bytes
 from toolkit.datasets.tasks import score_in
 from toolkit.training.interruption import Interrupt
 
