@@ -12,7 +12,7 @@ from typing import ClassVar, Self
 import torch
 
 from toolkit.budget import STRATEGIES, format_bytes, parse_bytes
-from toolkit.datasets.tasks import task_of
+from toolkit.datasets import task_of
 from toolkit.errors import InputError, check_name
 from toolkit.methods import (
     BATCH_NORMS,

@@ -7,7 +7,7 @@ from torch import nn
 
 from toolkit.backbones import build_backbone
 from toolkit.budget import format_bytes, tensors_of
-from toolkit.datasets.tasks import IMAGE_PIXELS
+from toolkit.datasets import find_dataset
 from toolkit.errors import InputError
 from toolkit.experiment import Experiment
 
@@ -40,5 +40,5 @@ def build_model(experiment: Experiment, num_classes: int, pretrained: bool | Non
 
     return build_dense(
         experiment.backbone, experiment.head, num_classes, pretrained, experiment.task,
-        image_size=IMAGE_PIXELS.get(experiment.dataset),
+        image_size=find_dataset(experiment.dataset).image_pixels,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from torch import nn
 from toolkit.backbones import build_backbone
 from toolkit.baselines.features import Frozen, cache_key, extractor, features
 from toolkit.baselines.probes import fit_probe
-from toolkit.datasets import POLICIES, Policy, loader
+from toolkit.datasets import DATASETS, Policy, loader
 from toolkit.errors import InputError
 from toolkit.measure import Meter
 from toolkit.training.evaluation import evaluate
@@ -222,7 +222,7 @@ def test_half_precision_features_are_kept_as_such(few_digits, tmp_path):
 
 
 def test_whatever_features_depend_on_is_in_the_key(hub):
-    policy = POLICIES["digits"]
+    policy = DATASETS["digits"].policy
     options = {"image_size": 56}
 
     def key(extract=None, split="a", policy=policy, batch_size=8, layers=False) -> str:

@@ -42,8 +42,8 @@ def test_templates_of_cifar100_are_the_published_ones():
 
 
 def test_every_data_set_has_usable_templates():
-    for dataset in (*DATASETS, "folder:/somewhere"):
-        check_templates(templates(dataset))
+    for entry in DATASETS.values():
+        check_templates(entry.prompt.templates)
     assert templates("digits") == ['a photo of the number: "{}".']
     assert templates("folder:/somewhere") == ["a photo of a {}."]
 

@@ -11,7 +11,7 @@ from torch.utils.data import Subset
 
 import toolkit
 from toolkit.backbones import data_config
-from toolkit.datasets import Policy, clean_name, coco, image_files, load_dataset, loader, shifted
+from toolkit.datasets import Policy, coco, find_dataset, image_files, load_dataset, loader, shifted
 from toolkit.datasets.corruptions import corrupt
 from toolkit.datasets.embedded import TEXTURE_CROPS, assign_tiles
 from toolkit.errors import InputError
@@ -87,21 +87,25 @@ def test_a_shifted_set_is_the_clean_one_image_by_image(name, corruption):
     assert len(set(hashes)) == 9
 
 
-def test_clean_name():
-    assert clean_name("digits-c:mixed:3") == "digits" and clean_name("cifar10-c:fog:1") == "cifar10"
-    assert clean_name("dtd") == "dtd" and clean_name("folder:/a-c:b:1") == "folder:/a-c:b:1"
+@pytest.mark.parametrize("name", ["digits-c:mixed:3", "textures-c:mixed:3", "cifar10-c:fog:1"])
+def test_a_shifted_set_has_the_policy_and_the_prompt_of_the_clean_one(name):
+    found, expected = find_dataset(name), find_dataset(name.split("-")[0])
+    assert (found.policy, found.prompt) == (expected.policy, expected.prompt)
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("digits-c", "not of the form digits-c:CORRUPTION:SEVERITY, such as 'digits-c:contrast:3'"),
-        ("textures-c:mixed", "not of the form textures-c:CORRUPTION:SEVERITY"),
-        ("digits-c:mixed:3:4", "not of the form"),
+        ("digits-c", "unknown dataset 'digits-c'.*digits-c:CORRUPTION:SEVERITY"),
+        (
+            "textures-c:mixed",
+            "not of the form textures-c:CORRUPTION:SEVERITY, such as 'textures-c:contrast:3'",
+        ),
+        ("digits-c:mixed:3:4", "unknown severity '3:4'"),
         ("digits-c:gausian_noise:3", "corruption 'gausian_noise'.*Did you mean 'gaussian_noise'.*mixed"),
         ("digits-c:mixed:6", "unknown severity '6'. Valid: 1, 2, 3, 4, 5"),
         ("digits-c:mixed:03", "unknown severity '03'"),
-        ("digits:mixed:3", "unknown dataset 'digits:mixed:3'. Did you mean 'digits-c:mixed:3'"),
+        ("digits:mixed:3", "unknown dataset 'digits:mixed:3'.*digits-c:CORRUPTION"),
         ("cifar10-c:mixed:3", "unknown corruption 'mixed'.*fog"),
     ],
 )

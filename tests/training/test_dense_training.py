@@ -13,8 +13,8 @@ import toolkit
 from toolkit.analysis.report import read_runs, results
 from toolkit.analysis.statistics import compare
 from toolkit.batch.dry_run import dry_run
-from toolkit.datasets import loader
-from toolkit.datasets.tasks import IGNORED, TASKS, score_in, split_targets, task_of
+from toolkit.datasets import loader, task_of
+from toolkit.datasets.tasks import IGNORED, TASKS, score_in, split_targets
 from toolkit.errors import InputError
 from toolkit.forecast.forecasts import forecast
 from toolkit.methods import adapt

@@ -9,7 +9,7 @@ from typing import ClassVar
 from toolkit.baselines.need import FORMS
 from toolkit.baselines.registry import baseline_named
 from toolkit.budget import format_bytes
-from toolkit.datasets.tasks import task_of
+from toolkit.datasets import task_of
 from toolkit.errors import InputError, check_name
 from toolkit.experiment import Parameters
 

@@ -192,10 +192,10 @@ def _clip_tokenizer():
 
 def _prompt(kind: str) -> str:
     if kind in _PROMPTS:
-        return _PROMPTS[kind].format(question(""))
+        return _PROMPTS[kind].format(question("digits"))
     from toolkit.baselines import mobilevlm
 
-    return mobilevlm.prompt(question("")).replace("<image>", "")
+    return mobilevlm.prompt(question("digits")).replace("<image>", "")
 
 
 def weights_bytes(model: nn.Module, form: str, kept_tokens: int | None = None) -> int:

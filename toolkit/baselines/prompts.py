@@ -1,49 +1,21 @@
-"""What zero-shot models are asked: prompt templates, class names and questions, per data set.
+"""Prompts of zero-shot models: templates, class names and questions.
 
-CIFAR-10, CIFAR-100 and DTD have the prompts that CLIP's authors publish (openai/CLIP, data/prompts.md), so
-that accuracies can be held against published ones.  The class names are the data set's own; how they are
-lower-cased or stripped of punctuation is each model's tokenizer's business.
+Templates and nouns come from the data set's entry (`toolkit.datasets.Prompt`); CIFAR and DTD have those that
+CLIP's authors publish, so that accuracies can be compared with published ones.  Class names are the data
+set's own: lower-casing them and stripping punctuation is left to each model's tokenizer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from toolkit.datasets import Splits, clean_name
+from toolkit.datasets import Splits, find_dataset
 from toolkit.errors import InputError
-
-_QUALITIES = ("", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good ")
-_PHOTOS = [
-    template
-    for article in ("a", "the")
-    for template in (
-        *(f"a {quality}photo of {article} {{}}." for quality in _QUALITIES),
-        *(f"a photo of {article} {size} {{}}." for size in ("small", "big")),
-    )
-]
-_TEXTURES = [
-    f"a photo of {article} {{}} {noun}."
-    for article in ("a", "the")
-    for noun in ("texture", "pattern", "thing", "object")
-]
-_TEMPLATES = {
-    "cifar10": _PHOTOS,
-    "cifar100": _PHOTOS,
-    "dtd": _TEXTURES,
-    "textures": _TEXTURES,
-    "digits": ['a photo of the number: "{}".'],
-}
-_GENERAL = ["a photo of a {}."]
 
 
 def templates(dataset: str) -> list[str]:
-    """Prompt templates for the data set of that name (`Splits.name`); `{}` stands for the class.
-
-    cifar10 and cifar100 have the 18 and dtd the 8 published ones, digits the one published for MNIST;
-    textures has DTD's, and a shifted set what the clean one has.  Anything else, such as a folder, has the
-    one that CLIP's paper calls a good default (Radford et al. 2021, arXiv 2103.00020, sec. 3.1.4).
-    """
-    return list(_TEMPLATES.get(clean_name(dataset), _GENERAL))
+    """Prompt templates of a data set by its name (`Splits.name`); `{}` stands for the class."""
+    return list(find_dataset(dataset).prompt.templates)
 
 
 def class_names(splits: Splits) -> list[str]:
@@ -52,9 +24,8 @@ def class_names(splits: Splits) -> list[str]:
 
 
 def question(dataset: str) -> str:
-    """What a generative model is asked about each image of the data set."""
-    kind = "texture" if clean_name(dataset) in ("dtd", "textures") else "object"
-    return f"What type of {kind} is in this photo?"
+    """The question about each image of a data set that a generative model is asked."""
+    return f"What type of {find_dataset(dataset).prompt.noun} is in this photo?"
 
 
 def check_classes(names: Sequence[str]) -> None:

@@ -21,9 +21,7 @@ from toolkit.baselines.evaluate import form_and_batch
 from toolkit.baselines.experiment import BaselineExperiment
 from toolkit.baselines.prompts import class_names
 from toolkit.cache import kept, read
-from toolkit.datasets import load_dataset
-from toolkit.datasets.vtab import TRAIN as VTAB_TRAIN
-from toolkit.datasets.vtab import VTAB
+from toolkit.datasets import find_dataset, load_dataset
 from toolkit.errors import InputError
 from toolkit.experiment import Experiment, Parameters
 from toolkit.files import RUNS
@@ -31,16 +29,6 @@ from toolkit.forecast.forecasts import FORECASTS, TrainingStep, forecasts, made_
 from toolkit.measure.environment import device_name
 from toolkit.training.record import FILE_NAME, is_finished, run_folder
 
-# Classes and training images of what is not in this repository, as `datasets` splits it.
-_DOWNLOADED = {
-    "cifar10": (10, 45_000),
-    "cifar100": (100, 45_000),
-    "dtd": (47, 1_880),
-    "cifar10-c": (10, 4_000),
-    "voc2012": (21, 1_317),
-    "ade20k": (150, 18_189),
-    "coco": (80, 106_458),
-}
 _STOPS = "stops the sweep"
 _NOT_RUN = ("refused", _STOPS)
 _COLUMNS = (
@@ -152,13 +140,11 @@ def _as_trained(e: Experiment, images: int) -> Experiment:
 
 def _data_of(dataset: str) -> _Data | str:
     """The data set, or why it cannot be had."""
-    base, _, task = dataset.partition(":")
-    if base == "vtab" and task in VTAB:
-        return _Data([f"class {number}" for number in range(VTAB[task].classes)], VTAB_TRAIN)
-    if base in _DOWNLOADED:
-        count, images = _DOWNLOADED[base]
-        return _Data([f"class {number}" for number in range(count)], images)  # about as long as true names
     try:
+        entry = find_dataset(dataset)
+        if entry.train_images is not None:  # no download just for these two numbers
+            classes = [f"class {number}" for number in range(entry.classes)]  # about as long as true names
+            return _Data(classes, entry.train_images)
         splits = load_dataset(dataset)
     except InputError as error:
         return one_line(error)

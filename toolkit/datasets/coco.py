@@ -6,8 +6,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from toolkit.datasets.catalog import Dataset, register_dataset
 from toolkit.datasets.image_files import from_files, remembered, size_and_time
-from toolkit.datasets.splits import POLICIES, Splits, two_way
+from toolkit.datasets.splits import Policy, Splits, two_way
 from toolkit.errors import InputError
 
 LEAST_SHARE = 0.005  # of the image's area that a person's box covers (sec. 3)
@@ -30,7 +31,7 @@ def visual_wake_words(root: Path) -> Splits:
     except ValueError as error:
         raise InputError(f"dataset 'vww': train2017 cannot be split: {error}") from error
     files = {"train": [train[row] for row in rest], "val": [train[row] for row in held_out], "test": test}
-    return from_files("vww", root, files, CLASSES, POLICIES["vww"])
+    return from_files("vww", root, files, CLASSES)
 
 
 def annotation_files(dataset: str, root: Path) -> dict[str, Path]:
@@ -88,3 +89,11 @@ def _labels(content: dict) -> list[tuple[str, int]]:
         and box["bbox"][2] * box["bbox"][3] > least[box["image_id"]]  # x, y, width, height in pixels
     }
     return sorted((Path(image["file_name"]).name, int(image["id"] in shown)) for image in content["images"])
+
+
+register_dataset(
+    Dataset(
+        "vww", lambda root: visual_wake_words(root / "coco"),
+        Policy(crop_scale=(0.5, 1.0), flip=True),  # a smaller crop may lose the person
+    )
+)  # fmt: skip

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from toolkit.datasets.catalog import Dataset, register_dataset
 from toolkit.datasets.coco import annotation_files, read_instances
 from toolkit.datasets.dense_files import dense_splits, held_out
 from toolkit.datasets.image_files import size_and_time
-from toolkit.datasets.splits import POLICIES, Splits
+from toolkit.datasets.splits import Policy, Splits
 from toolkit.errors import InputError
 
 CLIPPED_PIXELS = 1.0  # a box may stick out of its image by less: rounding
@@ -50,7 +51,7 @@ def coco_detection(root: Path) -> Splits:
     )
     splits = dense_splits(
         "coco", root, held_out("coco", train) | {"test": test}, _target, _check, classes=names,
-        policy=POLICIES["coco"], task="detection", stamp=[size_and_time(path) for path in files.values()],
+        stamp=[size_and_time(path) for path in files.values()],
     )  # fmt: skip
     for what in ("crowd annotations", "boxes without area"):
         count = sum(part["left_out"][what] for part in content.values())
@@ -117,3 +118,11 @@ def _check(path: Path, source: Boxes, image: torch.Tensor, target: dict[str, tor
             f"dataset 'coco': {path} has {image.shape[2]} x {image.shape[1]} pixels, its annotations are for "
             f"{width} x {height}: unpack it again."
         )
+
+
+register_dataset(
+    Dataset(
+        "coco", lambda root: coco_detection(root / "coco"), Policy(flip=True), "detection",
+        classes=80, train_images=106_458,
+    )
+)  # fmt: skip

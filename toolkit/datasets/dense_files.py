@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from toolkit.datasets.image_files import decode, remembered, size_and_time
-from toolkit.datasets.splits import Policy, Splits, hash_target, two_way
+from toolkit.datasets.splits import Splits, hash_target, two_way
 from toolkit.errors import InputError
 from toolkit.files import sha256_of
 
@@ -56,8 +56,6 @@ def dense_splits(
     check: Callable[[Path, object, torch.Tensor, Target], None],
     *,
     classes: list[str],
-    policy: Policy,
-    task: str,
     stamp: list,
 ) -> Splits:
     """Leave out images that cannot be decoded, and hash the rest; both remembered per unchanged file list.
@@ -81,7 +79,7 @@ def dense_splits(
             raise InputError(f"dataset {name!r}: no image of the {split} split in {root} can be read{first}.")
         splits[split] = DenseFiles(good, read)
     return Splits(
-        name=name, **splits, classes=classes, hashes=scan["hashes"], policy=policy, task=task,
+        name=name, **splits, classes=classes, hashes=scan["hashes"], 
         broken=[f"{file}: {reason}" for file, reason in broken.items()],
     )  # fmt: skip
 

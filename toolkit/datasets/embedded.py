@@ -7,7 +7,8 @@ import skimage.data
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from toolkit.datasets.splits import POLICIES, Splits, in_memory, three_way
+from toolkit.datasets.catalog import Dataset, Prompt, register_dataset
+from toolkit.datasets.splits import Policy, Splits, in_memory, three_way
 
 
 def digits() -> Splits:
@@ -16,7 +17,7 @@ def digits() -> Splits:
     images = np.round(bunch.images * (255 / 16)).astype(np.uint8)
     rows = three_way(bunch.target, val=0.15, test=0.25)
     parts = {split: (images[r], bunch.target[r]) for split, r in rows.items()}
-    return in_memory("digits", parts, [str(digit) for digit in range(10)], POLICIES["digits"])
+    return in_memory("digits", parts, [str(digit) for digit in range(10)])
 
 
 # Photographs that scikit-image ships inside its package: no download.
@@ -47,7 +48,7 @@ def textures() -> Splits:
                 parts[split][0].append(grey[y : y + TEXTURE_CROP, x : x + TEXTURE_CROP])
                 parts[split][1].append(label)
     arrays = {split: (np.stack(crops), np.array(labels)) for split, (crops, labels) in parts.items()}
-    return in_memory("textures", arrays, list(TEXTURE_PHOTOGRAPHS), POLICIES["textures"])
+    return in_memory("textures", arrays, list(TEXTURE_PHOTOGRAPHS))
 
 
 def assign_tiles(rng: np.random.Generator, shape: tuple[int, int]) -> dict[str, np.ndarray]:
@@ -57,3 +58,18 @@ def assign_tiles(rng: np.random.Generator, shape: tuple[int, int]) -> dict[str, 
     corners = rng.permutation(corners * TEXTURE_TILE)
     test, val = max(1, len(corners) // 4), max(1, len(corners) // 8)
     return {"test": corners[:test], "val": corners[test : test + val], "train": corners[test + val :]}
+
+
+# The prompts that CLIP's authors publish for MNIST and for DTD (openai/CLIP, data/prompts.md).
+DIGIT_PROMPT = Prompt(('a photo of the number: "{}".',))
+TEXTURE_PROMPT = Prompt(
+    tuple(
+        f"a photo of {article} {{}} {noun}."
+        for article in ("a", "the")
+        for noun in ("texture", "pattern", "thing", "object")
+    ),
+    "texture",
+)
+# No flip: a mirrored digit is not a digit.
+register_dataset(Dataset("digits", lambda root: digits(), prompt=DIGIT_PROMPT))
+register_dataset(Dataset("textures", lambda root: textures(), Policy(flip=True), prompt=TEXTURE_PROMPT))

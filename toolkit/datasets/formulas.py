@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from toolkit.datasets import Policy, Splits, in_memory
+from toolkit.datasets.splits import Splits, in_memory
 
 HELD_OUT = 10  # images per class, for validation and again for test
 
@@ -47,7 +47,7 @@ def formula_splits(
                 parts[split][0].append(pictures[chosen])
                 parts[split][1].append(np.full(len(pictures[chosen]), label))
     arrays = {split: tuple(map(np.concatenate, lists)) for split, lists in parts.items()}
-    return in_memory("formulas", arrays, names, Policy())
+    return in_memory("formulas", arrays, names)
 
 
 def _fractals(rng: np.random.Generator, count: int, size: int) -> np.ndarray:

@@ -7,21 +7,21 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
+import torch.utils.data
 from PIL import Image
-from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from toolkit.datasets.splits import POLICIES, Policy, Splits, three_way
+from toolkit.datasets.catalog import Dataset, register_dataset
+from toolkit.datasets.splits import Policy, Splits, three_way
 from toolkit.errors import InputError
 from toolkit.files import CACHE, write_atomically
 
 MAX_PIXELS = 40_000_000  # a larger picture is refused before it is decoded: it may be a decompression bomb
 
 
-class _ImageFiles(Dataset):
+class _ImageFiles(torch.utils.data.Dataset):
     """Images that are decoded when they are asked for."""
 
     decodes = True
@@ -71,7 +71,7 @@ def folder(path: Path) -> Splits:
         except ValueError as error:  # scikit-learn says which class is too small to be split
             raise InputError(f"folder:{path} cannot be split into train, val and test: {error}") from error
         files = {split: [everything[row] for row in r] for split, r in rows.items()}
-    return from_files(f"folder:{path}", path, files, classes, POLICIES["folder"])
+    return from_files(f"folder:{path}", path, files, classes)
 
 
 def _classes_in(path: Path) -> list[str]:
@@ -94,9 +94,7 @@ def _images_in(path: Path, classes: list[str]) -> Iterator[tuple[Path, int]]:
         yield from ((file, label) for file in found)
 
 
-def from_files(
-    name: str, root: Path, files: dict[str, list[tuple[Path, int]]], classes: list[str], policy: Policy
-) -> Splits:
+def from_files(name: str, root: Path, files: dict[str, list[tuple[Path, int]]], classes: list[str]) -> Splits:
     """Leave out what cannot be decoded, and hash the rest; both remembered per unchanged file list.
 
     `files`: the images and labels of each split, below `root`.  Raises `InputError` where a split is left
@@ -116,7 +114,7 @@ def from_files(
             raise InputError(f"{name}: the {split} split has readable images of fewer than two classes.")
         splits[split] = _ImageFiles(good)
     reasons = [f"{file}: {reason}" for file, reason in scan["broken"].items()]
-    return Splits(name=name, **splits, classes=classes, hashes=scan["hashes"], policy=policy, broken=reasons)
+    return Splits(name=name, **splits, classes=classes, hashes=scan["hashes"], broken=reasons)
 
 
 def remembered(what: str, key: list, make: Callable[[], dict | list]) -> dict | list:
@@ -154,3 +152,11 @@ def _scan(root: Path, files: dict[str, list[tuple[Path, int]]]) -> dict:
             digest.update(hashlib.sha256(file.read_bytes()).digest())
         hashes[split] = digest.hexdigest()
     return {"hashes": hashes, "broken": broken}
+
+
+register_dataset(
+    Dataset(
+        "folder", lambda root, path: folder(Path(path).expanduser()),
+        Policy(crop_scale=(0.35, 1.0), flip=True), members="PATH",
+    )
+)  # fmt: skip

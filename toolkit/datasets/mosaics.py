@@ -9,8 +9,9 @@ import skimage.data
 import torch
 from PIL import Image
 
+from toolkit.datasets.catalog import Dataset, register_dataset
 from toolkit.datasets.embedded import TEXTURE_TILE, assign_tiles
-from toolkit.datasets.splits import POLICIES, InMemoryDense, Splits
+from toolkit.datasets.splits import InMemoryDense, Policy, Splits
 
 # Photographs of scikit-image whose grey tiles of 64 px look alike among themselves and unlike the others.
 MATERIALS = ("brick", "coins", "grass", "gravel", "hubble_deep_field", "immunohistochemistry", "moon")
@@ -35,8 +36,7 @@ def texture_mosaics() -> Splits:
         data[split] = InMemoryDense(images, list(torch.from_numpy(masks)))
     hashes = {split: split_data.sha256() for split, split_data in data.items()}
     return Splits(
-        name="mosaics", **data, classes=list(MATERIALS), hashes=hashes, policy=POLICIES["mosaics"],
-        task="segmentation",
+        name="mosaics", **data, classes=list(MATERIALS), hashes=hashes
     )  # fmt: skip
 
 
@@ -82,3 +82,8 @@ def varied(rng: np.random.Generator, tile: np.ndarray) -> np.ndarray:
         turned = turned[:, ::-1]
     shifted = rng.uniform(0.75, 1.25) * (turned - turned.mean()) + turned.mean() + rng.uniform(-25, 25)
     return shifted.round().clip(0, 255).astype(np.uint8)
+
+
+register_dataset(
+    Dataset("mosaics", lambda root: texture_mosaics(), Policy(flip=True), "segmentation", image_pixels=64)
+)

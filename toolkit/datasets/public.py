@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torchvision
 
+from toolkit.datasets.catalog import Dataset, Prompt, register_dataset
+from toolkit.datasets.embedded import TEXTURE_PROMPT
 from toolkit.datasets.image_files import from_files
-from toolkit.datasets.splits import POLICIES, Splits, in_memory, two_way
+from toolkit.datasets.splits import Policy, Splits, in_memory, two_way
 from toolkit.errors import InputError
 
 
@@ -48,7 +51,7 @@ def cifar(name: str, root: Path) -> Splits:
         split: (images[rows], labels[rows]) for split, rows in zip(("train", "val"), two_way(labels, 0.1))
     }
     parts["test"] = (test.data.transpose(0, 3, 1, 2), np.array(test.targets))
-    return in_memory(name, parts, train.classes, POLICIES[name])
+    return in_memory(name, parts, train.classes)
 
 
 def describable_textures(root: Path) -> Splits:
@@ -64,4 +67,29 @@ def describable_textures(root: Path) -> Splits:
         for split in ("train", "val", "test")
     }  # fmt: skip
     files = {split: list(zip(data._image_files, data._labels)) for split, data in listed.items()}
-    return from_files("dtd", root / "dtd", files, listed["train"].classes, POLICIES["dtd"])
+    return from_files("dtd", root / "dtd", files, listed["train"].classes)
+
+
+def _photos() -> Prompt:
+    """The 18 prompts that CLIP's authors publish for CIFAR (openai/CLIP, data/prompts.md)."""
+    qualities = ("", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good ")
+    templates = []
+    for article in ("a", "the"):
+        templates += [f"a {quality}photo of {article} {{}}." for quality in qualities]
+        templates += [f"a photo of {article} {size} {{}}." for size in ("small", "big")]
+    return Prompt(tuple(templates))
+
+
+for _name, _classes in (("cifar10", 10), ("cifar100", 100)):
+    register_dataset(
+        Dataset(
+            _name, functools.partial(cifar, _name), Policy(crop_scale=(0.8, 1.0), flip=True),
+            classes=_classes, train_images=45_000, prompt=_photos(),
+        )
+    )  # fmt: skip
+register_dataset(
+    Dataset(
+        "dtd", describable_textures, Policy(crop_scale=(0.35, 1.0), flip=True),
+        classes=47, train_images=1_880, prompt=TEXTURE_PROMPT,
+    )
+)  # fmt: skip

@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from toolkit.datasets.catalog import Dataset, register_dataset
 from toolkit.datasets.embedded import TEXTURE_TILE, digits
 from toolkit.datasets.mosaics import MATERIALS, tiles_of, varied
-from toolkit.datasets.splits import POLICIES, InMemory, InMemoryDense, Splits
+from toolkit.datasets.splits import InMemory, InMemoryDense, Splits
 
 SCENES = {"train": 480, "val": 60, "test": 120}  # images
 DIGITS = (1, 4)  # fewest and most in an image
@@ -32,8 +33,7 @@ def digit_scenes() -> Splits:
         data[split] = InMemoryDense(np.stack(images), targets)
     hashes = {split: split_data.sha256() for split, split_data in data.items()}
     return Splits(
-        name="digit_scenes", **data, classes=written.classes, hashes=hashes,
-        policy=POLICIES["digit_scenes"], task="detection",
+        name="digit_scenes", **data, classes=written.classes, hashes=hashes
     )  # fmt: skip
 
 
@@ -82,3 +82,7 @@ def _painted(rng: np.random.Generator, below: np.ndarray, opacity: np.ndarray) -
     colour = mean + (contrast if brighter else -contrast) + tint - tint.mean()
     painted = below + opacity * (colour[:, None, None].clip(0, 255) - below)
     return painted.round().astype(np.uint8)
+
+
+# No flip: a mirrored digit is not a digit.
+register_dataset(Dataset("digit_scenes", lambda root: digit_scenes(), task="detection", image_pixels=64))

@@ -10,10 +10,11 @@ import torch
 import torchvision
 from PIL import Image
 
+from toolkit.datasets.catalog import Dataset, register_dataset
 from toolkit.datasets.dense_files import dense_splits, held_out
 from toolkit.datasets.image_files import MAX_PIXELS
 from toolkit.datasets.public import fetched
-from toolkit.datasets.splits import POLICIES, Splits
+from toolkit.datasets.splits import Policy, Splits
 from toolkit.datasets.tasks import IGNORED
 from toolkit.errors import InputError
 
@@ -94,7 +95,7 @@ def _with_masks(name: str, root: Path, train: list, test: list, classes: list[st
     check = functools.partial(_check, name, len(classes), first)
     return dense_splits(
         name, root, held_out(name, train) | {"test": test}, functools.partial(_mask, first), check,
-        classes=classes, policy=POLICIES[name], task="segmentation", stamp=[first],
+        classes=classes, stamp=[first],
     )  # fmt: skip
 
 
@@ -135,3 +136,11 @@ def _check(
             f"dataset {name!r}: {mask} holds the class id {int(unknown[0]) + first}; the ids of its "
             f"{num_classes} classes end at {num_classes - 1 + first}.  Unpack it again."
         )
+
+
+register_dataset(
+    Dataset("voc2012", voc2012, Policy(flip=True), "segmentation", classes=21, train_images=1_317)
+)
+register_dataset(
+    Dataset("ade20k", ade20k, Policy(flip=True), "segmentation", classes=ADE_CLASSES, train_images=18_189)
+)

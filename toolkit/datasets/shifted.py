@@ -6,17 +6,20 @@ arXiv 1903.12261) is its authors' archive.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from toolkit.datasets import embedded, public  # noqa: F401  (they register the clean sets)
+from toolkit.datasets.catalog import DATASETS, load_dataset, register_dataset
 from toolkit.datasets.corruptions import CORRUPTIONS, MIXED, SEVERITIES, corrupt
-from toolkit.datasets.embedded import digits, textures
-from toolkit.datasets.splits import POLICIES, Splits, in_memory, three_way
+from toolkit.datasets.splits import Splits, in_memory, three_way
 from toolkit.errors import InputError, check_name
 
-SHIFTED = ("digits-c", "textures-c", "cifar10-c")
 FORM = "CORRUPTION:SEVERITY"
 ENLARGED_PIXELS = 32  # the side of corrupted digits
 
@@ -31,37 +34,26 @@ CIFAR10_C = (  # the archive's files
 CIFAR10_C_IMAGES = 10_000  # CIFAR-10's test images, once per severity
 
 
-def clean_name(dataset: str) -> str:
-    """The data set that a shifted one is made of: `digits` of `digits-c:mixed:3`; another's own name."""
-    base = dataset.partition(":")[0]
-    return base.removesuffix("-c") if base in SHIFTED else dataset
+def _parsed(family: str, member: str, corruptions: Iterable[str]) -> tuple[str, int]:
+    """The corruption and the severity in `member`; raises `InputError` for unknown ones."""
+    corruption, colon, severity = member.partition(":")
+    if not colon:
+        raise InputError(
+            f"dataset '{family}:{member}' is not of the form {family}:{FORM}, such as '{family}:contrast:3'."
+        )
+    check_name("corruption", corruption, corruptions)
+    return corruption, int(check_name("severity", severity, SEVERITIES))
 
 
-def load_shifted(name: str, root: Path) -> Splits:
-    """`digits-c`, `textures-c` or `cifar10-c`, a corruption and a severity, with colons between.
-
-    Digits and textures take `corruptions`: the three splits are the clean set's, image by image.
-    cifar10-c takes the archive's corruptions; its 10,000 images, CIFAR-10's test set, are dealt to the
-    splits alike for all of them: 4,000 to train on, 1,000 for validation and 5,000 to test.
-
-    Raises `InputError` for a name of another form, an unknown corruption or severity, and files that are
-    missing or not what they should be.
-    """
-    base, *rest = name.split(":")
-    if len(rest) != 2:
-        raise InputError(f"dataset {name!r} is not of the form {base}:{FORM}, such as '{base}:contrast:3'.")
-    corruption, severity = rest
-    check_name("corruption", corruption, CIFAR10_C if base == "cifar10-c" else [*CORRUPTIONS, MIXED])
-    check_name("severity", severity, SEVERITIES)
-    if base == "cifar10-c":
-        return _cifar10_c(name, root / "CIFAR-10-C", corruption, int(severity))
-    clean = digits() if base == "digits-c" else textures()
-    parts = {}
+def _corrupted(clean: str, root: Path, member: str) -> Splits:
+    """The clean data set with its three splits corrupted image by image."""
+    corruption, severity = _parsed(f"{clean}-c", member, [*CORRUPTIONS, MIXED])
+    splits, parts = load_dataset(clean, root), {}
     for split in ("train", "val", "test"):
-        data = getattr(clean, split)
-        images = enlarged(data.images) if base == "digits-c" else data.images
-        parts[split] = (corrupt(images, corruption, int(severity), split), data.labels)
-    return in_memory(name, parts, clean.classes, clean.policy)
+        data = getattr(splits, split)
+        images = enlarged(data.images) if clean == "digits" else data.images
+        parts[split] = (corrupt(images, corruption, severity, split), data.labels)
+    return in_memory(f"{clean}-c:{member}", parts, splits.classes)
 
 
 def enlarged(images: np.ndarray) -> np.ndarray:
@@ -74,7 +66,13 @@ def enlarged(images: np.ndarray) -> np.ndarray:
     return np.stack([np.asarray(picture) for picture in pictures])
 
 
-def _cifar10_c(name: str, folder: Path, corruption: str, severity: int) -> Splits:
+def _cifar10_c(root: Path, member: str) -> Splits:
+    """The archive's 10,000 images of a severity, CIFAR-10's test set: 4,000 train, 1,000 val, 5,000 test.
+
+    An image is in the same split under every corruption.  Raises `InputError` for missing or damaged files.
+    """
+    corruption, severity = _parsed("cifar10-c", member, CIFAR10_C)
+    folder = root / "CIFAR-10-C"
     images = _array(folder / f"{corruption}.npy", (5 * CIFAR10_C_IMAGES, 32, 32, 3))
     labels = _array(folder / "labels.npy", (5 * CIFAR10_C_IMAGES,))
     of_severity = slice((severity - 1) * CIFAR10_C_IMAGES, severity * CIFAR10_C_IMAGES)
@@ -85,7 +83,7 @@ def _cifar10_c(name: str, folder: Path, corruption: str, severity: int) -> Split
         )
     rows = three_way(labels, val=0.1, test=0.5)
     parts = {split: (images[r], labels[r]) for split, r in rows.items()}
-    return in_memory(name, parts, list(CIFAR10), POLICIES["cifar10"])
+    return in_memory(f"cifar10-c:{member}", parts, list(CIFAR10))
 
 
 def _array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
@@ -102,3 +100,13 @@ def _array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
             f"dataset cifar10-c: {path} holds {array.dtype} {array.shape}, not {shape} of bytes. {remedy}"
         )
     return array
+
+
+def _register_shifted(clean: str, load: Callable[[Path, str], Splits], **known: int) -> None:
+    """Register `CLEAN-c` with the policy, task and prompt of the clean data set."""
+    register_dataset(replace(DATASETS[clean], name=f"{clean}-c", load=load, members=FORM, **known))
+
+
+for _clean in ("digits", "textures"):
+    _register_shifted(_clean, functools.partial(_corrupted, _clean))
+_register_shifted("cifar10", _cifar10_c, train_images=4_000)

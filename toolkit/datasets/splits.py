@@ -25,21 +25,7 @@ class Policy:
     flip: bool = False
 
 
-# Shifted sets have their clean set's.
-POLICIES = {
-    "digits": Policy(),  # a mirrored 2 is no digit
-    "textures": Policy(flip=True),
-    "cifar10": Policy(crop_scale=(0.8, 1.0), flip=True),
-    "cifar100": Policy(crop_scale=(0.8, 1.0), flip=True),
-    "dtd": Policy(crop_scale=(0.35, 1.0), flip=True),
-    "vww": Policy(crop_scale=(0.5, 1.0), flip=True),  # a smaller crop may lose the person
-    "folder": Policy(crop_scale=(0.35, 1.0), flip=True),
-    "mosaics": Policy(flip=True),
-    "digit_scenes": Policy(),  # nor is it in a scene
-    "voc2012": Policy(flip=True),
-    "ade20k": Policy(flip=True),
-    "coco": Policy(flip=True),
-}
+WHOLE = Policy()
 
 
 @dataclass
@@ -60,7 +46,7 @@ class Splits:
     test: Dataset
     classes: list[str]
     hashes: dict[str, str]
-    policy: Policy
+    policy: Policy = WHOLE
     broken: list[str] = field(default_factory=list)
     task: str = "classification"  # | "segmentation" | "detection"
     left_out: dict[str, int] = field(default_factory=dict)
@@ -94,7 +80,10 @@ class InMemory(Dataset):
 
 
 def in_memory(
-    name: str, parts: dict[str, tuple[np.ndarray, np.ndarray]], classes: list[str], policy: Policy
+    name: str,
+    parts: dict[str, tuple[np.ndarray, np.ndarray]],
+    classes: list[str],
+    policy: Policy = WHOLE,
 ) -> Splits:
     """Splits from arrays: `parts` maps train, val and test to images and labels.
 

@@ -16,15 +16,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from toolkit.measure.quantities import NOT_ENDED, QUANTITIES, Quantity, register_metric
 
 IGNORED = 255  # label of pixels that count for nothing
-_DENSE = {  # data sets by name; all others are of classification
-    "mosaics": "segmentation",
-    "voc2012": "segmentation",
-    "ade20k": "segmentation",
-    "digit_scenes": "detection",
-    "coco": "detection",
-}
-# Data sets whose images are made at one size; others come in the backbone's.
-IMAGE_PIXELS = {"mosaics": 64, "digit_scenes": 64}
 
 
 @dataclass(frozen=True)
@@ -113,11 +104,6 @@ TASKS = {
         lambda losses, targets: sum(losses.values()), None, _no_boxes,
     ),
 }  # fmt: skip
-
-
-def task_of(dataset: str) -> Task:
-    """The task of a data set, by its name."""
-    return TASKS[_DENSE.get(dataset, "classification")]
 
 
 def split_targets(targets: Any, size: int) -> list:

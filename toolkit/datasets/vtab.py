@@ -13,6 +13,7 @@ Of the 19 tasks seven are missing here, as torchvision does not read their data:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +21,13 @@ from pathlib import Path
 import numpy as np
 
 from toolkit.datasets import vtab_sources as sources
+from toolkit.datasets.catalog import Dataset, register_dataset
 from toolkit.datasets.image_files import from_files
-from toolkit.datasets.splits import Policy, Splits, in_memory
+from toolkit.datasets.splits import Splits, in_memory
 from toolkit.datasets.vtab_sources import Pool, Pools
 from toolkit.errors import InputError, check_name
 
 TRAIN, VAL = 800, 200  # images
-POLICY = Policy()  # of all tasks
 MISSING = (
     "resisc45", "diabetic_retinopathy", "dmlab", "dsprites_location", "dsprites_orientation",
     "smallnorb_azimuth", "smallnorb_elevation",
@@ -88,7 +89,7 @@ def _from_arrays(name: str, pools: Pools, parts: dict) -> Splits:
         split: (np.asarray(pool.images[rows]).transpose(0, 3, 1, 2), np.asarray(pool.labels)[rows])
         for split, (pool, rows) in parts.items()
     }
-    return in_memory(name, arrays, pools.classes, POLICY)
+    return in_memory(name, arrays, pools.classes)
 
 
 def _from_files(name: str, pools: Pools, parts: dict) -> Splits:
@@ -96,7 +97,7 @@ def _from_files(name: str, pools: Pools, parts: dict) -> Splits:
         split: [(pool.images[row], pool.labels[row]) for row in np.arange(len(pool.labels))[rows]]
         for split, (pool, rows) in parts.items()
     }
-    return from_files(name, pools.root, files, pools.classes, POLICY)
+    return from_files(name, pools.root, files, pools.classes)
 
 
 VTAB = {
@@ -117,3 +118,10 @@ VTAB = {
         "structured", 4, "official train, dealt by video as the benchmark does", sources.kitti_distance
     ),
 }
+
+for _name, _task in VTAB.items():
+    register_dataset(
+        Dataset(
+            f"vtab:{_name}", functools.partial(load_vtab, _name), classes=_task.classes, train_images=TRAIN
+        )
+    )

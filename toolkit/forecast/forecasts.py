@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from toolkit.budget import Plan, Planner, format_bytes, parse_bytes
 from toolkit.budget.solver import Chain
 from toolkit.cache import digest, kept
-from toolkit.datasets.tasks import IMAGE_PIXELS
+from toolkit.datasets import find_dataset
 from toolkit.errors import InputError
 from toolkit.experiment import Experiment
 from toolkit.files import CACHE
@@ -127,7 +127,7 @@ class TrainingStep:
         return made_by() | {
             "backbone": e.backbone,
             "head": e.head,
-            "pixels": IMAGE_PIXELS.get(e.dataset),
+            "pixels": find_dataset(e.dataset).image_pixels,
             "cached_features": bool(e.feature_cache),
             "method": e.method,
             **e.method_options,

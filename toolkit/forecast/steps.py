@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from toolkit.backbones import data_config
-from toolkit.datasets.tasks import task_of
+from toolkit.datasets import task_of
 from toolkit.experiment import Experiment
 from toolkit.methods import adapt, set_train_mode
 from toolkit.methods.allocation import allocation_of

@@ -17,8 +17,8 @@ from matplotlib.patches import Patch
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from toolkit.analysis.statistics import groups, mean_and_interval
-from toolkit.datasets import Splits
-from toolkit.datasets.tasks import IGNORED, score_in, task_of
+from toolkit.datasets import Splits, task_of
+from toolkit.datasets.tasks import IGNORED, score_in
 from toolkit.forecast.step_memory import MIB, StepMemory
 from toolkit.measure.quantities import QUANTITIES
 from toolkit.plots.text import plain

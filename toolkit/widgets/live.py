@@ -17,7 +17,8 @@ from IPython.display import display
 from tqdm import tqdm
 
 from toolkit.budget import format_bytes
-from toolkit.datasets.tasks import score_in, task_of
+from toolkit.datasets import task_of
+from toolkit.datasets.tasks import score_in
 from toolkit.experiment import Experiment
 from toolkit.measure.quantities import QUANTITIES
 from toolkit.training.progress import Progress, View, live_notebook, plain_view
