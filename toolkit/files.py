@@ -1,7 +1,7 @@
-"""Where files lie, whatever folder a kernel starts in, and files that appear whole or not at all.
+"""The folders of the project as absolute paths, and atomic writes.
 
-Jupyter starts kernels in `notebooks/`, papermill in the caller's folder: relative paths would work in
-one and fail in the other.  `TOOLKIT_RUNS`, `TOOLKIT_FIGURES` and `TOOLKIT_CACHE` move what is written.
+Jupyter starts kernels in `notebooks/`, papermill in the caller's folder: a relative path would work in one
+and fail in the other.  `TOOLKIT_RUNS`, `TOOLKIT_FIGURES` and `TOOLKIT_CACHE` name other output folders.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FIGURES = Path(os.environ.get("TOOLKIT_FIGURES", ROOT / "figures"))
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write through a temporary neighbour, `fsync` and `os.replace`: a reader never sees half a file."""
+    """Write a temporary file in the same folder, `fsync` it and rename it: no reader sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -36,6 +36,6 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex digest of a file's content."""
+    """The sha256 of a file's content, as hex digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

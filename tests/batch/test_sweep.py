@@ -34,8 +34,8 @@ def test_default_comparison_is_the_documented_one():
     ("parameters", "message"),
     [
         ({"methd": "lora"}, "unknown parameter of finetune.ipynb 'methd'.*Did you mean 'method'"),
-        ({'x=1;__import__("os").system("touch pwned");y': 1}, "is no identifier"),
-        ({"": 1}, "is no identifier"),
+        ({'x=1;__import__("os").system("touch pwned");y': 1}, "is not an identifier"),
+        ({"": 1}, "is not an identifier"),
     ],
 )
 def test_parameter_names_are_checked_before_papermill_sees_them(tmp_path, monkeypatch, parameters, message):
@@ -166,7 +166,7 @@ def test_a_second_attempt_may_succeed(fake_run, tmp_path):
 @pytest.mark.parametrize("workers", [0, 10_000])
 def test_as_many_workers_as_there_are_devices(fake_run, tmp_path, workers):
     calls = fake_run(lambda _: "ok")
-    with pytest.raises(InputError, match="workers must lie between 1 and"):
+    with pytest.raises(InputError, match="workers must be between 1 and"):
         sweep.run_experiments(sweep.grid(seed=[0]), tmp_path, workers=workers)
     assert calls == []
 

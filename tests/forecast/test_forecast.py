@@ -249,8 +249,8 @@ def test_dry_run_tells_time_by_seeds_then_by_scale(tmp_path, kept):
     assert list(after.finished) == [True, False, False, False, False]
     assert list(after.estimate_from[:4]) == ["finished runs"] * 2 + ["scaled planner"] * 2
     assert after.seconds[1] == 30
-    # Training took 20 times the estimate, and the rest of a run 30 s in the median, less that.
-    assert after.seconds[3] == pytest.approx(20 * before.seconds[3] + 30 - 100 * planned)
+    scale = 30 / before.seconds[0]  # of the finished runs that the sweep names
+    assert after.seconds[3] == pytest.approx(scale * before.seconds[3])
     _finish(baseline, runs, 12.0)
     assert dry_run(asked, runs, kept).seconds[4] == 12
     words = summary(after)

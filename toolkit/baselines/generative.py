@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 from toolkit.baselines import hub
-from toolkit.errors import InputError, check_name
+from toolkit.errors import InputError, check_name, one_line
 from toolkit.methods.low_rank import BLOCK_SIZES, quantise
 
 
@@ -81,7 +81,7 @@ def load(
         raise
     except hub.UNREADABLE as error:
         raise InputError(
-            f"the vision-language model {source} cannot be loaded: {hub.first_line(error)}. Fetch its files "
+            f"the vision-language model {source} cannot be loaded: {one_line(error)}. Fetch its files "
             "again, all of them."
         ) from error
     if vlm.terminator not in range(model.get_input_embeddings().weight.shape[0]):

@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
     StrictDataclassError,
 )
 
-from toolkit.errors import InputError
+from toolkit.errors import InputError, one_line
 
 # What the hub's client raises where it cannot be reached, or a connection breaks: its HTTP library differs
 # by version, and not all of that library's errors are an OSError.
@@ -51,13 +51,8 @@ def reading(source: str, revision: str | None) -> Iterator[None]:
         problem, remedy = "is neither a folder nor the name of a hub repository", "correct the path"
     except NETWORK as error:
         cause = error
-        problem = f"cannot be fetched ({first_line(error)})"
+        problem = f"cannot be fetched ({one_line(error)})"
         remedy = "connect to the Hugging Face hub once so that it is cached, or name a local folder"
     else:
         return
     raise InputError(f"{source} {problem}; {remedy}.") from cause
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, without the advice that follows."""
-    return str(error).partition("\n")[0].rstrip(".")

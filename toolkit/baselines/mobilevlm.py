@@ -34,8 +34,7 @@ from transformers import (
 )
 
 from toolkit.baselines import hub
-from toolkit.baselines.hub import first_line
-from toolkit.errors import InputError
+from toolkit.errors import InputError, one_line
 
 IMAGE_TOKENS = 144
 IMAGE_TOKEN_ID = 0  # `<unk>`, which byte fallback keeps out of texts, so that no row is added for it
@@ -380,7 +379,7 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
         except Exception as error:  # damaged files raise anything
             raise InputError(
                 f"{path} is damaged or holds more than tensors by name, so it is not opened "
-                f"({type(error).__name__}: {first_line(error)}); delete it and download it again."
+                f"({type(error).__name__}: {one_line(error)}); delete it and download it again."
             ) from error
     strange = [name for name, value in weights.items() if not isinstance(value, torch.Tensor)]
     if strange:
@@ -394,7 +393,7 @@ def _tower_weights(tower: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         model, loading = CLIPVisionModel.from_pretrained(tower, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"the vision tower {tower} could not be loaded: {first_line(error)}. Connect to the "
+            f"the vision tower {tower} could not be loaded: {one_line(error)}. Connect to the "
             "Hugging Face hub once so that it is cached, or name a folder with its files as mm_vision_tower "
             "in config.json."
         ) from error
@@ -408,6 +407,6 @@ def _tokenizer(path: Path) -> LlamaTokenizer:
         return LlamaTokenizer.from_pretrained(path.parent)
     except Exception as error:  # damaged files raise anything
         raise InputError(
-            f"{path} cannot be opened as a SentencePiece model ({first_line(error)}); download it "
+            f"{path} cannot be opened as a SentencePiece model ({one_line(error)}); download it "
             "again, and see that the packages sentencepiece and protobuf are installed."
         ) from error

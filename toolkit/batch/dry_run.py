@@ -1,14 +1,13 @@
-"""What a sweep will take, run by run, before any of it starts: memory, budget, time.
+"""The cost of a sweep, run by run, before any of it starts: memory, budget, time.
 
-Memory is `forecast`'s.  Time is that of finished runs where there are any, as the planner's seconds are of
-a device that it assumes.
+Memory is that of `forecast`.  Time comes from finished runs where there are any, because the planner's
+seconds are those of a device that it assumes.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -20,12 +19,11 @@ from tqdm.auto import tqdm
 from toolkit.baselines.evaluate import form_and_batch
 from toolkit.baselines.experiment import BaselineExperiment
 from toolkit.baselines.prompts import class_names
-from toolkit.cache import kept, read
 from toolkit.datasets import find_dataset, load_dataset
-from toolkit.errors import InputError
+from toolkit.errors import InputError, one_line
 from toolkit.experiment import Experiment, Parameters
 from toolkit.files import RUNS
-from toolkit.forecast.forecasts import FORECASTS, TrainingStep, forecasts, made_by, one_line
+from toolkit.forecast.forecasts import FORECASTS, Forecast, forecasts
 from toolkit.measure.environment import device_name
 from toolkit.training.record import FILE_NAME, is_finished, run_folder
 
@@ -37,19 +35,19 @@ _COLUMNS = (
 
 
 def dry_run(experiments: Sequence[Parameters], runs: Path = RUNS, folder: Path = FORECASTS) -> pd.DataFrame:
-    """One row per run: what it would take, and whether it can be.  Starts and downloads nothing.
+    """One row per run: its cost, and whether it can run.  Starts and downloads nothing.
 
     Columns: `name` of its folder below `runs`, `what` it is, `finished`; `predicted_peak_bytes`;
     `within_budget`: yes; no (it runs all the same); refused (it fails, the others run); stops the sweep
-    (nothing starts while it is among the runs); or unknown; and the `reason` where it is not yes;
-    `seconds` of the whole run, and what they are an `estimate_from`:
+    (nothing starts while it is among the runs); or unknown; the `reason` where it is not yes; the `seconds`
+    of the whole run, and what they are an `estimate_from`:
 
-    - "finished runs": the median of those on this device that differ in nothing but the seed;
-    - "scaled planner": the planner's estimate of all steps, times what finished runs took per estimate (of
-      those with a kept forecast), and the median of what finished runs took beside training;
-    - "planner": the estimate alone, where there are none.  Of training only, and on a CPU much too short:
-      measured times are 13 to 25 times as long;
-    - else why there is no number.
+    - "finished runs": the median of those on this device that differ only in the seed;
+    - "scaled planner": the planner's estimate of all training steps, times the median ratio of finished runs
+      of this sweep to their own estimates;
+    - "planner": the estimate alone, without such runs.  On a CPU it is much too short: measured times are 13
+      to 25 times as long;
+    - otherwise the reason why there is no number.
     """
     data = {name: _data_of(name) for name in dict.fromkeys(e.dataset for e in experiments)}
     there = {name: found for name, found in data.items() if not isinstance(found, str)}
@@ -57,35 +55,28 @@ def dry_run(experiments: Sequence[Parameters], runs: Path = RUNS, folder: Path =
     trained = [_as_trained(e, there[e.dataset].images) for e in tuned]
     classes = {name: len(found.classes) for name, found in there.items()}
     predicted = dict(zip(tuned, forecasts(trained, classes, folder)))
-    past = _Past(Path(runs), folder)
+    needs: dict = {}  # of baselines; those that differ in data or seed share one
     rows = []
     for e in tqdm(experiments, desc="runs", unit="run", leave=False):
-        planned_seconds = train_sha256 = None
         if e.dataset not in there:
-            peak, within, reason = None, _STOPS, data[e.dataset]
+            row = {"within_budget": _STOPS, "reason": data[e.dataset]}
         elif isinstance(e, BaselineExperiment):
-            peak, within, reason = _baseline_need(e, there[e.dataset].classes, folder)
+            key = replace(e, dataset="digits", seed=0), *there[e.dataset].classes
+            if key not in needs:
+                needs[key] = _baseline_row(e, there[e.dataset].classes)
+            row = needs[key]
         else:
-            f = predicted[e]
-            peak, reason = f.peak_bytes, f.reason or ""
-            if f.refused:  # what has no plan builds, which is all that a sweep asks before it starts
-                within = _STOPS if f.smallest_bytes is None else "refused"
-            elif f.peak_bytes is None:
-                within = "unknown"
-            else:
-                within = "yes" if f.fits else "no"
-                steps = e.epochs * math.ceil(there[e.dataset].images / e.batch_size)
-                planned_seconds = steps * f.step_seconds
-        seconds = (None, "refused") if within in _NOT_RUN else past.estimate(e, planned_seconds)
-        if e.dataset in there:
-            train_sha256 = there[e.dataset].train_sha256
+            steps = e.epochs * math.ceil(there[e.dataset].images / e.batch_size)
+            row = _tuned_row(predicted[e], steps)
+        train_sha256 = there[e.dataset].train_sha256 if e.dataset in there else None
         finished = is_finished(run_folder(e, Path(runs)), train_sha256)
-        rows.append((e.name, e.describe(), finished, peak, within, reason, *seconds))
-    return pd.DataFrame(rows, columns=_COLUMNS).astype({"predicted_peak_bytes": "Int64", "seconds": float})
+        rows.append({"name": e.name, "what": e.describe(), "finished": finished} | row)
+    frame = pd.DataFrame(rows, columns=_COLUMNS).astype({"predicted_peak_bytes": "Int64", "seconds": float})
+    return _with_times(frame, experiments, Path(runs))
 
 
 def summary(frame: pd.DataFrame) -> str:
-    """A `dry_run` in words: counts, the time that is left, and which runs cannot be and why."""
+    """A `dry_run` in words: counts, the time that is left, and which runs cannot be done and why."""
     left = frame[~frame.finished.astype(bool)]
     refused = left[left.within_budget == "refused"]
     stopping = frame[frame.within_budget == _STOPS]  # the finished ones, too
@@ -98,22 +89,19 @@ def summary(frame: pd.DataFrame) -> str:
         parts.append(f"{above} are predicted to exceed their budget and run all the same")
     known = left[left.estimate_from.isin(("finished runs", "scaled planner"))]
     if len(known):
-        counts = ", ".join(
-            f"{count} from {name}" for name, count in known.estimate_from.value_counts().items()
-        )
+        counts = ", ".join(f"{n} from {source}" for source, n in known.estimate_from.value_counts().items())
         parts.append(f"about {_duration(known.seconds.sum())} left with one worker ({counts})")
     guessed = left[left.estimate_from == "planner"]
     if len(guessed):
         least = _duration(guessed.seconds.sum())
-        parts.append(f"at least {least} of training for {len(guessed)} that no finished run tells of")
+        parts.append(f"at least {least} of training for {len(guessed)} that no finished run resembles")
     untimed = left[left.seconds.isna() & ~left.within_budget.isin(_NOT_RUN)]
     parts += [f"{n} without an estimate: {why}" for why, n in untimed.estimate_from.value_counts().items()]
-    names = [
-        f"  {', '.join(group['name'])}: {reason}"
-        for rows in (stopping, refused)
-        for reason, group in rows.groupby("reason", sort=False)
-    ]
-    return "\n".join(["; ".join(parts), *names])
+    lines = ["; ".join(parts)]
+    for rows in (stopping, refused):
+        for reason, group in rows.groupby("reason", sort=False):
+            lines.append(f"  {', '.join(group['name'])}: {reason}")
+    return "\n".join(lines)
 
 
 def _duration(seconds: float) -> str:
@@ -128,14 +116,8 @@ class _Data:
     """What is known of a data set without a download."""
 
     classes: list[str]
-    images: int  # to train on
-    train_sha256: str | None = None  # None: of what is not here
-
-
-def _as_trained(e: Experiment, images: int) -> Experiment:
-    """`e` with batches as `fit` makes them of so many training images."""
-    size = min(e.batch_size, images)
-    return replace(e, batch_size=size, micro_batch_size=min(e.micro_batch_size, size))
+    images: int  # in the training split
+    train_sha256: str | None = None  # None: unknown before the download
 
 
 def _data_of(dataset: str) -> _Data | str:
@@ -151,56 +133,54 @@ def _data_of(dataset: str) -> _Data | str:
     return _Data(class_names(splits), len(splits.train), splits.hashes["train"])
 
 
-def _baseline_need(e: BaselineExperiment, classes: list[str], folder: Path) -> tuple[int | None, str, str]:
-    """Predicted peak bytes of a baseline, whether these are within the budget, and why not."""
-    asked = {"baseline": replace(e, dataset="digits", seed=0).to_dict(), "classes": classes}
-
-    def make() -> dict:
-        try:
-            return {"peak": form_and_batch(e, classes)[2], "reason": ""}
-        except InputError as error:
-            return {"peak": None, "reason": one_line(error)}
-
-    found = kept(folder, made_by() | asked, make)
-    if found["reason"]:
-        return None, _STOPS, found["reason"]
-    if found["peak"] is None:
-        return None, "unknown", "weights from a folder are what they are"
-    return found["peak"], "yes", ""
+def _as_trained(e: Experiment, images: int) -> Experiment:
+    """`e` with the batch sizes that `fit` uses for so many training images."""
+    size = min(e.batch_size, images)
+    return replace(e, batch_size=size, micro_batch_size=min(e.micro_batch_size, size))
 
 
-class _Past:
-    """Finished runs on this device, and what they tell of the time of others."""
-
-    def __init__(self, runs: Path, folder: Path):
-        self.seconds: dict[str, list[float]] = defaultdict(list)  # by id of the experiment with seed 0
-        ratios, beside = [], []  # time of training per estimate; time of the rest of a run
-        for e, record, seconds in _finished(runs):
-            self.seconds[replace(e, seed=0).id].append(seconds)
-            if isinstance(e, Experiment):
-                trained = record["time"]["train_seconds"]
-                beside.append(seconds - trained)
-                same = _as_trained(e, record["data"]["n_train"])
-                known = read(folder, TrainingStep(same, record["data"]["n_classes"]).key_of(same))
-                if known and known[0]["step_seconds"]:
-                    ratios.append(trained / (record["time"]["steps"] * known[0]["step_seconds"]))
-        self.ratio = median(ratios) if ratios else None
-        self.beside_seconds = median(beside) if beside else 0.0
-
-    def estimate(self, e: Parameters, planned_seconds: float | None) -> tuple[float | None, str]:
-        """Seconds of the run of `e`, whose training is planned to take so many, and where they are from."""
-        same = self.seconds.get(replace(e, seed=0).id)
-        if same:
-            return median(same), "finished runs"
-        if planned_seconds is None:
-            return None, "no such run is finished"
-        if self.ratio is None:
-            return planned_seconds, "planner"
-        return self.ratio * planned_seconds + self.beside_seconds, "scaled planner"
+def _tuned_row(forecast: Forecast, steps: int) -> dict:
+    row = {"predicted_peak_bytes": forecast.peak_bytes, "reason": forecast.reason or ""}
+    if forecast.refused:  # a model without a plan can be built, which is all that a sweep checks
+        return row | {"within_budget": _STOPS if forecast.smallest_bytes is None else "refused"}
+    if forecast.peak_bytes is None:
+        return row | {"within_budget": "unknown"}
+    return row | {
+        "within_budget": "yes" if forecast.fits else "no",
+        "seconds": steps * forecast.step_seconds,
+    }
 
 
-def _finished(runs: Path) -> Iterator[tuple[Parameters, dict, float]]:
-    """Experiment, record and seconds of runs on this device that ended well, in one go, under papermill."""
+def _baseline_row(e: BaselineExperiment, classes: list[str]) -> dict:
+    try:
+        peak_bytes = form_and_batch(e, classes)[2]
+    except InputError as error:
+        return {"within_budget": _STOPS, "reason": one_line(error)}
+    if peak_bytes is None:
+        return {"within_budget": "unknown", "reason": "weights from a folder are not counted beforehand"}
+    return {"predicted_peak_bytes": peak_bytes, "within_budget": "yes", "reason": ""}
+
+
+def _with_times(frame: pd.DataFrame, experiments: Sequence[Parameters], runs: Path) -> pd.DataFrame:
+    """`frame`, whose `seconds` are the planner's, with the best estimate of each run."""
+    past: dict[str, list[float]] = {}  # seconds of finished runs by id of the experiment with seed 0
+    for e, seconds in _finished(runs):
+        past.setdefault(replace(e, seed=0).id, []).append(seconds)
+    measured = [median(past.get(replace(e, seed=0).id, [math.nan])) for e in experiments]
+    measured = pd.Series(measured, frame.index, float)
+    scale = (measured / frame.seconds).median()
+    runs_at_all = ~frame.within_budget.isin(_NOT_RUN)
+    source = pd.Series("no such run is finished", frame.index).mask(frame.seconds.notna(), "planner")
+    if pd.notna(scale):
+        source = source.mask(frame.seconds.notna(), "scaled planner")
+        frame["seconds"] *= scale
+    source = source.mask(measured.notna(), "finished runs").where(runs_at_all, "refused")
+    seconds = measured.fillna(frame.seconds).where(runs_at_all)
+    return frame.assign(seconds=seconds, estimate_from=source)
+
+
+def _finished(runs: Path) -> Iterator[tuple[Parameters, float]]:
+    """Experiment and seconds of each run on this device that papermill executed in one go, successfully."""
     for path in sorted(runs.glob(f"*/{FILE_NAME}")):
         if not is_finished(path.parent):
             continue
@@ -212,7 +192,7 @@ def _finished(runs: Path) -> Iterator[tuple[Parameters, dict, float]]:
             seconds = notebook["metadata"]["papermill"]["duration"]
             here = record["env"]["device_name"] == device_name(e.device)
             whole = record["run"]["status"] == "ok" and not record["time"].get("resumes")
-        except (OSError, ValueError, KeyError, TypeError):  # of another device, or run by hand
+        except (OSError, ValueError, KeyError, TypeError):  # run by hand, or on a device that is not here
             continue
         if here and whole and seconds:
-            yield e, record, seconds
+            yield e, seconds

@@ -12,10 +12,10 @@ import itertools
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import filelock
 import papermill
@@ -30,7 +30,7 @@ from toolkit.baselines.prompts import class_names
 from toolkit.batch import cluster
 from toolkit.budget import find_blocks
 from toolkit.datasets import Splits, load_dataset
-from toolkit.errors import InputError, check_name
+from toolkit.errors import InputError, check_name, one_line
 from toolkit.experiment import Experiment, Parameters
 from toolkit.files import NOTEBOOKS, RUNS
 from toolkit.methods import adapt, check_batch_norms
@@ -39,9 +39,6 @@ from toolkit.training import progress
 from toolkit.training.feature_cache import checked_size
 from toolkit.training.loop import batch_sizes
 from toolkit.training.record import RunRecord, is_finished, run_folder
-
-if TYPE_CHECKING:
-    from distributed import Client
 
 ATTEMPTS = 2
 TRANSIENT = (RuntimeError, TimeoutError)  # of jupyter_client and nbclient: a kernel died, or did not start
@@ -55,39 +52,38 @@ DEFAULT_COMPARISON = {
 
 
 def grid(kind: type[Parameters] = Experiment, **values: Iterable) -> list[Parameters]:
-    """The experiments of all combinations, the last parameter varying fastest; `kind`: of which class."""
+    """The experiments (of class `kind`) of all combinations, the last parameter varying fastest."""
     return [kind(**dict(zip(values, combination))) for combination in itertools.product(*values.values())]
 
 
 def check_runnable(experiments: Iterable[Parameters], runs: Path = RUNS) -> dict[str, Splits]:
-    """Find out before any long work that the data exist, models build and adapt, and weights fit budgets.
+    """Check before any long work that the data exist, models can be adapted, and weights fit their budgets.
 
     Makes the folder `runs`.  Returns the data sets by name.  Raises `InputError`.
     """
-    data, checked = {}, set()
-    for experiment in experiments:
-        e = experiment
+    data: dict[str, Splits] = {}
+    alike = defaultdict(list)  # experiments that share an adapted model
+    for e in experiments:
         if isinstance(e, BaselineExperiment):
-            form_and_batch(e)
+            form_and_batch(e)  # before its data are loaded
         if e.dataset not in data:
             data[e.dataset] = load_dataset(e.dataset)
         if isinstance(e, BaselineExperiment):
             form_and_batch(e, class_names(data[e.dataset]))
-            continue
-        batches = batch_sizes(e, len(data[e.dataset].train))
-        key = (e.dataset, e.head, e.backbone, e.pretrained, e.method, e.checkpointing, e.budget, 1 in batches)
-        key += (e.feature_cache, e.precision if e.feature_cache else "", *sorted(e.method_options.items()))
-        if key in checked:
-            continue
-        checked.add(key)
-        model = build_model(e, len(data[e.dataset].classes))
-        model = adapt(model, e.method, **e.method_options)
-        check_fits_weights(model, e.budget_bytes)
-        check_batch_norms(model, batches, data_config(model)["input_size"])
-        if e.feature_cache:
-            checked_size(model, data[e.dataset], int(e.feature_cache), e.precision)
-        if e.checkpointing != "none":
+        else:
+            options = tuple(sorted(e.method_options.items()))
+            alike[e.dataset, e.head, e.backbone, e.pretrained, e.method, options].append(e)
+    for group in alike.values():
+        splits = data[group[0].dataset]
+        model = build_model(group[0], len(splits.classes))
+        model = adapt(model, group[0].method, **group[0].method_options)
+        if any(e.checkpointing != "none" for e in group):
             find_blocks(model)
+        for e in group:
+            check_fits_weights(model, e.budget_bytes)
+            check_batch_norms(model, batch_sizes(e, len(splits.train)), data_config(model)["input_size"])
+            if e.feature_cache:
+                checked_size(model, splits, int(e.feature_cache), e.precision)
     try:
         runs.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=runs):
@@ -99,7 +95,7 @@ def check_runnable(experiments: Iterable[Parameters], runs: Path = RUNS) -> dict
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of an experiment: `error` is None if it has a finished record; `busy`: elsewhere."""
+    """The end of an experiment: `error` is None if it has a finished record; `busy`: it runs elsewhere."""
 
     error: str | None = None
     busy: bool = False
@@ -108,59 +104,61 @@ class Outcome:
 def run_experiments(
     experiments: list[Parameters], runs: Path = RUNS, *, workers: int | None = None, scheduler: str = ""
 ) -> list[Parameters]:
-    """Run what has no finished record under `runs`, with one progress bar; returns what failed.
+    """Run what has no finished record under `runs`, with one progress bar; return what failed.
 
-    `workers`: how many experiments at a time, on this machine (default: one per GPU; on the CPU one, so that
-    what is timed has it to itself).  With `scheduler`, the address of one of dask.distributed, they run on
-    its workers.  A failure leaves a record with status `failed` and does not
-    stop the others.  What another process is running in the same folder is waited for at the end, and done
-    here if that one gave up.  Raises `InputError` before anything runs.
+    `workers`: experiments at a time on this machine (default: one per GPU; on the CPU one, so that a run that
+    is timed has the machine to itself).  `scheduler`: the address of a dask scheduler, whose workers are used
+    instead.  A failure leaves a record with status `failed` and does not stop the others.  An experiment that
+    another process is running in the same folder is waited for at the end, and done here if that process gave
+    up.  Raises `InputError` before anything runs.
     """
     data = check_runnable(experiments, runs)
     one = functools.partial(run_one, runs=runs, hashes={name: d.hashes["train"] for name, d in data.items()})
-    failed, on_gpu = [], any(e.device == "cuda" for e in experiments)
-    if workers is None:
-        workers = torch.cuda.device_count() if on_gpu else 1
-    with contextlib.ExitStack() as stack:
-        if scheduler:
-            client = stack.enter_context(cluster.remote_workers(scheduler, runs, on_gpu=on_gpu))
-        elif workers != 1:
-            client = stack.enter_context(cluster.local_workers(workers))
-        else:
-            client = None
-        bar = stack.enter_context(tqdm(total=len(experiments), unit="run", dynamic_ncols=True))
-        busy = []
+    with (
+        _cluster(experiments, runs, workers, scheduler) as client,
+        tqdm(total=len(experiments), unit="run", dynamic_ncols=True) as bar,
+    ):
+
+        def outcomes(todo: list[Parameters], wait: bool) -> Iterator[tuple[Parameters, Outcome | Exception]]:
+            run = functools.partial(one, wait=wait)
+            if client is not None:
+                yield from cluster.each(client, run, todo)
+                return
+            for experiment in todo:
+                bar.set_description(experiment.name)
+                yield experiment, run(experiment)
+
+        failed, busy = [], []
         for wait, todo in ((False, experiments), (True, busy)):
-            for experiment, outcome in _each(client, functools.partial(one, wait=wait), todo, bar):
-                if isinstance(outcome, Exception):  # of the cluster: `run_one` keeps its own
-                    outcome = Outcome(_fail(experiment, run_folder(experiment, runs), _one_line(outcome)))
+            for experiment, outcome in outcomes(todo, wait):
+                folder = run_folder(experiment, runs)
+                if isinstance(outcome, Exception):  # of the cluster: `run_one` turns its own into outcomes
+                    outcome = Outcome(_fail(experiment, folder, _described(outcome)))
                 if outcome.busy:
                     busy.append(experiment)
                     continue
                 bar.update()
                 if outcome.error:
                     failed.append(experiment)
-                    notebook = _notebook(experiment, run_folder(experiment, runs))
+                    notebook = _notebook(experiment, folder)
                     bar.write(f"failed: {experiment.describe()}: {outcome.error} (notebook: {notebook})")
     return failed
 
 
-def _each(client: Client | None, one: Callable, experiments: list[Parameters], bar: tqdm) -> Iterator[tuple]:
-    """Pairs of an experiment and its outcome, as they end."""
-    if client is not None:
-        yield from cluster.each(client, one, experiments, _resources)
-        return
-    for experiment in experiments:
-        bar.set_description(experiment.name)
-        yield experiment, one(experiment)
-
-
-def _resources(experiment: Parameters) -> dict:
-    return {"GPU": 1} if experiment.device == "cuda" else {}
+def _cluster(
+    experiments: list[Parameters], runs: Path, workers: int | None, scheduler: str
+) -> contextlib.AbstractContextManager[cluster.Client | None]:
+    """The workers to use; None for this process alone."""
+    on_gpu = any(e.device == "cuda" for e in experiments)
+    if scheduler:
+        return cluster.remote_workers(scheduler, runs, on_gpu=on_gpu)
+    if workers is None:
+        workers = torch.cuda.device_count() if on_gpu else 1
+    return cluster.local_workers(workers) if workers != 1 else contextlib.nullcontext()
 
 
 def run_one(experiment: Parameters, *, runs: Path, hashes: dict[str, str], wait: bool) -> Outcome:
-    """Run one experiment unless it is finished; what goes wrong is an outcome, not an exception.
+    """Run one experiment unless it is finished; failures are outcomes, not exceptions.
 
     `hashes`: sha256 of the training data by data set; `wait`: for a process that is running it.
     """
@@ -171,16 +169,12 @@ def run_one(experiment: Parameters, *, runs: Path, hashes: dict[str, str], wait:
             return Outcome(_run(experiment, folder, runs, hashes[experiment.dataset]))
     except filelock.Timeout:
         return Outcome(busy=True)
-    except OSError as error:  # the folder cannot be written: neither can a record of that
-        return Outcome(_one_line(error))
-
-
-def _notebook(experiment: Parameters, folder: Path) -> Path:
-    return folder / f"{experiment.notebook}.ipynb"
+    except OSError as error:  # the folder cannot be written, so neither can a record of the failure
+        return Outcome(_described(error))
 
 
 def _run(experiment: Parameters, folder: Path, runs: Path, train_sha256: str) -> str | None:
-    """Run one experiment unless it is finished; returns what went wrong."""
+    """Run one experiment unless it is finished; return what went wrong."""
     if is_finished(folder, train_sha256):
         return None
     parameters = {**experiment.to_dict(), "runs": str(runs)}
@@ -188,9 +182,9 @@ def _run(experiment: Parameters, folder: Path, runs: Path, train_sha256: str) ->
         try:
             execute_notebook(experiment.notebook, _notebook(experiment, folder), parameters)
             error, again = "the notebook ended without a finished record", False
-        except Exception as problem:  # a kernel that dies, a cell that raises, a full disk: on to the next
-            error, again = _one_line(problem), isinstance(problem, TRANSIENT)
-        if is_finished(folder, train_sha256):  # a figure that fails after the record takes nothing away
+        except Exception as problem:  # a dead kernel, a cell that raises, a full disk: on to the next run
+            error, again = _described(problem), isinstance(problem, TRANSIENT)
+        if is_finished(folder, train_sha256):  # a figure that fails after the record changes nothing
             return None
         if not again:
             break
@@ -202,37 +196,38 @@ def _fail(experiment: Parameters, folder: Path, error: str) -> str:
     return error
 
 
+def _notebook(experiment: Parameters, folder: Path) -> Path:
+    return folder / f"{experiment.notebook}.ipynb"
+
+
+def _described(problem: Exception) -> str:
+    """Type and message of an exception, of a failing cell those of its own exception, on one line."""
+    if isinstance(problem, PapermillExecutionError):
+        return " ".join(f"{problem.ename}: {problem.evalue}".split())
+    return f"{type(problem).__name__}: {one_line(problem)}"
+
+
 def execute_notebook(name: str, output: Path, parameters: dict) -> None:
     """Execute `notebooks/<name>.ipynb` with `parameters` and save it, outputs included, as `output`.
 
-    Only declared parameters are passed: papermill would inject any name, and a name that is no
-    identifier as code.  Raises `InputError` for those, and what papermill raises for a failing cell.
+    Only declared parameters are passed: papermill would inject any name, even one that is not an identifier,
+    as code.  Raises `InputError` for other names, and what papermill raises for a failing cell.
     """
     notebook = NOTEBOOKS / f"{name}.ipynb"
-    check_name("notebook", name, sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")))
+    known = [*NOTEBOOKS.glob("*.ipynb"), *NOTEBOOKS.glob("extras/*.ipynb")]
+    names = [path.relative_to(NOTEBOOKS).with_suffix("").as_posix() for path in known]
+    check_name("notebook", name, sorted(names))
     logging.getLogger("papermill").setLevel(logging.ERROR)
     declared = papermill.inspect_notebook(str(notebook))
     for parameter in parameters:
         if not str(parameter).isidentifier():
-            raise InputError(f"notebook parameter {parameter!r} is no identifier.")
+            raise InputError(f"notebook parameter {parameter!r} is not an identifier.")
         check_name(f"parameter of {notebook.name}", parameter, declared)
     output.parent.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # debugger's warning in every kernel
+    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # silences the debugger of every kernel
+    path = str(output).replace("{", "{{").replace("}", "}}")  # papermill fills {name} with parameters
     with progress.batch():
         papermill.execute_notebook(
-            str(notebook), _no_pattern(output), parameters=parameters, kernel_name="python3",
-            cwd=str(NOTEBOOKS), progress_bar=False, extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
+            str(notebook), path, parameters=parameters, kernel_name="python3", cwd=str(NOTEBOOKS),
+            progress_bar=False, extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
         )  # fmt: skip
-
-
-def _no_pattern(path: Path) -> str:
-    """papermill fills `{name}` in a path with parameters; braces of ours mean themselves."""
-    return str(path).replace("{", "{{").replace("}", "}}")
-
-
-def _one_line(problem: Exception) -> str:
-    if isinstance(problem, PapermillExecutionError):
-        text = f"{problem.ename}: {problem.evalue}"
-    else:
-        text = f"{type(problem).__name__}: {problem}"
-    return " ".join(text.split())

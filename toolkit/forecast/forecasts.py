@@ -22,7 +22,7 @@ from toolkit.budget import Plan, Planner, format_bytes, parse_bytes
 from toolkit.budget.solver import Chain
 from toolkit.cache import digest, kept
 from toolkit.datasets import find_dataset
-from toolkit.errors import InputError
+from toolkit.errors import InputError, one_line
 from toolkit.experiment import Experiment
 from toolkit.files import CACHE
 from toolkit.forecast.rules import RuleStep, rule_step
@@ -298,7 +298,3 @@ def _models_own_errors(done: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise InputError(f"the model cannot be {done}: {type(error).__name__}: {error}") from error
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
