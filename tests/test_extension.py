@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from matplotlib import pyplot as plt
 
 import toolkit
@@ -12,7 +16,9 @@ from toolkit.analysis.statistics import compare
 from toolkit.baselines import prompts
 from toolkit.batch.dry_run import dry_run
 from toolkit.datasets import DATASETS, Dataset, Policy, Prompt, Splits, in_memory, register_dataset
+from toolkit.measure.quantities import METRICS, Quantity, register, register_metric
 from toolkit.plots import runs as plots
+from toolkit.training.result import FitResult
 
 TOY = dict(method="linear", checkpointing="none", epochs=2, batch_size=16, lr=0.01, device="cpu")
 
@@ -68,3 +74,44 @@ def test_a_new_data_set_is_one_entry(stripes_registered, tmp_path):
 def test_an_unregistered_data_set_is_refused_with_the_known_ones():
     with pytest.raises(toolkit.InputError, match=r"unknown dataset 'stripes'.*digits"):
         toolkit.Experiment(dataset="stripes", **TOY)
+
+
+# --- a metric -------------------------------------------------------------------------------------
+
+
+def rank_of_the_class(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """1 for an image whose class has the highest of its scores, (B, classes), 2 for the second highest."""
+    own = scores.gather(1, labels[:, None])
+    return 1 + (scores > own).sum(1)
+
+
+@pytest.fixture
+def rank_registered():
+    register_metric(Quantity("rank", "mean rank", better="less"), "classification", rank_of_the_class)
+    yield
+    del METRICS["classification"]["rank"]
+
+
+def test_a_new_metric_is_one_function_and_one_row(rank_registered, tmp_path):
+    experiment = toolkit.Experiment(dataset="digits", backbone="demo_vit", **TOY | {"epochs": 1})
+    frame = recorded(experiment, tmp_path)
+    wrong = 1 - frame.test_top1_pct[0] / 100
+    assert 1 + wrong <= frame.test_rank[0] <= 1 + 9 * wrong
+    record = json.loads(Path(frame.folder[0], "record.json").read_text())
+    [row] = record["curves"]["history"]
+    assert 1 <= row["val_rank"] == record["quality"]["val_rank"] <= 10
+
+
+def test_a_metric_that_was_not_measured_has_its_reason(rank_registered, demo_model, few_digits):
+    experiment, result = toolkit.Experiment(device="cpu"), FitResult(status="oom", error="CUDA out of memory")
+    record = toolkit.RunRecord.of_run(experiment, few_digits, demo_model(), result, None)
+    assert record.quality["test_rank"] is None
+    assert record.missing["test_rank"] == "the run did not end well"
+    assert record.overview().value["test_rank"] == "–"
+
+
+def test_a_name_has_one_meaning():
+    with pytest.raises(toolkit.InputError, match="'top1_pct' is registered already"):
+        register(Quantity("top1_pct", "another accuracy"))
+    with pytest.raises(toolkit.InputError, match="unknown direction 'higher'"):
+        register(Quantity("toy", "toy", better="higher"))

@@ -52,9 +52,8 @@ from toolkit.budget.flops import FlopCounter
 from toolkit.budget.lean import LeanForms
 from toolkit.budget.plan import Plan, Planner
 from toolkit.budget.profile import Profile
-from toolkit.budget.step import on_fake_tensors, segmented
+from toolkit.budget.step import autocast, on_fake_tensors, segmented
 from toolkit.budget.tape import Op, Tape, operator_name
-from toolkit.training.evaluation import autocast
 
 METHODS = ("full", "linear", "bitfit", "lora")
 BUDGETS = ("15", "20", "25", "30", "40", "55", "70", "85", "100", "1GiB", "2GiB")

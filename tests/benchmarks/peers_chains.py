@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from toolkit.budget import find_blocks
-from toolkit.training.evaluation import autocast
+from toolkit.budget.step import autocast
 
 # A plan: stages by index; a tuple is a group that runs under one checkpoint, groups may be nested.
 Plan = tuple["int | Plan", ...]

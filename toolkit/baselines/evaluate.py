@@ -165,7 +165,7 @@ def test(experiment: BaselineExperiment, prepared: Prepared, meter: Meter | None
     if evaluation and experiment.protocol == "generate":
         unmatched = evaluation.predictions == len(prepared.model.names)
         prepared.unmatched_pct = 100 * unmatched.double().mean().item()
-        evaluation.top5_pct = evaluation.loss = evaluation.confidences = None
+        evaluation.scores["top5_pct"] = evaluation.loss = evaluation.confidences = None
     return evaluation
 
 

@@ -65,9 +65,11 @@ def _no_boxes(images: int, height: int, width: int) -> dict[str, torch.Tensor]:
 
 def _among_highest(count: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     def right(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """100 for an image whose class is among the `count` highest scores (B, classes), else 0."""
-        highest = scores.topk(min(count, scores.shape[1]), dim=1).indices
-        return 100.0 * (highest == labels[:, None]).any(1)
+        """Whether an image's class is among the `count` highest of its scores, (B, classes)."""
+        highest = scores.topk(
+            min(5, scores.shape[1]), dim=1
+        ).indices  # equal scores rank alike in all metrics
+        return (highest[:, :count] == labels[:, None]).any(1)
 
     return right
 

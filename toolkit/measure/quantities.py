@@ -8,9 +8,8 @@ training, records, tables and figures take it from here.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Any
 
 from toolkit.errors import InputError, check_name
@@ -48,16 +47,15 @@ class Quantity:
         return "–" if missing else f"{value / self.scale:,.{self.digits}f}"
 
 
-_QUANTITIES: dict[str, Quantity] = {}
-QUANTITIES: Mapping[str, Quantity] = MappingProxyType(_QUANTITIES)  # by name
-# By task: the functions that `evaluate` averages over the images of a split, by metric.
-METRICS: dict[str, dict[str, Callable[[Any, Any], Any]]] = defaultdict(dict)
+QUANTITIES: dict[str, Quantity] = {}  # by name
+# By task: its metrics, each with the function that `evaluate` averages over images, if it has one.
+METRICS: dict[str, dict[str, Callable[[Any, Any], Any] | None]] = defaultdict(dict)
 
 
 def register(quantity: Quantity) -> Quantity:
     """Add a row to the table.  Raises `InputError` for a name that is taken by another row."""
     check_name("direction", quantity.better, ("more", "less", ""))
-    if _QUANTITIES.setdefault(quantity.name, quantity) != quantity:
+    if QUANTITIES.setdefault(quantity.name, quantity) != quantity:
         raise InputError(f"quantity {quantity.name!r} is registered already, with another meaning.")
     return quantity
 
@@ -68,15 +66,15 @@ def register_metric(
     """Add a metric of `task`: the row `quantity`, and one each for its name after `train_`, `val_`, `test_`.
 
     `per_image(outputs, targets)` returns one value for each image of a batch, (B,); a split's value is their
-    mean.  None for a metric that the task's own score computes (mean IoU is not a mean over images).
+    mean.  If the unit is per cent, the values are shares from 0 to 1.  None for a metric that the task's own
+    score computes, such as mean IoU, which is not a mean over images.
     """
     register(quantity)
     validated = quantity.missing.replace(NOT_ENDED, "nothing was validated")
     for part, words in (("train", "training"), ("val", "validation"), ("test", "test")):
         row = replace(quantity, name=f"{part}_{quantity.name}", label=f"{words} {quantity.label}")
         register(replace(row, missing=validated) if part == "val" else row)
-    if per_image is not None:
-        METRICS[task][quantity.name] = per_image
+    METRICS[task][quantity.name] = per_image
 
 
 _SENSOR = "the sensor does not report it"

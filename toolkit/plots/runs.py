@@ -24,7 +24,7 @@ from toolkit.methods import METHODS
 from toolkit.plots.images import test_examples
 from toolkit.plots.pareto import COSTS
 from toolkit.plots.text import plain
-from toolkit.training.evaluation import DenseEvaluation, Evaluation
+from toolkit.training.evaluation import Evaluation
 
 sns.set_theme(style="whitegrid", context="notebook", palette="colorblind")
 STRATEGY_MARKERS = {"none": "o", "static": "s", "threshold": "^", "planned": "D"}
@@ -125,7 +125,7 @@ def recompute_against_budget(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-def test_pictures(evaluation: Evaluation | DenseEvaluation, model: nn.Module, splits: Splits) -> Figure:
+def test_pictures(evaluation: Evaluation, model: nn.Module, splits: Splits) -> Figure:
     """What a test looks like: the confusion matrix of a classifier, predictions of a dense model."""
     if splits.task == "classification":
         return confusion_matrix(evaluation, splits.classes)

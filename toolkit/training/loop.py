@@ -30,7 +30,7 @@ from toolkit.budget import (
     tensors_of,
 )
 from toolkit.budget.memory import rounded
-from toolkit.budget.step import call
+from toolkit.budget.step import autocast, call
 from toolkit.datasets import Splits, loader
 from toolkit.datasets.tasks import TASKS, split_targets
 from toolkit.errors import InputError
@@ -44,7 +44,7 @@ from toolkit.methods.allocation import allocation_of
 from toolkit.methods.optimizer import in_use, optimizer_of
 from toolkit.methods.weights import trained_state, weights_sha256
 from toolkit.model import check_fits_weights
-from toolkit.training.evaluation import autocast, evaluate
+from toolkit.training.evaluation import evaluate
 from toolkit.training.feature_cache import CachedFeatures, cached_features
 from toolkit.training.interruption import Interrupt, claim
 from toolkit.training.progress import Progress, Screen, View, plain_view
@@ -462,7 +462,7 @@ class _Run:
             row[f"train_{self.task.train_metric}"] = 100 * self.epoch_sums["correct"] / images
         if validation.loss is not None:
             row["val_loss"] = validation.loss
-        row[f"val_{self.task.metric}"] = validation.score_pct
+        row |= {f"val_{name}": value for name, value in validation.scores.items()}
         self.result.history.append(row)
         self.epoch_sums, self.shown_sums = dict(_NO_SUMS), dict(_NO_SUMS)
 

@@ -17,7 +17,6 @@ from pathlib import Path
 import pandas as pd
 from torch import nn
 
-from toolkit.budget import format_bytes
 from toolkit.datasets import Splits
 from toolkit.datasets.tasks import TASKS, Task
 from toolkit.experiment import Experiment, Parameters
@@ -27,7 +26,7 @@ from toolkit.measure.environment import environment, installed_packages
 from toolkit.measure.quantities import METRICS, QUANTITIES
 from toolkit.measure.scores import netscore, why_no_score
 from toolkit.methods import METHODS, options_not_of, summarize
-from toolkit.training.evaluation import DenseEvaluation, Evaluation
+from toolkit.training.evaluation import Evaluation
 from toolkit.training.result import FitResult
 from toolkit.training.snapshots import clear_snapshots
 
@@ -36,8 +35,8 @@ FILE_NAME = "record.json"
 FINISHED = ("ok", "oom", "nan")  # a run with such a record is not repeated; interrupted and failed ones are
 # What a simulated GPU makes worthless; tables leave it out.
 SIMULATED = tuple(name for name, quantity in QUANTITIES.items() if quantity.from_gpu_sensor)
-OVERVIEW = (  # of these, what a run's phase has
-    "test_top1_pct", "test_miou_pct", "test_map_pct", "unmatched_pct",
+OVERVIEW = (  # after the metrics of the test
+    "unmatched_pct",
     "prepare_seconds", "prepare_joules", "prepare_peak_bytes", "features_seconds",
     "train_seconds", "train_energy_joules", "train_net_joules", "train_cpu_joules", "energy_source",
     "train_peak_bytes", "train_reserved_peak_bytes", "context_bytes", "within_budget",
@@ -85,7 +84,7 @@ class RunRecord:
         splits: Splits,
         model: nn.Module,
         result: FitResult,
-        evaluation: Evaluation | DenseEvaluation | None,
+        evaluation: Evaluation | None,
     ) -> RunRecord:
         """Assemble the record of a run; `evaluation`: of the test split, None unless training ended well."""
         summary, task = summarize(model), TASKS[splits.task]
@@ -96,7 +95,7 @@ class RunRecord:
             data=data_fields(splits),
             quality={
                 **(evaluation.fields if evaluation else no_test(task)),
-                f"val_{task.metric}": result.history[-1][f"val_{task.metric}"] if result.history else None,
+                **_last_validation(result, task),
                 "metric": task.metric,
                 "selection_rule": "last epoch",
                 "weights_sha256": result.weights_sha256,
@@ -158,15 +157,11 @@ class RunRecord:
         """The figures that people look at first, as text, with the reason where there is none."""
         values = {name: value for group in GROUPS for name, value in getattr(self, group).items()}
         simulated = SIMULATED if values.get("energy_source") == "fake" else ()
-        rows = [
-            (
-                name,
-                "simulated" if name in simulated else _readable(name, values.get(name)),
-                self.missing.get(name, ""),
-            )
-            for name in OVERVIEW
-            if name in values
-        ]
+        rows = []
+        for name in (*_test_metrics(), *OVERVIEW):
+            if name in values:
+                text = "simulated" if name in simulated else _readable(name, values[name])
+                rows.append((name, text, self.missing.get(name, "")))
         return pd.DataFrame(rows, columns=["", "value", "missing because"]).set_index("")
 
     def score(self, params_total: int, phases: dict[str, str]) -> None:
@@ -253,12 +248,22 @@ def data_fields(splits: Splits) -> dict:
 
 def no_test(task: Task) -> dict[str, None]:
     """The fields of a test that did not take place."""
-    return {f"test_{name}": None for name in dict.fromkeys((task.metric, *METRICS[task.name], "loss"))}
+    return {f"test_{name}": None for name in (*_always_scored(task), "loss")}
 
 
-def _sensor_reasons(
-    result: FitResult, evaluation: Evaluation | DenseEvaluation | None
-) -> dict[str, str | None]:
+def _last_validation(result: FitResult, task: Task) -> dict[str, float | None]:
+    if not result.history:
+        return {f"val_{name}": None for name in _always_scored(task)}
+    return {name: value for name, value in result.history[-1].items() if name.startswith("val_")}
+
+
+def _always_scored(task: Task) -> list[str]:
+    """The metrics that every evaluation of a task has; some detectors have those of masks too."""
+    per_image = [name for name, function in METRICS[task.name].items() if function]
+    return list(dict.fromkeys((task.metric, *per_image)))
+
+
+def _sensor_reasons(result: FitResult, evaluation: Evaluation | None) -> dict[str, str | None]:
     """Why energies and temperatures are missing, where the meter knows it."""
     fit, train = _window(result, "fit"), _window(result, "train")
     features = _features(result).reason if result.features_window else None
@@ -277,14 +282,16 @@ def _sensor_reasons(
     }
 
 
+def _test_metrics() -> list[str]:
+    return [f"test_{name}" for metrics in METRICS.values() for name in metrics]
+
+
 def _readable(name: str, value: object) -> str:
-    if value is None:
-        return "–"
-    if name.endswith("_bytes"):
-        return format_bytes(value)
-    if "_flops_" in name or "_macs_" in name:
-        return f"{value / 1e6:,.1f} M"
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+    """A value as text for people, with its unit."""
+    if name not in QUANTITIES or isinstance(value, (str, bool)):
+        return str(value)
+    quantity = QUANTITIES[name]
+    return quantity.text(value) if value is None else f"{quantity.text(value)} {quantity.unit}".strip()
 
 
 def _window(result: FitResult, name: str) -> Window:
@@ -296,7 +303,7 @@ def _features(result: FitResult) -> Window:
     return Window(**result.features_window) if result.features_window else total([], "features")
 
 
-def _energy_fields(result: FitResult, evaluation: Evaluation | DenseEvaluation | None) -> dict:
+def _energy_fields(result: FitResult, evaluation: Evaluation | None) -> dict:
     train, validation = _window(result, "train"), _window(result, "validation")
     fit, test = _window(result, "fit"), evaluation.window if evaluation else total([], "test")
     features = [_features(result)] if result.features_window else []

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from toolkit.datasets.tasks import IGNORED
 from toolkit.errors import InputError
-from toolkit.training.dense_scores import DetectionScore, SegmentationScore
+from toolkit.training.task_scores import DetectionScore, SegmentationScore
 
 
 def logits_of(classes: list[list[int]], num_classes: int) -> torch.Tensor:
@@ -18,7 +18,7 @@ def logits_of(classes: list[list[int]], num_classes: int) -> torch.Tensor:
 def segmentation(predicted, true, num_classes: int) -> dict:
     score = SegmentationScore(num_classes)
     score.update(logits_of(predicted, num_classes), torch.tensor(true)[None])
-    return score.result()
+    return score.result()["scores"] | {"iou": score.class_iou()}
 
 
 # --- segmentation ---------------------------------------------------------------------------------
@@ -27,38 +27,30 @@ def segmentation(predicted, true, num_classes: int) -> dict:
 def test_mean_iou_of_four_pixels_and_two_classes():
     """Class 0: one of two pixels found, none too many: 1/2.  Class 1: both found, one too many: 2/3."""
     found = segmentation([[0, 1], [1, 1]], [[0, 0], [1, 1]], 2)
-    assert found["iou_pct"] == pytest.approx([50, 200 / 3])
+    assert found["iou"] == pytest.approx([50, 200 / 3])
     assert found["miou_pct"] == pytest.approx(175 / 3)
     assert found["pixel_accuracy_pct"] == pytest.approx(75)
 
 
 def test_an_absent_class_is_left_out_of_the_mean_and_one_that_is_only_predicted_is_not():
     found = segmentation([[0, 0], [1, 1]], [[0, 0], [1, 1]], 3)
-    assert found["iou_pct"] == [100, 100, None] and found["miou_pct"] == 100
+    assert found["iou"] == [100, 100, None] and found["miou_pct"] == 100
     found = segmentation([[0, 2], [1, 1]], [[0, 0], [1, 1]], 3)
-    assert found["iou_pct"] == [50, 100, 0] and found["miou_pct"] == 50
+    assert found["iou"] == [50, 100, 0] and found["miou_pct"] == 50
 
 
 def test_ignored_pixels_are_neither_right_nor_wrong():
     found = segmentation([[0, 1], [1, 0]], [[0, IGNORED], [1, IGNORED]], 2)
-    assert found["iou_pct"] == [100, 100] and found["pixel_accuracy_pct"] == 100
+    assert found["iou"] == [100, 100] and found["pixel_accuracy_pct"] == 100
     nothing = segmentation([[0, 1]], [[IGNORED, IGNORED]], 2)
-    assert nothing == {"miou_pct": None, "pixel_accuracy_pct": None, "iou_pct": [None, None]}
-
-
-def test_smaller_logits_are_enlarged_bilinearly():
-    """From 0 to 1 over four pixels: 0, 1/4, 3/4, 1, against a constant of 0.6: the last two win."""
-    logits = torch.tensor([[0.6, 0.6], [0.0, 1.0]]).reshape(1, 2, 1, 2)
-    score = SegmentationScore(2)
-    score.update(logits, torch.tensor([[[0, 0, 1, 1]]]))
-    assert score.result()["miou_pct"] == 100
+    assert nothing == {"miou_pct": None, "pixel_accuracy_pct": None, "iou": [None, None]}
 
 
 def test_batches_add_up_and_classes_beyond_the_last_are_refused():
     score = SegmentationScore(2)
     score.update(logits_of([[0, 0]], 2), torch.tensor([[[0, 0]]]))
     score.update(logits_of([[0, 0]], 2), torch.tensor([[[1, 1]]]))
-    assert score.result()["iou_pct"] == [50, 0]
+    assert score.class_iou() == [50, 0]
     with pytest.raises(InputError, match="masks hold the classes 0 to 7, the model has 2"):
         score.update(logits_of([[0, 0]], 2), torch.tensor([[[0, 7]]]))
 
@@ -77,7 +69,7 @@ def test_mean_iou_by_its_definition(pairs):
         said, are = {i for i in known if predicted[i] == k}, {i for i in known if true[i] == k}
         ious.append(100 * len(said & are) / len(said | are) if said | are else None)
     found = segmentation([predicted], [true], 4)
-    assert found["iou_pct"] == pytest.approx(ious)
+    assert found["iou"] == pytest.approx(ious)
     seen = [iou for iou in ious if iou is not None]
     assert found["miou_pct"] == (pytest.approx(sum(seen) / len(seen)) if seen else None)
 
@@ -103,7 +95,7 @@ def predictions(*found: tuple[list[float], float, int]) -> list[dict]:
 def detection(found: list[dict], *true: list[float]) -> dict:
     score = DetectionScore(3)
     score.update(found, {"boxes": torch.tensor([[*true, PADDING]])})
-    return score.result()
+    return score.result()["scores"]
 
 
 def test_one_box_found_exactly():
@@ -172,9 +164,9 @@ def test_masks_come_from_the_instances():
     masks[0, :4, :4], masks[1, 4:, 4:] = True, True
     [found] = predictions(([0.0, 0, 4, 4], 0.9, 0), ([4.0, 4, 8, 8], 0.9, 1))
     targets = {"boxes": torch.tensor([[[0.0, 0, 4, 4, 0], [4, 4, 8, 8, 1]]]), "instances": instances}
-    score = DetectionScore(3, masks=True)
+    score = DetectionScore(3)
     score.update([found | {"masks": masks}], targets)
-    scores = score.result()
+    scores = score.result()["scores"]
     assert scores["map_pct"] == 100
     assert scores["mask_map_pct"] == pytest.approx((100 + 70) / 2)
     with pytest.raises(InputError, match="without instances"):
