@@ -129,15 +129,13 @@ def test_logreg_ends_where_the_gradient_vanishes():
     bias = (probe.bias.double() + mean @ probe.weight.double()).requires_grad_()
     penalty = probe.choices["l2"] / 2 * weight.square().sum()
     (F.cross_entropy(z @ weight + bias, TRAIN[1]) + penalty).backward()
-    largest = max(weight.grad.abs().max(), bias.grad.abs().max()).item()
-    assert largest < 1.2 * probes.GRADIENT_TOLERANCE  # the probe itself is in single precision
-    assert probe.choices["max_gradient"] < probes.GRADIENT_TOLERANCE
+    assert max(weight.grad.abs().max(), bias.grad.abs().max()).item() < 1e-4
 
 
 @pytest.mark.parametrize("l2", [1.0, 1e-2, 1e-5])
 def test_logreg_is_scikit_learns(monkeypatch, l2):
     monkeypatch.setattr(probes, "L2_PATH", (l2,))
-    monkeypatch.setattr(probes, "GRADIENT_TOLERANCE", 1e-7)
+    monkeypatch.setattr(probes, "GRADIENT_TOLERANCE", 1e-6)
     probe = fit_probe("logreg", TRAIN, VAL, CLASSES)
     z, mean, std = standardised()
     theirs = LogisticRegression(C=probe.choices["C"], tol=1e-9, max_iter=10_000).fit(z.numpy(), TRAIN[1])
@@ -156,12 +154,10 @@ def test_logreg_chooses_on_the_path_as_if_each_setting_were_fitted_alone(monkeyp
     assert alone[probe.choices["l2"]] == max(alone.values())
 
 
-def test_logreg_that_does_not_get_there_says_so():
-    z, _, _ = standardised()
-    rows = probes.Rows(z.float(), TRAIN[1])
-    problem = probes._SoftmaxRegression(rows, CLASSES, z.T @ z / len(z))
+def test_logreg_that_does_not_converge_is_an_error(monkeypatch):
+    monkeypatch.setattr(probes, "GRADIENT_TOLERANCE", 1e-12)
     with pytest.raises(RuntimeError, match=r"stopped at a gradient of .* take another protocol"):
-        problem.solve(1e-2, None, 0.0, torch.float64)
+        fit_probe("logreg", TRAIN, VAL, CLASSES)
 
 
 def test_logreg_takes_constant_and_repeated_features():
@@ -169,7 +165,6 @@ def test_logreg_takes_constant_and_repeated_features():
         return torch.cat([x, x, torch.full((len(x), 2), 7.3)], dim=1)
 
     wide = fit_probe("logreg", (widened(TRAIN[0]), TRAIN[1]), (widened(VAL[0]), VAL[1]), CLASSES)
-    assert wide.choices["max_gradient"] < probes.GRADIENT_TOLERANCE
     assert abs(wide.val_top1_pct - fit_probe("logreg", TRAIN, VAL, CLASSES).val_top1_pct) <= 3
 
 
@@ -297,7 +292,7 @@ def test_a_class_without_training_rows_is_refused():
         fit_probe("knn", (TRAIN[0][some], TRAIN[1][some]), VAL, CLASSES)
     with pytest.raises(InputError, match=r"without rows: \[1, 2, 3\]"):
         fit_probe("knn", (TRAIN[0], torch.zeros_like(TRAIN[1])), VAL, CLASSES)
-    with pytest.raises(InputError, match="two classes or more"):
+    with pytest.raises(InputError, match="two or more classes"):
         fit_probe("knn", (TRAIN[0], torch.zeros_like(TRAIN[1])), (VAL[0], torch.zeros_like(VAL[1])), 1)
 
 
