@@ -317,8 +317,8 @@ class _SoftmaxRegression:
 
     L-BFGS runs in whitened coordinates: the Hessian is close to h correlation + l2 identity, with h the
     mean of p (1 - p), as in Böhning's bound (1992).  With correlated features this halves the number of
-    passes.  L-BFGS itself computes in double precision, the passes over the rows in `dtype`: single precision leaves
-    gradients uncertain by 1e-6, which whitening multiplies by up to l2^-1/2.
+    passes.  L-BFGS itself computes in double precision, the passes over the rows in `dtype`: in single
+    precision gradients are uncertain by 1e-6, which whitening multiplies by up to l2^-1/2.
     """
 
     def __init__(self, train: Rows, num_classes: int, correlation: torch.Tensor):
