@@ -9,7 +9,7 @@ _HOME = {
     "Meter": "measure",
     "RunRecord": "training.record",
     "adapt": "methods",
-    "auto_checkpoint": "budget",
+    "auto_checkpoint": "methods.lean",  # which registers the lean forms of low-rank layers
     "build_backbone": "backbones",
     "build_model": "model",
     "evaluate": "training.evaluation",
@@ -21,7 +21,7 @@ _HOME = {
     "load_dataset": "datasets",
     "load_records": "training.record",
     "netscore": "measure.scores",
-    "plan": "budget",
+    "plan": "methods.lean",
     "run_folder": "training.record",
     "save_adapted": "methods.weights",
     "seed_everything": "model",

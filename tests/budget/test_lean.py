@@ -1,311 +1,133 @@
-"""The lean form of LoRA is peft's LoRA: the same function, parameters and files, in less memory."""
+"""Lean forms of frozen convolutions and batch norms are torch's: the same function in less memory."""
+
+import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lean_step import assert_close, fill, net, step
+from timm.layers import BatchNormAct2d
 from torch import nn
 
-import toolkit
-from toolkit.budget import TensorMemory
-from toolkit.budget.lean import LeanForms, _LeanLora
-from toolkit.budget.step import autocast
+from toolkit.budget import LeanForms
 
-CPU = torch.device("cpu")
+pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
 
-def adapted_model(method="lora", dtype=torch.float32, **options):
-    """demo_vit with adapters no part of which is zero, so that every part has a gradient."""
-    toolkit.seed_everything(0)
-    model = toolkit.build_backbone("demo_vit", 10, False).to(dtype)
-    model = toolkit.adapt(model, method, lora_alpha=12, **options).to(dtype)
-    fill_adapters(model)
-    return model.train()
+@settings(max_examples=30)
+@given(
+    groups=st.integers(1, 3),
+    per_group=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    kernel=pairs,
+    stride=pairs,
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    bias=st.booleans(),
+    bias_trains=st.booleans(),
+    channels_last=st.booleans(),
+    size=st.tuples(st.integers(1, 3), st.integers(5, 8), st.integers(5, 8)),
+)
+def test_a_frozen_convolution_gives_the_same_gradients_and_keeps_nothing(
+    groups, per_group, kernel, stride, padding, dilation, bias, bias_trains, channels_last, size
+):
+    torch.manual_seed(0)
+    inside, outside = (groups * count for count in per_group)
+    layer = nn.Conv2d(inside, outside, kernel, stride, padding, dilation, groups, bias)
+    layer.requires_grad_(False)
+    if bias:
+        layer.bias.requires_grad_(bias_trains)
+    model = nn.Sequential(nn.Sigmoid(), layer)
+    x = torch.randn(size[0], inside, *size[1:])
+    if channels_last:
+        x, model = x.to(memory_format=torch.channels_last), model.to(memory_format=torch.channels_last)
+    lean, stock = (step(model, x, form)[0] for form in (True, False))
+    assert_close(lean, stock, 1e-6 if channels_last else 0)
+    forms = LeanForms(model)
+    y = x.clone().requires_grad_()
+    assert {tuple(t.shape) for t in saved_by(layer(y))} <= {tuple(layer.weight.shape), (outside,)}
+    forms.remove()
 
 
-def fill_adapters(model):
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name or "lora_E" in name:
-                parameter.normal_(0, 0.05)
-            if "magnitude" in name:
-                parameter.mul_(1 + 0.1 * torch.rand_like(parameter))
+def saved_by(y):
+    return [t for t in y.grad_fn.saved_tensors if t is not None]
 
 
-class TwoLinears(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(12, 16), nn.Linear(16, 5, bias=False)
+@pytest.mark.parametrize("trained", ["", "bias"])
+@pytest.mark.parametrize(
+    "make, shape",
+    [
+        (lambda: nn.BatchNorm1d(6), (4, 6)),
+        (lambda: nn.BatchNorm1d(6), (4, 6, 3)),
+        (lambda: nn.BatchNorm2d(6, eps=1e-3), (2, 6, 3, 3)),
+        (lambda: nn.BatchNorm2d(6, affine=False), (2, 6, 3, 3)),
+        (lambda: nn.BatchNorm3d(6), (2, 6, 2, 2, 2)),
+        (lambda: BatchNormAct2d(6), (2, 6, 3, 3)),
+        (lambda: BatchNormAct2d(6, act_layer=nn.SiLU, drop_layer=lambda: nn.Dropout(0.5)), (2, 6, 3, 3)),
+    ],
+)
+def test_a_frozen_norm_gives_the_same_bits_and_keeps_no_input(make, shape, trained):
+    torch.manual_seed(0)
+    norm = make().requires_grad_(False).eval()
+    fill(norm)
+    if norm.weight is not None:
+        nn.init.normal_(norm.weight)
+        norm.bias.requires_grad_(trained == "bias")
+    model = nn.Sequential(norm, nn.Tanh())
+    x = torch.randn(shape)
+    (lean, kept_bytes), (stock, stock_kept_bytes) = (step(model, x, form) for form in (True, False))
+    assert_close(lean, stock, 0)
+    assert kept_bytes <= stock_kept_bytes
+    inside = nn.Sequential(nn.Tanh(), norm)
+    inputs = [t.shape for t in saved_tensors(inside, x, lean=True)]
+    assert inputs.count(x.shape) < len([t for t in saved_tensors(inside, x, False) if t.shape == x.shape])
 
-    def forward(self, x):
-        return self.second(F.gelu(self.first(x)))
 
-
-def peft_model(**options):
-    from peft import LoraConfig, get_peft_model
-
-    toolkit.seed_everything(0)
-    settings = {"r": 4, "lora_alpha": 6, "target_modules": ["first", "second"], **options}
-    model = get_peft_model(TwoLinears(), LoraConfig(**settings))
-    fill_adapters(model)
-    return model.train()
-
-
-def step(model, x, y=None, lean=True, precision="fp32"):
-    """Output and gradients of one step, the input's too; peak bytes."""
-    model.zero_grad()
-    x = x.clone().requires_grad_()
-    memory = TensorMemory(CPU)
-    memory.track([*model.parameters(), *model.buffers(), x])
+def saved_tensors(model, x, lean):
+    """What autograd packs in a forward pass."""
+    packed = []
     forms = LeanForms(model) if lean else None
-    toolkit.seed_everything(1)
-    try:
-        with memory:
-            with autocast(CPU, precision):
-                out = model(x)
-                loss = out.square().sum() if y is None else F.cross_entropy(out, y)
-            loss.backward()
-    finally:
-        if forms is not None:
-            assert forms.layers
-            forms.remove()
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {"out": out.detach(), "x": x.grad, **found}, memory.peak_bytes
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+        model(x.clone().requires_grad_())
+    if forms is not None:
+        forms.remove()
+    return packed
 
 
-def worst_error(lean, stock):
-    """Largest difference relative to the largest entry of its tensor."""
-    assert lean.keys() == stock.keys() and len(stock) > 2
-    return max(float((lean[n] - stock[n]).abs().max() / stock[n].abs().max()) for n in stock)
+def test_a_norm_that_trains_or_uses_the_batch_runs_as_in_torch():
+    x = torch.randn(4, 3, 5, 5)
+    training, weighted, none = (
+        nn.BatchNorm2d(3),
+        nn.BatchNorm2d(3),
+        nn.BatchNorm2d(3, track_running_stats=False),
+    )
+    for norm, mode in ((training, True), (weighted, False), (none, False)):
+        norm.requires_grad_(norm is weighted).train(mode)
+        (lean, kept_bytes), (stock, stock_kept_bytes) = (
+            step(copy.deepcopy(norm), x, form) for form in (True, False)
+        )
+        assert_close(lean, stock, 0)
+        assert kept_bytes == stock_kept_bytes
+    assert training.num_batches_tracked == 0  # of the copies it is 1
+    forms = LeanForms(training)
+    training(x)
+    forms.remove()
+    assert training.num_batches_tracked == 1
 
 
-def cosine(a, b):
-    return F.cosine_similarity(a.float().flatten(), b.float().flatten(), dim=0).item()
-
-
-ROWS = torch.randn(6, 12, generator=torch.Generator().manual_seed(0))
-KINDS = [("lora", 0.0), ("lora", 0.3), ("dora", 0.0), ("adalora", 0.0), ("adalora", 0.3), ("qlora", 0.0),
-         ("qlora", 0.3)]  # fmt: skip
-
-
-@pytest.mark.parametrize("method, lora_dropout", KINDS)
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 3e-6)])
-def test_lean_gradients_are_those_of_peft(batch, method, lora_dropout, dtype, tolerance):
-    if method == "qlora" and dtype == torch.float64:
-        pytest.skip("bitsandbytes unpacks to float32 at most")
-    x, y = batch[0][:4].to(dtype), batch[1][:4]
-    model = adapted_model(method, dtype, lora_dropout=lora_dropout)
-    lean, stock = (step(model, x, y, form)[0] for form in (True, False))
-    for part in ("lora_A", "lora_B", *{"dora": ["magnitude"], "adalora": ["lora_E"]}.get(method, [])):
-        assert sum(part in name for name in lean) == 16
-    assert worst_error(lean, stock) < tolerance
-
-
-@pytest.mark.parametrize("shape", [(6, 12), (2, 3, 12), (2, 1, 3, 12), (1, 12), (12,)])
-def test_lean_takes_inputs_of_any_number_of_dimensions(shape):
-    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    model = peft_model().double()
-    assert worst_error(step(model, x)[0], step(model, x, lean=False)[0]) < 1e-12
-
-
-def test_lean_takes_an_empty_batch_and_inputs_that_are_not_contiguous():
-    model = peft_model().double()
-    empty = step(model, torch.zeros(0, 12, dtype=torch.float64))[0]
-    assert empty["out"].shape == (0, 5) and all(not g.any() for n, g in empty.items() if n != "out")
-    x = torch.randn(12, 2, 7, dtype=torch.float64).permute(2, 1, 0)
-    assert worst_error(step(model, x)[0], step(model, x, lean=False)[0]) < 1e-12
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dropped, rescaled", [(True, False), (False, False), (False, True)])
-def test_gradcheck_of_the_lean_function(bias, dropped, rescaled):
-    """Finite differences agree with the formulas, for each argument that can have a gradient."""
-    generator = torch.Generator().manual_seed(0)
-
-    def make(*shape):
-        return torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True)
-
-    weight = make(4, 5).detach()
-    z, b = make(2, 3, 5) if dropped else None, make(4) if bias else None
-
-    scale = make(4) if rescaled else None
-
-    def function(x, z, b, low_a, low_b, scale):
-        return _LeanLora.apply(x, z, weight, b, low_a, low_b, scale, 1.5, lambda stored: stored)
-
-    assert torch.autograd.gradcheck(function, (make(2, 3, 5), z, b, make(2, 5), make(4, 2), scale))
-
-
-def test_a_trained_bias_gets_its_gradient():
-    model = peft_model(bias="all").double()
-    lean, stock = (step(model, ROWS.double(), lean=form)[0] for form in (True, False))
-    (name,) = (name for name in lean if name.endswith("first.base_layer.bias"))
-    assert lean[name].any() and worst_error(lean, stock) < 1e-12
-
-
-def test_only_what_is_asked_for_gets_a_gradient():
-    model = peft_model()
+@pytest.mark.parametrize("bias_trains", [True, False])
+def test_frozen_layers_give_the_same_bits_under_autocast(bias_trains):
+    model, x = net().requires_grad_(False).eval(), torch.randn(4, 3, 8, 8)
     for name, parameter in model.named_parameters():
-        if "first.lora_A" in name or "second.lora_B" in name:
-            parameter.requires_grad_(False)
-    lean, stock = (step(model, ROWS, lean=form)[0] for form in (True, False))
-    assert len(lean) == 4 and worst_error(lean, stock) < 1e-6
+        parameter.requires_grad_(bias_trains and name.endswith("bias"))
+    lean, stock = (step(model, x, form, "bf16")[0] for form in (True, False))
+    assert_close(lean, stock, 0)
 
 
-def test_what_is_saved_and_merged_is_unchanged(batch):
-    model = adapted_model()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    forms = LeanForms(model)
-    after = model.state_dict()
-    assert after.keys() == before.keys() and all(torch.equal(after[n], v) for n, v in before.items())
-    model.load_state_dict(before)
-    forms.remove()
-    lean, stock = (peft_model().eval() for _ in range(2))
-    LeanForms(lean)
-    x = ROWS.clone()
-    y = lean(x)
-    merged, expected = lean.merge_and_unload(), stock.merge_and_unload()
-    assert merged.state_dict().keys() == expected.state_dict().keys()
-    assert all(torch.equal(v, expected.state_dict()[n]) for n, v in merged.state_dict().items())
-    torch.testing.assert_close(merged(x), y)
-
-
-def test_remove_restores_the_forward_of_peft():
-    model = peft_model()
-    before = {name: set(vars(module)) for name, module in model.named_modules()}
-    forms = LeanForms(model)
-    assert len(forms.layers) == 2 and all("forward" in vars(layer) for layer in forms.layers)
-    forms.remove()
-    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
-    forms.remove()
-
-
-def test_lean_twice_is_lean_once():
-    model = peft_model().double()
-    stock = step(model, ROWS.double(), lean=False)[0]
-    outer = LeanForms(model)
-    assert worst_error(step(model, ROWS.double())[0], stock) < 1e-12  # enters and removes its own
-    outer.remove()
-    assert not any("forward" in vars(module) for module in model.modules())
-    assert worst_error(step(model, ROWS.double(), lean=False)[0], stock) == 0
-
-
-def uses_lean(model, x):
-    return any("LeanLora" in name for name in graph_of(model(x).grad_fn))
-
-
-def graph_of(node, seen=None):
-    seen = {} if seen is None else seen
-    if node is not None and node not in seen:
-        seen[node] = type(node).__name__
-        for following, _ in node.next_functions:
-            graph_of(following, seen)
-    return seen.values()
-
-
-def second_adapter(model):
-    from peft import LoraConfig
-
-    model.add_adapter("other", LoraConfig(r=2, target_modules=["first", "second"]))
-    model.base_model.set_adapter(["default", "other"])
-    fill_adapters(model)
-
-
-def trained_base(model):
-    for layer in LeanForms(TwoLinears()).layers or model.modules():
-        if isinstance(layer, nn.Linear):
-            layer.weight.requires_grad_()
-
-
-FALLBACKS = {
-    "dora with dropout": ({"use_dora": True, "lora_dropout": 0.5}, None),
-    "bias in the adapter": ({"lora_bias": True, "target_modules": ["first"]}, None),
-    "two adapters": ({}, second_adapter),
-    "merged": ({}, lambda model: model.merge_adapter()),
-    "disabled": ({}, lambda model: model.base_model.disable_adapter_layers()),
-    "base is trained": ({}, trained_base),
-    "other type": ({}, lambda model: [m.double() for n, m in model.named_modules() if n[-7:-1] == ".lora_"]),
-}
-
-
-@pytest.mark.parametrize("case", FALLBACKS)
-@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
-def test_what_the_lean_form_does_not_cover_runs_as_in_peft(case):
-    options, change = FALLBACKS[case]
-    model = peft_model(**options)
-    if change is not None:
-        change(model)
-    x = ROWS.clone().requires_grad_()
-    toolkit.seed_everything(1)
-    expected = model(x).detach()
-    forms = LeanForms(model)
-    assert not uses_lean(model, x)
-    toolkit.seed_everything(1)
-    assert torch.equal(model(x), expected)
-    forms.remove()
-    assert uses_lean_when_plain()
-
-
-def uses_lean_when_plain():
-    model = peft_model()
-    LeanForms(model)
-    return uses_lean(model, ROWS)
-
-
-def test_disabling_for_a_while_is_noticed():
-    model = peft_model()
-    plain = TwoLinears()
-    weights = {name.replace("base_layer.", ""): v for name, v in model.get_base_model().state_dict().items()}
-    plain.load_state_dict({name: value for name, value in weights.items() if "lora" not in name})
-    LeanForms(model)
-    with model.disable_adapter():
-        assert torch.equal(model(ROWS), plain(ROWS))
-    assert uses_lean(model, ROWS) and not torch.allclose(model(ROWS), plain(ROWS))
-
-
-def test_outputs_without_gradients_and_in_evaluation_are_those_of_peft():
-    model = peft_model(lora_dropout=0.5).eval()
-    stock = model(ROWS)
-    LeanForms(model)
-    with torch.no_grad():
-        torch.testing.assert_close(model(ROWS), stock, rtol=1e-6, atol=1e-6)
-    with torch.inference_mode():
-        torch.testing.assert_close(model(ROWS), stock, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("method, lora_dropout", KINDS)
-def test_under_autocast_gradients_are_close_and_the_peak_is_lower(batch, method, lora_dropout):
-    """bf16 has 8 bits: the sum in another order is another number, in the same direction."""
-    model = adapted_model(method, lora_dropout=lora_dropout)
-    (lean, lean_peak), (stock, stock_peak) = (step(model, *batch, form, "bf16") for form in (True, False))
-    assert lean.keys() == stock.keys()
-    assert all(lean[name].dtype == stock[name].dtype for name in stock)
-    cosines = {n: cosine(lean[n], stock[n]) for n in stock}
-    assert min(cosines.values()) > 0.999, cosines
-    assert lean_peak < stock_peak
-
-
-@pytest.mark.parametrize("method", ["lora", "dora", "adalora", "qlora"])
-def test_the_peak_is_lower_without_autocast_too(batch, method):
-    model = adapted_model(method)
-    assert step(model, *batch)[1] < step(model, *batch, lean=False)[1]
-
-
-def test_float16_weights_compute_in_their_own_type():
-    model = peft_model().to(torch.bfloat16)
-    lean, stock = (step(model, ROWS.bfloat16(), lean=form)[0] for form in (True, False))
-    assert all(lean[name].dtype == torch.bfloat16 for name in lean)
-    assert worst_error(lean, stock) < 0.05
-
-
-@pytest.mark.parametrize("how", ["retained", "accumulated"])
-def test_two_backward_passes_give_twice_the_gradient(how):
-    model = peft_model().double()
-    once = step(model, ROWS.double())[0]
-    forms = LeanForms(model)
-    model.zero_grad()
-    loss = model(ROWS.double()).square().sum()
-    loss.backward(retain_graph=how == "retained")
-    (loss if how == "retained" else model(ROWS.double()).square().sum()).backward()
-    forms.remove()
-    twice = {name: p.grad / 2 for name, p in model.named_parameters() if p.grad is not None}
-    assert all(torch.allclose(grad, once[name], rtol=1e-12) for name, grad in twice.items())
+def test_layers_may_be_called_by_keyword():
+    model = nn.ModuleList([nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)]).requires_grad_(False).eval()
+    x = torch.randn(2, 3, 8, 8)
+    expected = model[1](model[0](x))
+    lean = LeanForms(model)
+    assert model[1](input=model[0](input=x)).equal(expected)
+    lean.remove()

@@ -14,9 +14,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import toolkit
-from toolkit.backbones.selective_scan import selective_scan
+from toolkit.backbones.selective_scan import selective_scan, selective_scan_flops
 from toolkit.errors import InputError
-from toolkit.measure import FlopCounter, flops, selective_scan_flops
+from toolkit.measure import FlopCounter, flops
 
 torch.manual_seed(0)
 

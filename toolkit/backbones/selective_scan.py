@@ -6,7 +6,7 @@ Written with stock operators autograd keeps several tensors of (batch, channels,
 at the starts of chunks of ⌈√L⌉ steps are kept, and the backward pass computes the others again, a chunk at
 a time.  `toolkit::selective_scan` and `toolkit::selective_scan_backward` are operators of torch's library,
 so that what counts, plans and repeats operators sees one call each; what they take meanwhile, which cannot
-be seen from outside, is told to `WORKSPACES`.
+be seen from outside, is registered with `budget.memory`.
 
 Two forms compute them, with the same results and kept states: `scan_torch`, on any device, and
 `scan_triton`, on CUDA.  `mamba_ssm` is not used: it keeps other states, cannot run from the end to the start,
@@ -23,7 +23,8 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from toolkit.backbones import scan_torch
-from toolkit.budget.memory import WORKSPACES
+from toolkit.budget.flops import register_flops
+from toolkit.budget.memory import register_workspace
 from toolkit.errors import InputError
 
 
@@ -164,8 +165,32 @@ def backward_workspace_bytes(
     )
 
 
-WORKSPACES[torch.ops.toolkit.selective_scan.default] = forward_workspace_bytes
-WORKSPACES[torch.ops.toolkit.selective_scan_backward.default] = backward_workspace_bytes
+register_workspace(torch.ops.toolkit.selective_scan.default, forward_workspace_bytes)
+register_workspace(torch.ops.toolkit.selective_scan_backward.default, backward_workspace_bytes)
+
+
+def selective_scan_flops(batch: int, channels: int, length: int, states: int) -> tuple[int, int]:
+    """Forward and backward pass of h ← exp(Δ·A)·h + (Δ·u)·B, y = C·h + D·u (arXiv 2312.00752, eq. 2).
+
+    Per channel, time step and state: Δ·A, (Δ·u)·B, the multiply-add of h and that of y; beside them
+    Δ·u and the multiply-add of D·u.  Backward: the gradients of C, h (two), B and Δ·u, a multiply-add
+    each (10), of exp(Δ·A) (1), and through it of Δ and A (4).  exp is not counted, nor are states that
+    a kernel computes again.
+    """
+    steps = batch * channels * length
+    return steps * (6 * states + 3), steps * (15 * states + 7)
+
+
+def _scan(u, dt, a, *rest, out_val, **options) -> int:
+    return selective_scan_flops(*u.shape, a.shape[1])[0]
+
+
+def _scan_backward(grad, u, dt, a, *rest, out_val, **options) -> int:
+    return selective_scan_flops(*u.shape, a.shape[1])[1]
+
+
+# u (B, channels, L), dt like u, A (channels, states)
+register_flops({"toolkit.selective_scan": _scan, "toolkit.selective_scan_backward": _scan_backward})
 
 
 # Which form runs.

@@ -16,11 +16,7 @@ import torch
 from torch import nn
 
 from toolkit.baselines.generative import VisionLanguageModel
-from toolkit.budget.memory import WORKSPACES, rounded
 from toolkit.errors import InputError, check_name
-
-# Of logits, which are among the largest tensors: it exponentiates into a copy.
-WORKSPACES[torch.ops.aten.logsumexp.default] = lambda x, dim, keepdim=False: rounded(x.nbytes)
 
 AGGREGATIONS = ("sum", "mean", "pmi", "sibling")
 LOGITS_BYTES = 64 * 2**20  # of float32 logits at a time: 257,000 tokens take 1 MiB per node and image

@@ -1,11 +1,15 @@
 """Training inside a memory budget.  Needs nothing but torch: usable on any module and any loop.
 
-`plan()` predicts, `auto_checkpoint()` keeps a budget.  From the bottom: `sizes` parses budgets, `memory`
-reads what is allocated (on the CPU too), `flops` counts, `blocks` finds where a model can be cut,
-`checkpointing` has the strategies of others, `lean` and `lean_conv` the layers that keep nothing twice or
-in vain.  The planner: `tape` records operators and computes dropped tensors again, `profile` runs a step on
-fake tensors, `levels` finds what a block can keep, `solver` chooses, `plan` puts it together, `auto` applies
-it.
+`plan()` predicts, `auto_checkpoint()` keeps a budget.  From the bottom: `memory` parses budgets and reads what
+is allocated (on the CPU too), `tape` records operators and computes dropped tensors again, `step` runs a
+training step, on fake tensors if wanted, `flops` counts it, `blocks` finds where a model can be cut,
+`checkpointing` has the strategies of others, `lean` the layers that keep less.  The planner: `profile` runs a
+step on fake tensors, `levels` finds what a block can keep, `solver` chooses, `plan` puts it together, `auto`
+applies it.
+
+Other rooms register what they know: operators' workspaces (`memory.register_workspace`) and FLOPs
+(`flops.register_flops`), lean forms (`lean.register_form`; of low-rank layers in `methods.lean`, from where
+`toolkit.plan` and `toolkit.auto_checkpoint` are imported).
 """
 
 from toolkit.budget.auto import AutoCheckpoint, auto_checkpoint, taken_beside_tensors

@@ -180,42 +180,13 @@ def _attention_backward(grad, q, k, v, *rest, out_val, **options) -> int:
     return 2 * _attention(q, k, v, out_val=out_val)
 
 
-def _gemm_4bit(x, weight, shape, *rest, out_val, **options) -> int:
-    """`x` (..., in) times the unpacked weight of `shape` (out, in); unpacking is not counted."""
-    return 2 * x.numel() * shape[0]
-
-
-def selective_scan_flops(batch: int, channels: int, length: int, states: int) -> tuple[int, int]:
-    """Forward and backward pass of h ← exp(Δ·A)·h + (Δ·u)·B, y = C·h + D·u (arXiv 2312.00752, eq. 2).
-
-    Per channel, time step and state: Δ·A, (Δ·u)·B, the multiply-add of h and that of y; beside them
-    Δ·u and the multiply-add of D·u.  Backward: the gradients of C, h (two), B and Δ·u, a multiply-add
-    each (10), of exp(Δ·A) (1), and through it of Δ and A (4).  exp is not counted, nor are states that
-    a kernel computes again.
-    """
-    steps = batch * channels * length
-    return steps * (6 * states + 3), steps * (15 * states + 7)
-
-
-def _scan(u, dt, a, *rest, out_val, **options) -> int:
-    return selective_scan_flops(*u.shape, a.shape[1])[0]
-
-
-def _scan_backward(grad, u, dt, a, *rest, out_val, **options) -> int:
-    return selective_scan_flops(*u.shape, a.shape[1])[1]
-
-
-# Multiply-adds.  Scans: u (B, channels, L), dt like u, A (channels, states).
+# Two per multiply-add, by the name of the operator.
 FORMULAS: dict[str, Callable] = {
     "aten.convolution_backward": _convolution_backward,
     "aten.mv": lambda matrix, vector, *, out_val, **_: 2 * matrix.numel(),
     "aten.addmv": lambda bias, matrix, vector, *, out_val, **scales: 2 * matrix.numel(),
     "aten.dot": lambda a, b, *, out_val, **_: 2 * a.numel(),
     "aten.addbmm": lambda bias, a, b, *, out_val, **_: 2 * a.numel() * b.shape[2],
-    "bitsandbytes.gemm_4bit": _gemm_4bit,
-    "bitsandbytes.gemv_4bit": _gemm_4bit,
-    "toolkit.selective_scan": _scan,
-    "toolkit.selective_scan_backward": _scan_backward,
 }
 for _name in ("mm", "bmm", "addmm", "baddbmm", "addbmm", "addmv"):
     _packet = getattr(torch.ops.aten, _name)
@@ -224,6 +195,11 @@ for _name in ("mm", "bmm", "addmm", "baddbmm", "addbmm", "addmv"):
 for _kind in ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention"):
     FORMULAS[f"aten._scaled_dot_product_{_kind}"] = _attention
     FORMULAS[f"aten._scaled_dot_product_{_kind}_backward"] = _attention_backward
+
+
+def register_flops(formulas: dict[str, Callable]) -> None:
+    """Count more operators: name ("library.operator") -> function of its arguments and `out_val`."""
+    FORMULAS.update(formulas)
 
 
 def _norm(x: torch.Tensor, affine) -> int:

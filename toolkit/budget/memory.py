@@ -120,6 +120,9 @@ class CudaMemory:
         pass
 
 
+_ATTACHED: list[Callable[[nn.Parameter], Iterable[torch.Tensor]]] = []
+
+
 class StorageRef(weakref.ref):
     """Weak reference to a storage that remembers its key and size after it died."""
 
@@ -135,18 +138,27 @@ class StorageRef(weakref.ref):
 
 
 def tensors_of(model: nn.Module) -> list[torch.Tensor]:
-    """Parameters, buffers, and what the scales of packed (4-bit) parameters are in."""
+    """Parameters, buffers, and what is attached to parameters, as the scales of 4-bit weights are."""
     parameters = list(model.parameters())
-    scales = []
-    for state in (getattr(parameter, "quant_state", None) for parameter in parameters):
-        while state is not None:  # scales may be packed themselves
-            scales += [value for value in vars(state).values() if isinstance(value, torch.Tensor)]
-            state = getattr(state, "state2", None)
-    return [*parameters, *model.buffers(), *scales]
+    attached = [tensor for find in _ATTACHED for parameter in parameters for tensor in find(parameter)]
+    return [*parameters, *model.buffers(), *attached]
+
+
+def register_attached(find: Callable[[nn.Parameter], Iterable[torch.Tensor]]) -> None:
+    """Add `find(parameter)`, which returns tensors that a parameter holds besides its values."""
+    _ATTACHED.append(find)
 
 
 # What an operator takes for itself while it runs, which no mode sees: operator -> bytes of its arguments.
-WORKSPACES: dict[object, Callable[..., int]] = {}
+WORKSPACES: dict[object, Callable[..., int]] = {
+    # Exponentiates into a copy.
+    torch.ops.aten.logsumexp.default: lambda x, dim, keepdim=False: rounded(x.nbytes),
+}
+
+
+def register_workspace(operator, nbytes: Callable[..., int]) -> None:
+    """Add `nbytes(*arguments)`: the bytes that a call of `operator` takes besides its inputs and outputs."""
+    WORKSPACES[operator] = nbytes
 
 
 def workspace_bytes(func, args: tuple, kwargs: dict) -> int:

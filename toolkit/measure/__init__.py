@@ -1,6 +1,6 @@
 """Measuring a run: time and energy (`Meter`), memory, and floating-point operations (`flops`)."""
 
-from toolkit.budget.flops import FlopCounter, Flops, flops, selective_scan_flops
+from toolkit.budget.flops import FlopCounter, Flops, flops
 from toolkit.measure.meter import Meter, Window, total
 from toolkit.measure.sensors import GpuSensor, Nvml, Rapl, SensorError
 
@@ -14,6 +14,5 @@ __all__ = [
     "SensorError",
     "Window",
     "flops",
-    "selective_scan_flops",
     "total",
 ]

@@ -11,8 +11,8 @@ import re
 
 from torch import nn
 
-from toolkit.budget.lean import is_packed, unpacked_weight
 from toolkit.errors import InputError
+from toolkit.methods.lean import is_packed, unpacked_weight
 from toolkit.methods.targets import Targets, narrow_layers, targets_of
 
 # AdaLoRA starts with half as many ranks again as it ends with, as peft's defaults do (12 and 8).

@@ -1,4 +1,4 @@
-"""Lean convolutions and batch norms are torch's and peft's: the same function in less memory."""
+"""Lean low-rank convolutions are peft's: the same function in less memory."""
 
 import copy
 import warnings
@@ -10,17 +10,18 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lean_step import CPU, assert_close, fill, net, step
 from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import nn
 
 import toolkit
 from toolkit.budget import LeanForms, TensorMemory
-from toolkit.budget.lean_conv import LeanLoraConv, norm_of_sum
 from toolkit.budget.plan import Planner, plan
-from toolkit.budget.step import autocast
+from toolkit.methods.lean import LeanLoraConv, norm_of_sum
 
-CPU = torch.device("cpu")
 HUGE = 1 << 50
+
+
 TUNERS = ["lora", "dora", "adalora"]
 
 
@@ -39,45 +40,6 @@ def adapted(layer, tuner="lora", rank=2, **options):
         model = peft.get_peft_model(model, config)
     fill(model)
     return model.train()
-
-
-def fill(model):
-    """Nothing is zero or one, so that each part has a gradient of its own."""
-    with torch.no_grad():
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if "lora_B" in name or "lora_E" in name or name.endswith("running_mean"):
-                tensor.normal_(0, 0.3)
-            if "magnitude" in name or name.endswith("running_var"):
-                tensor.mul_(1 + 0.3 * torch.rand_like(tensor))
-
-
-def step(model, x, lean, precision="fp32", needs_input=True):
-    """Output and gradients; bytes that forward leaves behind."""
-    model.zero_grad()
-    x = x.clone().requires_grad_(needs_input)
-    memory = TensorMemory(CPU)
-    memory.track([*model.parameters(), *model.buffers(), x])
-    before = memory.allocated_bytes
-    forms = LeanForms(model) if lean else None
-    torch.manual_seed(1)
-    try:
-        with memory, autocast(CPU, precision):
-            out = model(x)
-            kept_bytes = memory.allocated_bytes - before
-        out.square().sum().backward()
-    finally:
-        if forms is not None:
-            forms.remove()
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {"out": out.detach(), **({"x": x.grad} if needs_input else {}), **found}, kept_bytes
-
-
-def assert_close(lean, stock, tolerance):
-    assert lean.keys() == stock.keys() and len(stock) > 1
-    for name, value in stock.items():
-        assert lean[name].dtype == value.dtype and lean[name].shape == value.shape, name
-        scale = value.abs().max().clamp(min=1e-30)
-        assert float((lean[name] - value).abs().max() / scale) <= tolerance, name
 
 
 pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
@@ -148,119 +110,6 @@ def test_gradcheck_of_the_adapted_convolution(rescaled, dropped):
     assert torch.autograd.gradcheck(function, arguments)
 
 
-@settings(max_examples=30)
-@given(
-    groups=st.integers(1, 3),
-    per_group=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    kernel=pairs,
-    stride=pairs,
-    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
-    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
-    bias=st.booleans(),
-    bias_trains=st.booleans(),
-    channels_last=st.booleans(),
-    size=st.tuples(st.integers(1, 3), st.integers(5, 8), st.integers(5, 8)),
-)
-def test_a_frozen_convolution_gives_the_same_gradients_and_keeps_nothing(
-    groups, per_group, kernel, stride, padding, dilation, bias, bias_trains, channels_last, size
-):
-    torch.manual_seed(0)
-    inside, outside = (groups * count for count in per_group)
-    layer = nn.Conv2d(inside, outside, kernel, stride, padding, dilation, groups, bias)
-    layer.requires_grad_(False)
-    if bias:
-        layer.bias.requires_grad_(bias_trains)
-    model = nn.Sequential(nn.Sigmoid(), layer)
-    x = torch.randn(size[0], inside, *size[1:])
-    if channels_last:
-        x, model = x.to(memory_format=torch.channels_last), model.to(memory_format=torch.channels_last)
-    lean, stock = (step(model, x, form)[0] for form in (True, False))
-    assert_close(lean, stock, 1e-6 if channels_last else 0)
-    forms = LeanForms(model)
-    y = x.clone().requires_grad_()
-    assert {tuple(t.shape) for t in saved_by(layer(y))} <= {tuple(layer.weight.shape), (outside,)}
-    forms.remove()
-
-
-def saved_by(y):
-    return [t for t in y.grad_fn.saved_tensors if t is not None]
-
-
-@pytest.mark.parametrize("trained", ["", "bias"])
-@pytest.mark.parametrize(
-    "make, shape",
-    [
-        (lambda: nn.BatchNorm1d(6), (4, 6)),
-        (lambda: nn.BatchNorm1d(6), (4, 6, 3)),
-        (lambda: nn.BatchNorm2d(6, eps=1e-3), (2, 6, 3, 3)),
-        (lambda: nn.BatchNorm2d(6, affine=False), (2, 6, 3, 3)),
-        (lambda: nn.BatchNorm3d(6), (2, 6, 2, 2, 2)),
-        (lambda: BatchNormAct2d(6), (2, 6, 3, 3)),
-        (lambda: BatchNormAct2d(6, act_layer=nn.SiLU, drop_layer=lambda: nn.Dropout(0.5)), (2, 6, 3, 3)),
-    ],
-)
-def test_a_frozen_norm_gives_the_same_bits_and_keeps_no_input(make, shape, trained):
-    torch.manual_seed(0)
-    norm = make().requires_grad_(False).eval()
-    fill(norm)
-    if norm.weight is not None:
-        nn.init.normal_(norm.weight)
-        norm.bias.requires_grad_(trained == "bias")
-    model = nn.Sequential(norm, nn.Tanh())
-    x = torch.randn(shape)
-    (lean, kept_bytes), (stock, stock_kept_bytes) = (step(model, x, form) for form in (True, False))
-    assert_close(lean, stock, 0)
-    assert kept_bytes <= stock_kept_bytes
-    inside = nn.Sequential(nn.Tanh(), norm)
-    inputs = [t.shape for t in saved_tensors(inside, x, lean=True)]
-    assert inputs.count(x.shape) < len([t for t in saved_tensors(inside, x, False) if t.shape == x.shape])
-
-
-def saved_tensors(model, x, lean):
-    """What autograd packs in a forward pass."""
-    packed = []
-    forms = LeanForms(model) if lean else None
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
-        model(x.clone().requires_grad_())
-    if forms is not None:
-        forms.remove()
-    return packed
-
-
-def test_a_norm_that_trains_or_uses_the_batch_runs_as_in_torch():
-    x = torch.randn(4, 3, 5, 5)
-    training, weighted, none = (
-        nn.BatchNorm2d(3),
-        nn.BatchNorm2d(3),
-        nn.BatchNorm2d(3, track_running_stats=False),
-    )
-    for norm, mode in ((training, True), (weighted, False), (none, False)):
-        norm.requires_grad_(norm is weighted).train(mode)
-        (lean, kept_bytes), (stock, stock_kept_bytes) = (
-            step(copy.deepcopy(norm), x, form) for form in (True, False)
-        )
-        assert_close(lean, stock, 0)
-        assert kept_bytes == stock_kept_bytes
-    assert training.num_batches_tracked == 0  # of the copies it is 1
-    forms = LeanForms(training)
-    training(x)
-    forms.remove()
-    assert training.num_batches_tracked == 1
-
-
-def net(seed=0):
-    """Adapted, depthwise and frozen layers, activations in place, a residual: ConvNet of 8 x 8 pixels."""
-    torch.manual_seed(seed)
-    norms = [BatchNormAct2d(12), nn.BatchNorm2d(12), BatchNormAct2d(6, apply_act=False)]
-    model = nn.Sequential(
-        nn.Conv2d(3, 12, 3, padding=1, bias=False), norms[0],
-        nn.Conv2d(12, 12, 3, stride=2, padding=1, groups=12), norms[1], nn.ReLU6(inplace=True),
-        nn.Conv2d(12, 6, 1, bias=False), norms[2], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4),
-    )  # fmt: skip
-    fill(model)
-    return model
-
-
 def adapted_net(tuner="lora"):
     common = {"target_modules": ["0", "5"], "modules_to_save": ["9"]}
     config = {
@@ -299,15 +148,6 @@ def test_under_autocast_gradients_are_close_and_less_is_kept(tuner):
     }
     assert min(cosines.values()) > 0.998, cosines
     assert kept_bytes < 0.7 * stock_kept_bytes
-
-
-@pytest.mark.parametrize("bias_trains", [True, False])
-def test_frozen_layers_give_the_same_bits_under_autocast(bias_trains):
-    model, x = net().requires_grad_(False).eval(), torch.randn(4, 3, 8, 8)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(bias_trains and name.endswith("bias"))
-    lean, stock = (step(model, x, form, "bf16")[0] for form in (True, False))
-    assert_close(lean, stock, 0)
 
 
 def test_norm_of_a_sum():
@@ -501,12 +341,3 @@ def test_a_plan_of_a_cnn_says_its_peak_and_changes_no_gradient(method):
 @pytest.mark.parametrize("name", [None, "resnet10t", "mobilenetv3_small_050"])
 def test_a_plan_of_any_cnn_says_its_peak(name, method):
     check_plans(method, images(64 if name else 16), name)
-
-
-def test_layers_may_be_called_by_keyword():
-    model = nn.ModuleList([nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)]).requires_grad_(False).eval()
-    x = torch.randn(2, 3, 8, 8)
-    expected = model[1](model[0](x))
-    lean = LeanForms(model)
-    assert model[1](input=model[0](input=x)).equal(expected)
-    lean.remove()
