@@ -498,6 +498,14 @@ def test_a_batch_norm_that_cannot_run_one_sample_does_not_hide_that_the_budget_i
         plan(resnet(), 10**6, pair)
 
 
+def test_blocks_that_allocate_nothing_are_planned():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Identity(), nn.Identity(), nn.Linear(8, 8))
+    batch = torch.randn(4, 8), torch.zeros(4, dtype=torch.long)
+    made = plan(model, HUGE, batch, blocks=["0", "1", "2", "3"])
+    assert list(made.levels) == ["0", "1", "2", "3"]
+    assert made.peak_bytes == measured_peak(model, batch)
+
+
 def test_nothing_to_train_is_named(batch):
     with pytest.raises(InputError):
         plan(vit().requires_grad_(False), HUGE, batch)

@@ -1,7 +1,7 @@
 """Training inside a memory budget.  Needs nothing but torch: usable on any module and any loop.
 
-`plan()` predicts, `auto_checkpoint()` keeps a budget.  From the bottom: `memory` parses budgets and reads what
-is allocated (on the CPU too), `tape` records operators and computes dropped tensors again, `step` runs a
+`plan()` predicts, `auto_checkpoint()` keeps a budget.  From the bottom: `memory` parses budgets and reads
+what is allocated (on the CPU too), `tape` records operators and computes dropped tensors again, `step` runs a
 training step, on fake tensors if wanted, `flops` counts it, `blocks` finds where a model can be cut,
 `checkpointing` has the strategies of others, `lean` the layers that keep less.  The planner: `profile` runs a
 step on fake tensors, `levels` finds what a block can keep, `solver` chooses, `plan` puts it together, `auto`

@@ -268,6 +268,8 @@ class _ProfilingTape(Tape):
             if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
                 leaf.register_hook(lambda grad: self.timeline.note("backward", number))
         self.segments.append("")
+        if self.timeline.at_next_allocation:  # the block has allocated nothing: it begins where it ends
+            self.timeline.at_next_allocation()
         self.timeline.at_next_allocation = lambda: self.entered.append(self.timeline.time)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
