@@ -2,15 +2,16 @@ import json
 
 import numpy as np
 import pytest
+import skimage.data
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch.utils._pytree import tree_leaves
 
-from toolkit.datasets import Policy, coco_boxes, image_files, load_dataset, loader, mosaics, scenes
+from toolkit.datasets import Policy, coco, composed, image_files, load_dataset, loader
 from toolkit.datasets.embedded import digits
-from toolkit.datasets.splits import InMemoryDense
+from toolkit.datasets.splits import InMemory
 from toolkit.datasets.tasks import IGNORED
 from toolkit.errors import InputError
 
@@ -47,7 +48,7 @@ def test_an_embedded_set_is_the_same_every_time(name, embedded):
 def test_mosaics_are_of_two_to_five_regions_of_a_size(embedded):
     splits = embedded["mosaics"]
     assert splits.task == "segmentation" and len(splits.classes) == 7
-    for split, count in mosaics.MOSAICS.items():
+    for split, count in composed.MOSAICS.items():
         masks = torch.stack([mask for _, mask in getattr(splits, split)])
         assert masks.shape == (count, 64, 64) and masks.dtype == torch.uint8
         pixels = torch.stack([torch.bincount(mask.flatten(), minlength=7) for mask in masks])
@@ -59,26 +60,26 @@ def test_mosaics_are_of_two_to_five_regions_of_a_size(embedded):
 
 def test_a_mosaic_shows_tiles_of_its_split_where_its_mask_says(monkeypatch):
     """With tiles that hold their class's number, and no variation, image and mask are equal."""
-    monkeypatch.setattr(mosaics, "varied", lambda rng, tile: tile)
+    monkeypatch.setattr(composed, "varied", lambda rng, tile: tile)
     tiles = [np.full((2, 64, 64), label, np.uint8) for label in range(7)]
-    image, mask = mosaics._mosaic(np.random.default_rng(0), tiles)
+    image, mask = composed._mosaic(np.random.default_rng(0), tiles)
     assert np.array_equal(image, mask) and len(np.unique(mask)) >= 2
 
 
 def test_tiles_of_two_splits_share_no_pixel(monkeypatch):
     """Of a photograph whose pixels number its tiles of 64 px."""
     numbers = np.kron(np.arange(20).reshape(4, 5), np.ones((64, 64))).astype(np.uint8)
-    monkeypatch.setattr(mosaics.skimage.data, "brick", lambda: numbers)
-    mosaics.tiles_of.cache_clear()
-    seen = [set(np.unique(tiles)) for tiles in mosaics.tiles_of("brick").values()]
-    mosaics.tiles_of.cache_clear()
+    monkeypatch.setattr(skimage.data, "brick", lambda: numbers)
+    composed.tiles_of.cache_clear()
+    seen = [set(np.unique(tiles)) for tiles in composed.tiles_of("brick").values()]
+    composed.tiles_of.cache_clear()
     assert all(seen) and sum(map(len, seen)) == len(set.union(*seen)) == 20
 
 
 def test_boxes_of_scenes_are_tight_around_the_ink_and_apart(embedded):
     splits = embedded["digit_scenes"]
     assert splits.task == "detection" and splits.classes == list("0123456789")
-    for split, count in scenes.SCENES.items():
+    for split, count in composed.SCENES.items():
         data = getattr(splits, split)
         assert len(data) == count
         for image, target in data:
@@ -97,9 +98,9 @@ def test_boxes_of_scenes_are_tight_around_the_ink_and_apart(embedded):
 def test_scenes_are_their_background_where_no_instance_is(monkeypatch):
     rng = np.random.default_rng(3)
     tile = rng.integers(0, 256, (64, 64), dtype=np.uint8)
-    monkeypatch.setattr(scenes, "varied", lambda rng, tile: tile)
+    monkeypatch.setattr(composed, "varied", lambda rng, tile: tile)
     for row in range(20):
-        image, target = scenes._scene(np.random.default_rng(row), [tile[None]], digits().train)
+        image, target = composed._scene(np.random.default_rng(row), [tile[None]], digits().train)
         outside = target["instances"].numpy() == 0
         assert (image[:, outside] == tile[outside]).all()
         assert (image[:, ~outside] != tile[~outside]).any(0).mean() > 0.9
@@ -128,8 +129,8 @@ def test_a_batch_of_images_of_several_sizes_keeps_boxes_and_instances_together(s
         instances[:, :w] = 1
         images.append(torch.zeros(3, h, 2 * w, dtype=torch.uint8))
         targets.append({"boxes": torch.tensor([[0.0, 0, w, h, 3]]), "instances": instances})
-    split = InMemoryDense.__new__(InMemoryDense)
-    split.images, split.targets = [image.numpy() for image in images], targets
+    split = InMemory.__new__(InMemory)
+    split.images, split.labels = [image.numpy() for image in images], targets
     batch, found = next(iter(loader(split, config(2 * side), Policy(), batch_size=len(sizes))))
     assert batch.shape == (len(sizes), 3, 2 * side, 2 * side)
     half = torch.tensor([0.0, 0, side, 2 * side, 3])
@@ -144,7 +145,7 @@ def test_boxes_are_padded_to_the_most_of_the_batch_and_to_one(embedded):
     assert targets["boxes"].shape == (16, max(counts), 5)
     assert (targets["boxes"][..., 4] >= 0).sum(1).tolist() == counts
     assert all(torch.equal(targets["boxes"][row, :n], split[row][1]["boxes"]) for row, n in enumerate(counts))
-    empty = InMemoryDense(np.zeros((2, 3, 8, 8), np.uint8), [{"boxes": torch.zeros(0, 5)}] * 2)
+    empty = InMemory(np.zeros((2, 3, 8, 8), np.uint8), [{"boxes": torch.zeros(0, 5)}] * 2)
     _, targets = next(iter(loader(empty, config(8), Policy(), batch_size=2)))
     assert targets["boxes"].tolist() == [[[0, 0, 0, 0, -1]]] * 2 and "instances" not in targets
 
@@ -174,7 +175,8 @@ def test_flips_mirror_targets_with_their_images(name, embedded):
     assert 15 < mirrored < 45
 
 
-def test_workers_give_the_same_dense_batches(embedded):
+def test_dense_batches_do_not_depend_on_workers_or_touch_the_global_generator(embedded):
+    before = torch.get_rng_state()
     for splits in embedded.values():
         here, there = (
             list(loader(splits.val, config(64), Policy(flip=True), batch_size=30, seed=0, workers=workers))
@@ -183,10 +185,11 @@ def test_workers_give_the_same_dense_batches(embedded):
         leaves = [tree_leaves(batches) for batches in (here, there)]
         assert len(leaves[0]) == len(leaves[1]) >= 4
         assert all(torch.equal(a, b) for a, b in zip(*leaves))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_crops_of_dense_targets_are_refused(embedded):
-    with pytest.raises(InputError, match="crop_scale crops images, not masks and boxes"):
+    with pytest.raises(InputError, match="crop_scale is for classification"):
         batches = loader(embedded["mosaics"].val, CONFIG, Policy((0.5, 1.0)), batch_size=2, workers=0)
         next(iter(batches))
 
@@ -327,7 +330,7 @@ CATEGORIES = [{"id": 18, "name": "dog"}, {"id": 1, "name": "person"}]
 
 
 @pytest.fixture
-def coco(tmp_path):
+def coco_files(tmp_path):
     """20 images of 100 x 50 px to train on and 3 to test, a dog in each; called, it changes the latter."""
     root = tmp_path / "coco"
     (root / "annotations").mkdir(parents=True)
@@ -352,7 +355,7 @@ def coco(tmp_path):
     return change
 
 
-def test_coco_boxes_become_corners_and_classes_from_zero(coco, tmp_path):
+def test_coco_boxes_become_corners_and_classes_from_zero(coco_files, tmp_path):
     splits = load_dataset("coco", root=tmp_path)
     assert splits.task == "detection" and splits.classes == ["person", "dog"], "by id"
     assert [len(splits.train), len(splits.val), len(splits.test)] == [18, 2, 3]
@@ -364,9 +367,9 @@ def test_coco_boxes_become_corners_and_classes_from_zero(coco, tmp_path):
     assert load_dataset("coco", root=tmp_path).hashes == splits.hashes
 
 
-def test_coco_crowds_and_boxes_without_area_are_left_out_and_counted(coco, tmp_path):
+def test_coco_crowds_and_boxes_without_area_are_left_out_and_counted(coco_files, tmp_path):
     before = load_dataset("coco", root=tmp_path)
-    coco([
+    coco_files([
         {"bbox": [0, 0, 100, 50], "iscrowd": 1}, {"bbox": [5, 5, 1.03, 0.0]},
         {"bbox": [-0.4, 0, 100.9, 50.2]}, {"bbox": [1, 2, 3, 4], "category_id": 18, "image_id": 14},
     ])  # fmt: skip
@@ -392,13 +395,13 @@ def test_coco_crowds_and_boxes_without_area_are_left_out_and_counted(coco, tmp_p
         ({"bbox": [0, 0, 5, 5], "image_id": 1}, "is not COCO's list of instances"),
     ],
 )
-def test_unusable_boxes(coco, tmp_path, annotation, message):
-    coco([annotation])
+def test_unusable_boxes(coco_files, tmp_path, annotation, message):
+    coco_files([annotation])
     with pytest.raises(InputError, match=message):
         load_dataset("coco", root=tmp_path)
 
 
-def test_coco_images_of_another_size_and_missing_files(coco, tmp_path):
+def test_coco_images_of_another_size_and_missing_files(coco_files, tmp_path):
     write_image(tmp_path / "coco" / "val2017" / f"{0:012}.jpg", (50, 50))
     with pytest.raises(InputError, match="has 50 x 50 pixels, its annotations are for 100 x 50"):
         load_dataset("coco", root=tmp_path)
@@ -412,7 +415,7 @@ def test_coco_images_of_another_size_and_missing_files(coco, tmp_path):
 )  # fmt: skip
 def test_a_box_is_within_its_image_or_refused(box, width, height):
     try:
-        found = coco_boxes._clipped(list(box), width, height, ("file", 1, 2))
+        found = coco._clipped(list(box), width, height, "a file")
     except InputError:
         x, y, w, h = box
         assert x + w >= width + 0.99 or y + h >= height + 0.99

@@ -9,12 +9,10 @@ Every data set is one entry of `DATASETS`; `register_dataset` adds another.
 
 from toolkit.datasets import (  # noqa: F401  (each of them registers its data sets)
     coco,
-    coco_boxes,
+    composed,
     embedded,
     image_files,
-    mosaics,
     public,
-    scenes,
     segmentation_files,
     shifted,
     vtab,

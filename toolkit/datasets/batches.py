@@ -1,6 +1,7 @@
-"""Batches of a split in the form that a backbone asks for, shuffled and augmented from a seed.
+"""Batches of a split in the form that a backbone needs, shuffled and augmented from a seed.
 
-Resolution and normalisation are the backbone's, cropping and flipping the data set's.
+Resolution and normalisation are the backbone's, cropping and flipping the data set's.  All geometry is
+torchvision's `transforms.v2`; masks and boxes are `tv_tensors`.
 """
 
 from __future__ import annotations
@@ -10,15 +11,14 @@ import hashlib
 import os
 from collections.abc import Sequence
 
-import numpy as np
 import torch
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from toolkit.datasets.splits import Policy
+from toolkit.datasets.splits import Policy, Target
 from toolkit.errors import InputError
-
-Targets = torch.Tensor | dict[str, torch.Tensor]
 
 
 def loader(
@@ -32,19 +32,19 @@ def loader(
     first_batch: int = 0,
     workers: int | None = None,
 ) -> DataLoader:
-    """Batches `(images, targets)`: float (B, 3, H, W) as `config` asks, and targets by the split's task.
+    """Load batches `(images, targets)`: float (B, 3, H, W) as `config` says, and targets by the split's task.
 
     Classes are int64 (B,), and masks int64 (B, H, W) at the input's resolution, by nearest neighbour:
-    a score that is computed on them is that of the resized masks.  Boxes are a dict: `"boxes"` float32
-    (B, M, 5), x1, y1, x2, y2 in pixels of the input and the class, padded by rows of class -1 to the most
-    boxes of an image in the batch, at least one; and `"instances"` uint8 (B, H, W) if the split has them.
-    Squeezing an image changes no IoU of boxes, but it does change which ones COCO calls small or large.
+    scores computed on them are those of the resized masks.  Boxes are a dict: `"boxes"` float32 (B, M, 5),
+    x1, y1, x2, y2 in pixels of the input and the class, padded by rows of class -1 to the most boxes of an
+    image in the batch, at least one; and `"instances"` uint8 (B, H, W) if the split has them.
+    Resizing an image keeps the IoU of its boxes, but changes which ones COCO calls small or large.
 
-    `config` has timm's keys (`backbones.data_config(model)`).  With a `seed` the images are shuffled
-    and augmented, without they come in order and unchanged.  The shuffle is drawn from (seed, epoch)
-    and each image's augmentation from (seed, epoch, index): whichever worker loads it, and whether or
-    not the epoch is entered at `first_batch` after an interruption, an image comes out the same.
-    `workers`: processes that load; None takes one per core, up to four, where images are decoded or cropped.
+    `config` has timm's keys (`backbones.data_config(model)`).  With a `seed` the images are shuffled and
+    augmented, without one they come in order and unchanged.  The shuffle is drawn from (seed, epoch) and each
+    image's augmentation from (seed, epoch, index): an image comes out the same in any worker process, and
+    if the epoch is resumed at `first_batch`.
+    `workers`: loading processes; None: one per core, up to four, if images are decoded or cropped.
     """
     if workers is None:
         slow = policy.crop_scale is not None or getattr(split, "decodes", False)
@@ -60,7 +60,7 @@ def loader(
 
 
 def batch_rows(count: int, batch_size: int, seed: int | None, epoch: int) -> list[list[int]]:
-    """The rows of each batch of a split of `count` images: shuffled by (seed, epoch), or in order."""
+    """Return the rows of each batch of a split of `count` images: shuffled by (seed, epoch), or in order."""
     if seed is None:
         order = list(range(count))
     else:
@@ -69,15 +69,15 @@ def batch_rows(count: int, batch_size: int, seed: int | None, epoch: int) -> lis
 
 
 class _Batches(Dataset):
-    """Indexed by the rows of a batch.  What is alike for all its images is done once, on the stack."""
+    """Batches, indexed by their rows.  Images of one size are transformed at once, as a stack."""
 
     def __init__(self, split: Dataset, config: dict, policy: Policy, seed: int | None, epoch: int):
-        self.split, self.policy, self.seed, self.epoch = split, policy, seed, epoch
-        self.size = size = tuple(config["input_size"][1:])
+        self.split, self.seed, self.epoch = split, seed, epoch
+        size = tuple(config["input_size"][1:])
         interpolation = v2.InterpolationMode(config["interpolation"])
         resize = functools.partial(v2.Resize, interpolation=interpolation, antialias=True)
         self.squeeze = resize(size)
-        if policy.crop_scale is None:  # images taken whole
+        if policy.crop_scale is None:  # whole images
             self.frame = None
         elif seed is not None:
             self.frame = v2.RandomResizedCrop(size, scale=policy.crop_scale, interpolation=interpolation)
@@ -91,25 +91,21 @@ class _Batches(Dataset):
         else:
             self.flipped = torch.zeros(len(split), dtype=torch.bool)
 
-    def __getitem__(self, rows: list[int]) -> tuple[torch.Tensor, Targets]:
+    def __getitem__(self, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor | dict[str, torch.Tensor]]:
         images, targets = zip(*(self.split[row] for row in rows))
         flipped = self.flipped[rows]
-        dense = isinstance(targets[0], dict) or np.ndim(targets[0]) == 2
-        if dense and self.frame is not None:
-            raise InputError("Policy.crop_scale crops images, not masks and boxes: give None.")
-        if isinstance(targets[0], dict):
-            targets = _boxes(targets, [image.shape[1:] for image in images], self.size, flipped)
-        elif dense:
-            targets = _masks(targets, self.size, flipped).long()
-        else:
-            targets = torch.tensor(targets)
+        if not isinstance(targets[0], int):
+            images, targets = self._dense(images, targets, flipped)
+            return self.finish(images), targets
         if self.frame is not None:
             batch = torch.stack([self._framed(image, row) for image, row in zip(images, rows)])
+        elif len({image.shape for image in images}) == 1:
+            batch = self.squeeze(torch.stack(images))
         else:
-            batch = _squeezed(images, self.squeeze)
+            batch = torch.stack([self.squeeze(image) for image in images])
         batch = self.finish(batch)  # (B, 3, H, W)
         batch[flipped] = batch[flipped].flip(-1)
-        return batch, targets
+        return batch, torch.tensor(targets)
 
     def _framed(self, image: torch.Tensor, row: int) -> torch.Tensor:
         if self.seed is None:
@@ -121,40 +117,61 @@ class _Batches(Dataset):
         torch.default_generator.set_state(before)
         return framed
 
-
-def _squeezed(images: Sequence[torch.Tensor], resize: v2.Resize) -> torch.Tensor:
-    """The stack of `images` (..., h, w), each resized; at once if they are of one size."""
-    if len({image.shape for image in images}) == 1:
-        return resize(torch.stack(images))
-    return torch.stack([resize(image) for image in images])
-
-
-def _masks(masks: Sequence[torch.Tensor], size: tuple[int, int], flipped: torch.Tensor) -> torch.Tensor:
-    """Masks (h, w) as uint8 (B, H, W); nearest-exact takes the same places as the images' bilinear."""
-    resize = v2.Resize(size, interpolation=v2.InterpolationMode.NEAREST_EXACT)
-    batch = _squeezed([mask[None] for mask in masks], resize)[:, 0]
-    batch[flipped] = batch[flipped].flip(-1)
-    return batch
+    def _dense(
+        self, images: Sequence[torch.Tensor], targets: Sequence[Target], flipped: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | dict[str, torch.Tensor]]:
+        """Resize and mirror images together with their masks or boxes."""
+        if self.frame is not None:
+            raise InputError("Policy.crop_scale is for classification; masks and boxes need None.")
+        samples = []
+        for image, target, flip in zip(images, targets, flipped):
+            sample = self.squeeze((tv_tensors.Image(image), _wrapped(target, image.shape[1:])))
+            samples.append(tree_map(_mirrored, sample) if flip else sample)
+        images, targets = zip(*samples)
+        return torch.stack(images), _collated(targets)
 
 
-def _boxes(
-    targets: Sequence[dict[str, torch.Tensor]],
-    sizes: Sequence[tuple[int, int]],
-    size: tuple[int, int],
-    flipped: torch.Tensor,
-) -> dict[str, torch.Tensor]:
-    """Boxes in pixels of images of `sizes`, as those of the input of `size`, both (height, width)."""
-    height, width = size
+class _Mask(tv_tensors.Mask):
+    """A mask whose pixels are the nearest to those of the image's bilinear resizing."""
+
+
+@v2.functional.register_kernel("resize", _Mask)
+def _resize_mask(mask: _Mask, size: list[int], **_: object) -> _Mask:
+    # torchvision's own kernel rounds down ("nearest"), up to half a pixel off the image.
+    pixels = mask.as_subclass(torch.Tensor)[None]
+    return _Mask(v2.functional.resize(pixels, size, v2.InterpolationMode.NEAREST_EXACT)[0])
+
+
+def _mirrored(leaf: torch.Tensor) -> torch.Tensor:
+    # Not v2.RandomHorizontalFlip(p=1): that draws from the global generator all the same.
+    return v2.functional.horizontal_flip(leaf) if isinstance(leaf, tv_tensors.TVTensor) else leaf
+
+
+def _wrapped(target: Target, size: tuple[int, int]) -> _Mask | dict[str, torch.Tensor]:
+    """A dense target as tv_tensors; `size`: height and width of its image."""
+    if not isinstance(target, dict):
+        return _Mask(target)
+    boxes, classes = target["boxes"].split([4, 1], dim=1)
+    wrapped = {
+        "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
+        "classes": classes,
+    }
+    if "instances" in target:
+        wrapped["instances"] = _Mask(target["instances"])
+    return wrapped
+
+
+def _collated(targets: Sequence[_Mask | dict[str, torch.Tensor]]) -> torch.Tensor | dict[str, torch.Tensor]:
+    """Stack dense targets, boxes padded as `loader` says."""
+    if not isinstance(targets[0], dict):
+        return torch.stack(targets).long()
     boxes = torch.zeros(len(targets), max(1, *(len(target["boxes"]) for target in targets)), 5)
     boxes[..., 4] = -1  # padding
-    for row, (target, (h, w)) in enumerate(zip(targets, sizes)):
-        found = target["boxes"] * torch.tensor([width / w, height / h, width / w, height / h, 1])
-        if flipped[row]:
-            found[:, [0, 2]] = width - found[:, [2, 0]]
-        boxes[row, : len(found)] = found
+    for row, target in enumerate(targets):
+        boxes[row, : len(target["boxes"])] = torch.cat([target["boxes"], target["classes"]], dim=1)
     batch = {"boxes": boxes}
     if "instances" in targets[0]:
-        batch["instances"] = _masks([target["instances"] for target in targets], size, flipped)
+        batch["instances"] = torch.stack([target["instances"] for target in targets])
     return batch
 
 

@@ -1,4 +1,4 @@
-"""Data sets that come inside installed packages: no download, seconds to train on."""
+"""Classification data sets inside installed packages: no download, seconds to train on."""
 
 from __future__ import annotations
 
@@ -10,6 +10,14 @@ from sklearn.datasets import load_digits
 from toolkit.datasets.catalog import Dataset, Prompt, register_dataset
 from toolkit.datasets.splits import Policy, Splits, in_memory, three_way
 
+# Photographs inside scikit-image's package.
+TEXTURE_PHOTOGRAPHS = (
+    "astronaut", "brick", "cat", "cell", "coffee", "coins", "grass", "gravel",
+    "hubble_deep_field", "immunohistochemistry", "moon", "page", "retina", "rocket", "text",
+)  # fmt: skip
+TEXTURE_TILE, TEXTURE_CROP = 64, 48  # pixels
+TEXTURE_CROPS = {"train": 72, "val": 18, "test": 30}  # per class
+
 
 def digits() -> Splits:
     """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels: 1,077 train, 270 val, 450 test."""
@@ -20,26 +28,16 @@ def digits() -> Splits:
     return in_memory("digits", parts, [str(digit) for digit in range(10)])
 
 
-# Photographs that scikit-image ships inside its package: no download.
-TEXTURE_PHOTOGRAPHS = (
-    "astronaut", "brick", "cat", "cell", "coffee", "coins", "grass", "gravel",
-    "hubble_deep_field", "immunohistochemistry", "moon", "page", "retina", "rocket", "text",
-)  # fmt: skip
-TEXTURE_TILE, TEXTURE_CROP = 64, 48  # pixels
-TEXTURE_CROPS = {"train": 72, "val": 18, "test": 30}  # per class
-
-
 def textures() -> Splits:
     """Grey crops of 48 px from photographs: which photograph is it from?
 
     Each photograph is cut into tiles of 64 px; a tile belongs to one split, and every crop lies inside
-    one tile, so that no pixel of a test crop was ever trained on.  Grey, so that colour does not tell.
+    one tile, so that no pixel of a test crop was trained on.  Grey, so that colour does not give it away.
     """
     rng = np.random.default_rng(0)
     parts: dict[str, tuple[list, list]] = {split: ([], []) for split in TEXTURE_CROPS}
     for label, name in enumerate(TEXTURE_PHOTOGRAPHS):
-        photograph = getattr(skimage.data, name)()
-        grey = np.asarray(Image.fromarray(photograph).convert("L"))
+        grey = grey_photograph(name)
         for split, tiles in assign_tiles(rng, grey.shape).items():
             room = TEXTURE_TILE - TEXTURE_CROP + 1  # positions of a crop in a tile, per axis
             for place in rng.choice(len(tiles) * room**2, TEXTURE_CROPS[split], replace=False):
@@ -49,6 +47,11 @@ def textures() -> Splits:
                 parts[split][1].append(label)
     arrays = {split: (np.stack(crops), np.array(labels)) for split, (crops, labels) in parts.items()}
     return in_memory("textures", arrays, list(TEXTURE_PHOTOGRAPHS))
+
+
+def grey_photograph(name: str) -> np.ndarray:
+    """A photograph of scikit-image as grey pixels, uint8 (H, W)."""
+    return np.asarray(Image.fromarray(getattr(skimage.data, name)()).convert("L"))
 
 
 def assign_tiles(rng: np.random.Generator, shape: tuple[int, int]) -> dict[str, np.ndarray]:

@@ -1,4 +1,8 @@
-"""Published segmentation data: Pascal VOC 2012 and ADE20K."""
+"""Published segmentation data: Pascal VOC 2012 and ADE20K.
+
+A tenth of the training images is held out for validation; the test images are the official validation
+images, as the labels of the official test sets are not public.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,7 @@ import torchvision
 from PIL import Image
 
 from toolkit.datasets.catalog import Dataset, register_dataset
-from toolkit.datasets.dense_files import dense_splits, held_out
-from toolkit.datasets.image_files import MAX_PIXELS
+from toolkit.datasets.image_files import UNREADABLE, Sample, check_size, from_files, held_out
 from toolkit.datasets.public import fetched
 from toolkit.datasets.splits import Policy, Splits
 from toolkit.datasets.tasks import IGNORED
@@ -24,63 +27,52 @@ VOC_CLASSES = (
     "tvmonitor",
 )  # fmt: skip
 ADE_CLASSES = 150
+ADE_URL = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
 
 
 def voc2012(root: Path) -> Splits:
-    """Pascal VOC 2012's segmentation (Everingham et al. 2015): 20 kinds of things, and background.
+    """Pascal VOC 2012's segmentation (Everingham et al. 2015): 20 classes of objects, and background.
 
-    Of its 1,464 training images a tenth is held out for validation; the test images are its 1,449 for
-    validation, as the labels of its own test set are not public.  Borders of things are ignored.
+    1,464 training and 1,449 validation images.  The borders of objects are ignored.
     """
-    root.mkdir(parents=True, exist_ok=True)
-    official = {
-        part: fetched(
-            "voc2012", "VOCtrainval_11-May-2012.tar", "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/", root,
-            lambda download, part=part: torchvision.datasets.VOCSegmentation(
-                root, year="2012", image_set=part, download=download
-            ),
-        )
-        for part in ("train", "val")
-    }  # fmt: skip
-    samples = {
-        part: [(Path(image), Path(mask)) for image, mask in zip(data.images, data.masks)]
-        for part, data in official.items()
-    }
+    samples = {}
+    for part in ("train", "val"):
+        data = fetched(
+            "voc2012", torchvision.datasets.VOCSegmentation, root, "VOCtrainval_11-May-2012.tar",
+            "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/", year="2012", image_set=part,
+        )  # fmt: skip
+        samples[part] = [(Path(image), Path(mask)) for image, mask in zip(data.images, data.masks)]
     return _with_masks("voc2012", root, samples["train"], samples["val"], list(VOC_CLASSES), first=0)
 
 
 def ade20k(root: Path) -> Splits:
-    """ADE20K in the form of the scene parsing challenge 2016 (Zhou et al. 2017): 150 classes.
+    """ADE20K as in the scene parsing challenge 2016 (Zhou et al. 2017): 150 classes.
 
-    Of its 20,210 training images a tenth is held out for validation; the test images are its 2,000 for
-    validation, as the labels of its own test set are not public.  What is of none of the classes is ignored.
+    20,210 training and 2,000 validation images.  Pixels of other classes are ignored.
 
-    Raises `InputError` for missing files, with the place to get them.
+    Raises `InputError` for missing files, with their source.
     """
     folder = root / "ADEChallengeData2016"
-    names = folder / "objectInfo150.txt"
-    needed = [names, *(folder / kind / part for kind in ("images", "annotations") for part in _ADE_PARTS)]
+    names, parts = folder / "objectInfo150.txt", ("training", "validation")
+    needed = [names, *(folder / kind / part for kind in ("images", "annotations") for part in parts)]
     missing = [str(path.relative_to(folder)) for path in needed if not path.exists()]
     if missing:
         raise InputError(
-            f"dataset 'ade20k' lacks {', '.join(missing)} in {folder}: unpack ADEChallengeData2016.zip from "
-            f"http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip into {root}."
+            f"dataset 'ade20k' lacks {', '.join(missing)} in {folder}: unpack {Path(ADE_URL).name} from "
+            f"{ADE_URL} into {root}."
         )
     train, test = (
         [
             (image, folder / "annotations" / part / f"{image.stem}.png")
             for image in sorted((folder / "images" / part).glob("*.jpg"))
         ]
-        for part in _ADE_PARTS
+        for part in parts
     )
     return _with_masks("ade20k", folder, train, test, _ade_names(names), first=1)
 
 
-_ADE_PARTS = ("training", "validation")
-
-
 def _ade_names(path: Path) -> list[str]:
-    """The first name of each class: the last column of a table with a heading."""
+    """The first name of each class, from the last column of a table with a heading."""
     rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[1:] if line.strip()]
     names = [row[-1].split(",")[0].strip() for row in rows]
     if len(names) != ADE_CLASSES:
@@ -90,25 +82,26 @@ def _ade_names(path: Path) -> list[str]:
     return names
 
 
-def _with_masks(name: str, root: Path, train: list, test: list, classes: list[str], first: int) -> Splits:
+def _with_masks(
+    name: str, root: Path, train: list[Sample], test: list[Sample], classes: list[str], first: int
+) -> Splits:
     """Splits of images with masks that hold `first` for the first class."""
-    check = functools.partial(_check, name, len(classes), first)
-    return dense_splits(
-        name, root, held_out(name, train) | {"test": test}, functools.partial(_mask, first), check,
-        classes=classes, stamp=[first],
+    return from_files(
+        name, root, held_out(name, train) | {"test": test}, classes,
+        read=functools.partial(_mask, first), check=functools.partial(_check, name, len(classes), first),
+        stamp=first,
     )  # fmt: skip
 
 
 def _mask(first: int, path: Path) -> torch.Tensor:
-    """A mask's classes uint8 (H, W); those before the first become `IGNORED`."""
+    """A mask's classes, uint8 (H, W); ids below `first` become `IGNORED`."""
     try:
         with Image.open(path, formats=("PNG",)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+            check_size(image)
             if image.mode not in ("P", "L"):
                 raise ValueError(f"{image.mode} pixels, not one class each")
             stored = np.array(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"mask {path.name}: {error}") from error
     classes = stored.astype(np.int16) - first
     classes[(classes < 0) | (stored == IGNORED)] = IGNORED

@@ -1,4 +1,4 @@
-"""What a data set is here: three splits of raw images, their hashes, and how they are cropped and flipped."""
+"""A loaded data set: three splits of raw images with their targets, and the hash of each split."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import torch
 from sklearn.model_selection import train_test_split
 from torch.utils.data import Dataset
 
+Target = int | torch.Tensor | dict[str, torch.Tensor]  # see `Splits`
+
 
 @dataclass(frozen=True)
 class Policy:
     """How a data set's images become a backbone's input; size and normalisation come from the backbone.
 
-    `crop_scale`: training crops cover this share of the image, and evaluation takes the centre (None: the
-    whole image, squeezed to the input's size, in both; dense targets have nothing else).
+    `crop_scale`: training crops cover this share of the image, and evaluation uses the centre.  None: the
+    whole image, resized to the input's size, in both; masks and boxes allow nothing else.
     `flip`: mirror half of the training images, and their masks and boxes.
     """
 
@@ -30,14 +32,14 @@ WHOLE = Policy()
 
 @dataclass
 class Splits:
-    """A data set.  Each split yields `(image, target)`: uint8 (3, H, W), and what `task` asks for.
+    """A data set.  Each split yields `(image, target)`: uint8 (3, H, W), and a target that depends on `task`.
 
-    classification: an int.  segmentation: a mask, uint8 (H, W), of classes and `tasks.IGNORED`.  detection:
+    classification: an int.  segmentation: a mask of classes and `tasks.IGNORED`, uint8 (H, W).  detection:
     `{"boxes": float32 (M, 5)}`, x1, y1, x2, y2 in pixels of the image, right and lower edge exclusive, and
-    the class; also `"instances"`: uint8 (H, W), 1 + the row of a pixel's box or 0, where they are known.
+    the class; also `"instances"`, if known: uint8 (H, W), 1 + the row of the pixel's box, or 0.
 
-    `hashes` holds a sha256 of each split's content; `broken` lists the images that were left out and why;
-    `left_out` counts what was left out of the targets, by what it is.
+    `hashes` holds a sha256 of each split's content; `broken` lists unreadable images with the reason;
+    `left_out` counts the targets left out, by kind.  `load_dataset` fills in name, policy and task.
     """
 
     name: str
@@ -55,67 +57,52 @@ class Splits:
         sizes = ", ".join(f"{len(getattr(self, split)):,} {split}" for split in ("train", "val", "test"))
         left_out = {"broken images": len(self.broken)} if self.broken else {}
         left_out |= self.left_out
-        told = "".join(f"; {count:,} {what} left out" for what, count in left_out.items())
-        return f"{self.name}: {len(self.classes)} classes, {sizes}{told}"
+        notes = "".join(f"; {count:,} {kind} left out" for kind, count in left_out.items())
+        return f"{self.name}: {len(self.classes)} classes, {sizes}{notes}"
 
 
 class InMemory(Dataset):
-    """Images as one uint8 array (N, 3, H, W), or (N, H, W) for grey ones."""
+    """Images in one uint8 array (N, 3, H, W), or (N, H, W) for grey ones, with labels or dense targets."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray):
-        self.images, self.labels = np.ascontiguousarray(images), np.ascontiguousarray(labels, dtype=np.int64)
+    def __init__(self, images: np.ndarray, labels: Sequence[Target]):
+        self.images = np.ascontiguousarray(images)
+        dense = isinstance(labels[0], (torch.Tensor, dict))
+        self.labels = labels if dense else np.ascontiguousarray(labels, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        image = torch.from_numpy(self.images[index])
-        return (image.expand(3, -1, -1) if image.ndim == 2 else image), int(self.labels[index])
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, Target]:
+        image, label = torch.from_numpy(self.images[index]), self.labels[index]
+        if image.ndim == 2:
+            image = image.expand(3, -1, -1)
+        return image, int(label) if isinstance(label, np.integer) else label
 
     def sha256(self) -> str:
         digest = hashlib.sha256(repr(self.images.shape).encode())
         digest.update(self.images)
-        digest.update(self.labels)
+        for label in self.labels:
+            hash_target(digest, label)
         return digest.hexdigest()
 
 
 def in_memory(
     name: str,
-    parts: dict[str, tuple[np.ndarray, np.ndarray]],
+    parts: dict[str, tuple[np.ndarray, Sequence[Target]]],
     classes: list[str],
     policy: Policy = WHOLE,
 ) -> Splits:
-    """Splits from arrays: `parts` maps train, val and test to images and labels.
-
-    Images are uint8, all of one size: (N, 3, H, W), or (N, H, W) for grey ones; labels int (N,).
-    """
+    """Make splits from arrays: `parts` maps train, val and test to images and labels, see `InMemory`."""
     splits = {split: InMemory(*arrays) for split, arrays in parts.items()}
     hashes = {split: data.sha256() for split, data in splits.items()}
     return Splits(name=name, **splits, classes=classes, hashes=hashes, policy=policy)
 
 
-class InMemoryDense(Dataset):
-    """Images (N, 3, H, W) as one uint8 array, each with its dense target in the form that `Splits` says."""
-
-    def __init__(self, images: np.ndarray, targets: Sequence[torch.Tensor | dict[str, torch.Tensor]]):
-        self.images, self.targets = np.ascontiguousarray(images), targets
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor | dict[str, torch.Tensor]]:
-        return torch.from_numpy(self.images[index]), self.targets[index]
-
-    def sha256(self) -> str:
-        digest = hashlib.sha256(repr(self.images.shape).encode())
-        digest.update(self.images)
-        for target in self.targets:
-            hash_target(digest, target)
-        return digest.hexdigest()
-
-
-def hash_target(digest: hashlib._Hash, target: torch.Tensor | dict[str, torch.Tensor]) -> None:
-    """Add a dense target to a running hash."""
+def hash_target(digest: hashlib._Hash, target: np.int64 | torch.Tensor | dict[str, torch.Tensor]) -> None:
+    """Add the target of one image to a running hash."""
+    if isinstance(target, np.int64):
+        digest.update(target)
+        return
     named = target if isinstance(target, dict) else {"mask": target}
     for name, values in named.items():
         digest.update(repr((name, tuple(values.shape))).encode())
@@ -123,18 +110,18 @@ def hash_target(digest: hashlib._Hash, target: torch.Tensor | dict[str, torch.Te
 
 
 def two_way(labels: Sequence[int], test: float) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted rows of a fixed, stratified shuffle: the rest, and `test`, a share of the whole.
+    """Split rows by a fixed, stratified shuffle, sorted: the rest, and the share `test` of the whole.
 
-    Raises `ValueError` where a class is too small to be split.
+    Raises `ValueError` if a class is too small to be split.
     """
     rest, held_out = _hold_out(np.arange(len(labels)), labels, test)
     return np.sort(rest), np.sort(held_out)
 
 
 def three_way(labels: Sequence[int], val: float, test: float) -> dict[str, np.ndarray]:
-    """Sorted rows of each split, of fixed, stratified shuffles; `val` and `test` are shares of the whole.
+    """Split rows by fixed, stratified shuffles, sorted; `val` and `test` are shares of the whole.
 
-    Raises `ValueError` where a class is too small to be split.
+    Raises `ValueError` if a class is too small to be split.
     """
     rest, test_rows = _hold_out(np.arange(len(labels)), labels, test)
     train_rows, val_rows = _hold_out(rest, labels, val / (1 - test))
