@@ -14,7 +14,7 @@ from jupyter_client.manager import start_new_kernel
 
 import toolkit
 from toolkit.training import progress as progress_module
-from toolkit.training.progress import Bar, Lines, Progress, Screen, View, batch, plain_view
+from toolkit.training.progress import Bar, Lines, Progress, ProgressView, View, batch, plain_view
 from toolkit.widgets import live
 from toolkit.widgets.live import LiveView
 
@@ -187,7 +187,7 @@ def screen_with(view, monkeypatch, cost_seconds=0.0):
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(progress_module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     view.step = lambda progress: (view.seen.append(progress), setattr(clock, "now", clock.now + cost_seconds))
-    screen, state = Screen(view, SimpleNamespace(wanted=False)), SimpleNamespace(step=0)
+    screen, state = ProgressView(view, SimpleNamespace(wanted=False)), SimpleNamespace(step=0)
     screen.begin(
         lambda: dataclasses.replace(NOW, step=state.step, seconds=10.0 + 2.0 * state.step, seconds_left=None),
         [], False,

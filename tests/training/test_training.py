@@ -20,9 +20,9 @@ import toolkit
 from toolkit.datasets import tasks
 from toolkit.errors import InputError
 from toolkit.methods import set_train_mode
-from toolkit.training import evaluation, interruption
+from toolkit.training import evaluation, resume
 from toolkit.training import loop as training
-from toolkit.training.snapshots import load_newest_snapshot, save_snapshot
+from toolkit.training.resume import Snapshots
 
 
 def experiment(**parameters):
@@ -160,7 +160,7 @@ def test_energy_of_a_run_survives_a_kill(demo_model, few_digits, tmp_path, monke
     with monkeypatch.context() as patch, pytest.raises(Stop):
         stop_after(patch, 5)
         toolkit.fit(demo_model(), few_digits, e, folder=tmp_path, snapshot_seconds=0, meter=meter())
-    first = load_newest_snapshot(tmp_path / "snapshots")["result"]["windows"]
+    first = Snapshots(tmp_path).newest()["result"]["windows"]
     second_meter = meter()
     with second_meter.window("whole") as whole:
         result = toolkit.fit(
@@ -246,16 +246,17 @@ def test_damaged_snapshot_falls_back_to_the_older_one(demo_model, few_digits, mo
 
 @pytest.mark.parametrize("position", [0.0, 0.3, 0.999])
 def test_any_damage_to_a_snapshot_is_noticed(tmp_path, position):
-    save_snapshot(tmp_path, 1, {"x": torch.arange(100.0)})
-    path = tmp_path / "step-00000001.pt"
+    snapshots = Snapshots(tmp_path)
+    snapshots.save(1, {"x": torch.arange(100.0)})
+    path = tmp_path / "snapshots" / "step-00000001.pt"
     content = bytearray(path.read_bytes())
     content[int(position * len(content))] ^= 4
     path.write_bytes(content)
-    assert load_newest_snapshot(tmp_path) is None
+    assert snapshots.newest() is None
     path.write_bytes(content[: len(content) // 2])
-    assert load_newest_snapshot(tmp_path) is None
-    (tmp_path / "step-00000001.json").write_text("{")
-    assert load_newest_snapshot(tmp_path) is None
+    assert snapshots.newest() is None
+    path.with_suffix(".json").write_text("{")
+    assert snapshots.newest() is None
 
 
 def test_snapshots_of_another_experiment_are_refused(demo_model, few_digits, tmp_path):
@@ -270,8 +271,8 @@ def test_snapshots_of_another_experiment_are_refused(demo_model, few_digits, tmp
 
 
 def test_a_folder_is_claimed_once(demo_model, few_digits, tmp_path, monkeypatch):
-    monkeypatch.setattr(interruption, "CLAIM_SECONDS", 0.1)
-    with interruption.claim(tmp_path), pytest.raises(InputError, match="another process"):
+    monkeypatch.setattr(resume, "CLAIM_SECONDS", 0.1)
+    with resume.claim(tmp_path), pytest.raises(InputError, match="another process"):
         toolkit.fit(demo_model(), few_digits, experiment(), folder=tmp_path)
 
 
@@ -568,15 +569,13 @@ def test_injected_out_of_memory_errors_are_recovered_or_reported(few_digits, mon
 
 
 def test_weight_decay_leaves_out_what_the_backbone_says():
-    splits = toolkit.load_dataset("digits")
     experiment = toolkit.Experiment(backbone="small:vim_small", pretrained=False, method="full", device="cpu")
     model = toolkit.build_backbone("small:vim_small", 10, pretrained=False)
-    run = training._Run(model, splits, experiment, None, None, toolkit.Meter("cpu"))
-    run.prepare()
+    optimizer = training.optimizer_of(model, experiment)
     names = {id(p): name for name, p in model.named_parameters()}
     decayed = {
         names[id(p)].rpartition(".")[2]
-        for group in run.optimizer.param_groups
+        for group in optimizer.param_groups
         for p in group["params"]
         if group["weight_decay"]
     }

@@ -146,7 +146,7 @@ def _rows(records: pd.DataFrame, free: Mapping[str, tuple[str, ...]]) -> pd.Data
 
 def epoch_row(result: FitResult) -> dict[str, str]:
     """How long an epoch of a run took, and what it reached, as text."""
-    epochs, window = len(result.history), result.features_window
+    epochs, window = len(result.history), result.windows.get("features")
     if not epochs:
         return {"features (s)": "–", "an epoch (s)": "–", "peak (MiB)": "–", "validation accuracy (%)": "–"}
     found = " (found on disk)" if result.features_cached else ""

@@ -38,7 +38,6 @@ from toolkit.experiment import Experiment
 from toolkit.measure import FlopCounter, Meter, SensorError
 from toolkit.measure.environment import environment
 from toolkit.measure.memory import MemoryTrace, context_bytes
-from toolkit.measure.run_windows import RunWindows, Stretches
 from toolkit.methods import check_batch_norms, set_train_mode
 from toolkit.methods.allocation import allocation_of
 from toolkit.methods.optimizer import in_use, optimizer_of
@@ -46,12 +45,11 @@ from toolkit.methods.weights import trained_state, weights_sha256
 from toolkit.model import check_fits_weights
 from toolkit.training.evaluation import evaluate
 from toolkit.training.feature_cache import CachedFeatures, cached_features
-from toolkit.training.interruption import Interrupt, claim
-from toolkit.training.progress import Progress, Screen, View, plain_view
-from toolkit.training.result import FitResult
-from toolkit.training.snapshots import load_newest_snapshot, save_snapshot
+from toolkit.training.progress import Progress, ProgressView, View, plain_view
+from toolkit.training.result import FitResult, RunWindows
+from toolkit.training.resume import Interrupt, Snapshots, claim
 
-SNAPSHOT_FORMAT = 4  # of `_Run.state`
+SNAPSHOT_FORMAT = 5  # of `_Run.state`
 OUT_OF_MEMORY_RETRIES = 5  # of one step, under `planned`; each for a peak lower by a twentieth
 _NO_SUMS = {"loss": 0.0, "correct": 0, "images": 0}  # over the images of an epoch
 
@@ -91,12 +89,13 @@ def fit(
     """
     check_fits_weights(model, experiment.budget_bytes)
     check_batch_norms(model, batch_sizes(experiment, len(splits.train)), data_config(model)["input_size"])
-    with claim(folder), Interrupt() as interrupt, Screen(view or plain_view(), interrupt) as screen:
-        run = _Run(model, splits, experiment, folder, workers, meter or Meter(experiment.device))
+    snapshots = Snapshots(folder, snapshot_seconds)
+    with claim(folder), Interrupt() as interrupt, ProgressView(view or plain_view(), interrupt) as screen:
+        run = _Run(model, splits, experiment, snapshots, workers, meter or Meter(experiment.device))
         try:
             run.prepare()
             with in_use(run.optimizer), run.checkpointing():
-                run.train(screen, snapshot_seconds)
+                run.train(screen)
         except _NotFinite as error:
             run.result.status, run.result.error = "nan", str(error)
         except (RuntimeError, MemoryError) as error:
@@ -114,7 +113,7 @@ def fit(
 class _Run:
     """The state of one training run; what must survive a kill goes through `state()`."""
 
-    def __init__(self, model, splits, experiment, folder, workers, meter):
+    def __init__(self, model, splits, experiment, snapshots, workers, meter):
         self.model, self.experiment, self.splits, self.workers = model, experiment, splits, workers
         self.meter = meter
         self.windows = RunWindows(meter)
@@ -140,7 +139,7 @@ class _Run:
         self.hits: torch.Tensor | None = None  # right answers of the present forward pass
         self.penalty: torch.Tensor | None = None  # in its loss, beside the cross-entropy
         self.allocation = allocation_of(model)
-        self.snapshots = None if folder is None else Path(folder) / "snapshots"
+        self.snapshots = snapshots
 
     def prepare(self) -> None:
         """Put everything on the device and go on from the newest snapshot, if there is one."""
@@ -168,7 +167,7 @@ class _Run:
         )  # fmt: skip
         self.model.to("cpu")  # the backbone has no more to do; what trains comes back
         self.stepped = self.features.model.to(self.device)
-        self.result.features_window = self.features.window.to_dict()
+        self.windows.earlier["features"] = self.features.window.to_dict()
         self.result.features_cached = self.features.cached
 
     def checkpointing(self) -> Checkpointing | AutoCheckpoint:
@@ -206,47 +205,50 @@ class _Run:
             )
         return self.blocks
 
-    def train(self, screen: Screen, snapshot_seconds: float) -> None:
-        """Train until the last step, or until the end is wanted."""
-        saved_at, save_seconds = -math.inf, 0.0  # the first step is saved: a full disk shows up early
+    def train(self, screen: ProgressView) -> None:
+        """Train until the last step, or until the user stops the run; pauses are not part of "fit"."""
+        screen.begin(self.progress, self.result.history, saves=self.snapshots.folder is not None)
+        paused = True
+        while paused:
+            with self.windows.window("fit"):
+                paused = self._train_until_paused(screen)
+            if paused:
+                with self.windows.window("pause"):
+                    screen.wait()
 
-        def ends_here() -> bool:
-            """Save the state if that is due; whether the run shall end."""
-            nonlocal saved_at, save_seconds
-            last = self.result.steps == self.total_steps
-            stop = screen.stop_wanted and not last  # asked once: who stops is saved
-            due = time.perf_counter() - saved_at > max(snapshot_seconds, 50 * save_seconds)
-            if due or stop or last:
-                save_seconds = self._save()
-                saved_at = time.perf_counter()
-            if stop:
+    def _train_until_paused(self, screen: ProgressView) -> bool:
+        """Train to the last step or until a pause or stop is requested; return whether it is a pause."""
+        while self.result.steps < self.total_steps:
+            if screen.stop_wanted:
+                self._save()
                 self.result.status = "interrupted"
-            return stop
-
-        with Stretches(self.windows, "fit") as fit:
-            screen.begin(self.progress, self.result.history, saves=self.snapshots is not None)
-            while self.result.steps < self.total_steps:
-                epoch, first_batch = divmod(self.result.steps, self.steps_per_epoch)
-                set_train_mode(self.stepped)
-                with Stretches(self.windows, "train") as train:
-                    asked_at = time.perf_counter()
-                    for images, targets in self._train_loader(epoch, first_batch):
-                        self.result.data_seconds += time.perf_counter() - asked_at
-                        self._train_step(images, targets)
-                        screen.step()
-                        if self.result.steps % self.steps_per_epoch:
-                            if screen.paused:
-                                self.windows.pause(screen.wait, fit, train)
-                            if ends_here():
-                                return
-                        asked_at = time.perf_counter()
+                return False
+            if screen.paused:
+                return True
+            epoch, first_batch = divmod(self.result.steps, self.steps_per_epoch)
+            set_train_mode(self.stepped)
+            with self.windows.window("train"):
+                self._train_epoch(screen, epoch, first_batch)
+            if self.result.steps == (epoch + 1) * self.steps_per_epoch:
                 with self.windows.window("validation"):
                     self._end_epoch(epoch)
                 screen.epoch(self.result.history[-1])
-                if screen.paused and self.result.steps < self.total_steps:
-                    self.windows.pause(screen.wait, fit)
-                if ends_here():
-                    return
+                if self.snapshots.due or self.result.steps == self.total_steps:
+                    self._save()
+        return False
+
+    def _train_epoch(self, screen: ProgressView, epoch: int, first_batch: int) -> None:
+        """Run the steps of an epoch from `first_batch` on, until a pause or stop is requested."""
+        asked_at = time.perf_counter()
+        for images, targets in self._train_loader(epoch, first_batch):
+            self.result.data_seconds += time.perf_counter() - asked_at
+            self._train_step(images, targets)
+            screen.step()
+            if screen.stop_wanted or screen.paused:
+                return
+            if self.snapshots.due and self.result.steps % self.steps_per_epoch:  # otherwise after validation
+                self._save()
+            asked_at = time.perf_counter()
 
     def progress(self) -> Progress:
         """Where the run stands."""
@@ -275,7 +277,7 @@ class _Run:
         result = self.result
         if result.status != "interrupted":
             return f"{result.status}: {result.error}" if result.error else f"finished: {result.steps} steps"
-        saved = "the state is saved, fit goes on from here" if self.snapshots else "nothing is saved"
+        saved = "the state is saved, fit goes on from here" if self.snapshots.folder else "nothing is saved"
         return f"stopped after step {result.steps} of {self.total_steps}; {saved}"
 
     def bring_back(self) -> None:
@@ -483,14 +485,12 @@ class _Run:
             batch_size=self.experiment.batch_size, workers=self.workers,
         )  # fmt: skip
 
-    def _save(self) -> float:
-        """Write a snapshot; returns the seconds that it took."""
-        if self.snapshots is None:
-            return 0.0
-        with self.windows.window("snapshot") as window:
+    def _save(self) -> None:
+        if self.snapshots.folder is None:
+            return
+        with self.windows.window("snapshot"):
             self.result.windows = self.windows.totals()
-            save_snapshot(self.snapshots, self.result.steps, self.state())
-        return window.seconds
+            self.snapshots.save(self.result.steps, self.state())
 
     def state(self) -> dict:
         """All that the rest of the run depends on; frozen weights are rebuilt, not stored."""
@@ -516,13 +516,13 @@ class _Run:
         }
 
     def _resume(self) -> None:
-        state = self.snapshots and load_newest_snapshot(self.snapshots)
+        state = self.snapshots.newest()
         if not state:
             return
         different = [name for name, value in self._inputs().items() if state["inputs"].get(name) != value]
         if different:
             raise InputError(
-                f"{self.snapshots} holds the state of a run with another {' and '.join(different)}; "
+                f"{self.snapshots.folder} holds the state of a run with another {' and '.join(different)}; "
                 "use another folder, or remove it to start anew."
             )
         self.model.load_state_dict(state["model"], strict=False)
@@ -535,7 +535,7 @@ class _Run:
             torch.cuda.set_rng_state_all(state["rng_cuda"])
         self.epoch_sums = state["epoch_sums"]
         current, self.result = self.result, FitResult(**state["result"])
-        self.windows.earlier = self.result.windows
+        self.windows.earlier = self.result.windows | self.windows.earlier
         self.result.status, self.result.error = "ok", None
         self.result.environment, self.result.idle_watts = current.environment, current.idle_watts
         self.result.resumes += 1

@@ -1,8 +1,8 @@
-"""What a person sees of a run while it trains, and the two wishes that come back: pause, and stop.
+"""Live progress of a run, and the pause and stop requests that come back from who watches it.
 
-`fit` calls a `View` between steps.  `Lines` prints one line per epoch (notebooks in batch, log files),
-`Bar` moves a bar in a terminal, `widgets.LiveView` draws in a notebook.  `Screen` stands between: it
-keeps views rare and cheap, and a view that fails loses its picture and not the run.
+`fit` reports to a `View`.  `Lines` prints one line per epoch (notebooks in batch, log files), `Bar` moves a
+bar in a terminal, `widgets.LiveView` draws in a notebook.  `ProgressView` is between `fit` and a view: it
+limits the time that views cost, and a view that fails does not end the run.
 """
 
 from __future__ import annotations
@@ -13,73 +13,72 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from tqdm.auto import tqdm
 
-from toolkit.budget.memory import format_bytes
+from toolkit.budget import format_bytes
 from toolkit.datasets.tasks import score_in
-from toolkit.training.interruption import Interrupt
+from toolkit.training.resume import Interrupt
 
-SHOW_SECONDS = 0.25  # between two pictures, at least
-SHOW_SHARE = 0.02  # of the time, at most, goes into pictures
-WAIT_SECONDS = 0.05  # how often a paused run looks whether it shall go on
+SHOW_SECONDS = 0.25  # between two reports of steps, at least
+SHOW_SHARE = 0.02  # of the time, at most, is spent in views
+WAIT_SECONDS = 0.05  # polling interval while paused
+WARM_UP_STEPS = 2  # they also count memory and FLOPs: too slow to predict the others from
 FRONT_ENDS = ("JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG")  # variables that they set
-WARM_UP_STEPS = 2  # these also count memory and FLOPs: too slow to tell how long the others take
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands after a step."""
+    """The state of a run after a step."""
 
     step: int  # 0: before the first
     total_steps: int
     epoch: int  # from 1 on
     epochs: int
-    loss: float | None  # mean over the training images since the last progress; None where there are none
-    score_pct: float | None  # likewise, right answers; None where a step does not tell
+    loss: float | None  # mean over the training images since the last report; None if there are none
+    score_pct: float | None  # likewise, the training metric; None if the task has none
     peak_bytes: int  # highest device memory of the training steps so far
     budget_bytes: int
     seconds: float  # of training, validation and snapshots, since the first start; without pauses
     energy_joules: float | None  # of the GPU in these seconds, gross
     energy_source: str  # as in measure.Window
     energy_reason: str | None  # why energy_joules is None
-    seconds_left: float | None = None  # at the pace so far; None where that is unknown yet
+    seconds_left: float | None = None  # at the pace so far; None while that is unknown
 
 
 class View:
-    """What `fit` calls; this one shows nothing.  `fit` reads the two wishes after each step."""
+    """What `fit` reports to; this one shows nothing.  `fit` reads the two requests after each step."""
 
     paused = False  # wait before the next step
     stop_wanted = False  # save the state and end, as after Ctrl-C
 
     def usable(self) -> View:
-        """This view, or one to take where this one cannot be shown."""
+        """This view, or another one if this one cannot be shown here."""
         return self
 
-    def begin(self, progress: Progress, history: list[dict[str, Any]], saves: bool) -> None:
+    def begin(self, progress: Progress, history: list[dict], saves: bool) -> None:
         """Before the first step of this process.
 
-        `history`: rows of the epochs before, if a run goes on; `saves`: this one can go on if stopped.
+        `history`: rows of the epochs before, if the run is resumed; `saves`: it can be resumed if stopped.
         """
 
     def step(self, progress: Progress) -> None:
-        """After a step, its loss known; steps that follow too fast are left out."""
+        """After a step; steps that follow too fast are not reported."""
 
     def wait(self, progress: Progress) -> None:
-        """The run waits from here on, as `paused` wants it."""
+        """The run is paused from here on."""
 
-    def epoch(self, progress: Progress, row: dict[str, Any]) -> None:
+    def epoch(self, progress: Progress, row: dict) -> None:
         """After the validation of each epoch; `row` is its row of `FitResult.history`."""
 
     def end(self, progress: Progress, message: str) -> None:
-        """After the last step, however it ended; `message` says how."""
+        """After the last step, however the run ended; `message` says how."""
 
 
 class Lines(View):
     """One printed line per epoch."""
 
-    def epoch(self, progress: Progress, row: dict[str, Any]) -> None:
+    def epoch(self, progress: Progress, row: dict) -> None:
         _, score = score_in(row, "val")
         score = "–" if score is None else f"{score:.2f} %"
         print(
@@ -89,41 +88,39 @@ class Lines(View):
 
 
 class Bar(View):
-    """A bar that moves, and leaves nothing behind."""
+    """A moving bar, which is removed at the end."""
 
-    def begin(self, progress: Progress, history: list[dict[str, Any]], saves: bool) -> None:
+    def begin(self, progress: Progress, history: list[dict], saves: bool) -> None:
         total, done = progress.total_steps, progress.step
         self._bar = tqdm(total=total, initial=done, unit="step", leave=False, mininterval=0)
 
     def step(self, progress: Progress) -> None:
+        shown = {"loss": f"{progress.loss:.3f}"}
+        if progress.score_pct is not None:
+            shown["acc"] = f"{progress.score_pct:.1f}%"
+        shown["peak"] = format_bytes(progress.peak_bytes)
         self._bar.set_description(f"epoch {progress.epoch}/{progress.epochs}", refresh=False)
-        score = {} if progress.score_pct is None else {"acc": f"{progress.score_pct:.1f}%"}
-        self._bar.set_postfix(
-            loss=f"{progress.loss:.3f}",
-            **score,
-            peak=format_bytes(progress.peak_bytes),
-            refresh=False,
-        )
+        self._bar.set_postfix(shown, refresh=False)
         self._bar.update(progress.step - self._bar.n)
 
     def end(self, progress: Progress, message: str) -> None:
         self._bar.close()
 
 
-class Screen:
-    """Passes a run's progress to `view`, and the wishes of `view` and `interrupt` to the run.
+class ProgressView:
+    """Reports a run's progress to `view`; passes the requests of `view` and `interrupt` to the run.
 
-    For a with statement.  What the view raises is printed once; then the run goes on without it.
+    For a with statement.  An error of the view is printed once; then the run continues without it.
     """
 
     def __init__(self, view: View, interrupt: Interrupt):
         self._view, self._interrupt = view.usable(), interrupt
         self._progress: Callable[[], Progress] | None = None  # of the run, between `begin` and `end`
-        self._next_seconds = 0.0  # on the clock, when the next picture is due
-        self._first_step: int | None = None  # of the steps that are told of
-        self._pace_from: Progress | None = None  # the first progress after warming up
+        self._next_at = 0.0  # on the clock, when the next step may be reported
+        self._first_step = 0  # of this process
+        self._pace_from: Progress | None = None  # the first report after the warm-up
 
-    def __enter__(self) -> Screen:
+    def __enter__(self) -> ProgressView:
         return self
 
     def __exit__(self, error_type, error, traceback) -> None:
@@ -132,78 +129,74 @@ class Screen:
 
     @property
     def stop_wanted(self) -> bool:
-        """Whether the run shall save its state and end."""
+        """True if the user asked to stop (the state is saved first)."""
         return self._interrupt.wanted or self._view.stop_wanted
 
     @property
     def paused(self) -> bool:
-        """Whether the run shall wait; a wish to stop comes first."""
+        """True if the user asked to pause; a request to stop comes first."""
         return self._view.paused and not self.stop_wanted
 
-    def begin(self, progress: Callable[[], Progress], history: list[dict[str, Any]], saves: bool) -> None:
-        """Show the run before its first step; `progress` tells where it stands whenever it is asked."""
-        self._progress = progress
+    def begin(self, progress: Callable[[], Progress], history: list[dict], saves: bool) -> None:
+        """Report the run before its first step; `progress` returns its state whenever it is called."""
+        self._progress, self._first_step = progress, progress().step
         self._show(lambda now: self._view.begin(now, history, saves))
 
     def step(self) -> None:
-        """Show a step, if a picture is due."""
+        """Report a step, unless the last report was too recent."""
         start = time.perf_counter()
-        if start >= self._next_seconds:
+        if start >= self._next_at:
             self._show(self._view.step)
             now = time.perf_counter()
-            self._next_seconds = now + max(SHOW_SECONDS, (now - start) / SHOW_SHARE)
+            self._next_at = now + max(SHOW_SECONDS, (now - start) / SHOW_SHARE)
 
     def wait(self) -> None:
-        """Sleep until the run shall go on or stop."""
+        """Sleep until the user resumes or stops the run."""
         self._show(self._view.wait)
         while self.paused:
             time.sleep(WAIT_SECONDS)
 
-    def epoch(self, row: dict[str, Any]) -> None:
-        """Show an epoch with its validation."""
+    def epoch(self, row: dict) -> None:
+        """Report an epoch with its validation."""
         self._show(lambda now: self._view.epoch(now, row))
 
     def end(self, message: str) -> None:
-        """Show how the run ended, if it began."""
+        """Report how the run ended, if it began."""
         if self._progress:
             self._show(lambda now: self._view.end(now, message))
             self._progress = None
 
     def _show(self, show: Callable[[Progress], None]) -> None:
         try:
-            show(self._with_time_left(self._progress()))
+            progress = self._progress()
+            show(replace(progress, seconds_left=self._seconds_left(progress)))
         except Exception as error:
-            print(f"the view failed ({type(error).__name__}: {error}); training goes on without it")
+            print(f"the view failed ({type(error).__name__}: {error}); training continues without it")
             self._view = View()
 
-    def _with_time_left(self, progress: Progress) -> Progress:
-        if self._first_step is None:
-            self._first_step = progress.step
-        if self._pace_from is None:
-            if progress.step >= self._first_step + WARM_UP_STEPS:
-                self._pace_from = progress
-            return progress
-        steps = progress.step - self._pace_from.step
-        if steps == 0:
-            return progress
-        pace = (progress.seconds - self._pace_from.seconds) / steps
-        return replace(progress, seconds_left=pace * (progress.total_steps - progress.step))
+    def _seconds_left(self, now: Progress) -> float | None:
+        if self._pace_from is None and now.step >= self._first_step + WARM_UP_STEPS:
+            self._pace_from = now
+        if self._pace_from is None or now.step == self._pace_from.step:
+            return None
+        pace = (now.seconds - self._pace_from.seconds) / (now.step - self._pace_from.step)
+        return pace * (now.total_steps - now.step)
 
 
 def plain_view() -> View:
-    """A bar where one can move, else one line per epoch: under papermill a bar would stay at 0 %."""
+    """A bar if it can move, otherwise one line per epoch: under papermill a bar would stay at 0 %."""
     can_move = live_notebook() if "ipykernel" in sys.modules else sys.stderr.isatty()
     return Bar() if can_move else Lines()
 
 
 def live_notebook() -> bool:
-    """Whether this is a notebook that a person sits before."""
+    """Whether this is an interactive notebook session."""
     return "ipykernel" in sys.modules and any(os.environ.get(name) for name in FRONT_ENDS)
 
 
 @contextlib.contextmanager
 def batch() -> Iterator[None]:
-    """Kernels that are started inside have no person before them, even if this process has."""
+    """Start kernels without an interactive front end inside, even if this process has one."""
     hidden = {name: os.environ.pop(name) for name in FRONT_ENDS if name in os.environ}
     try:
         yield

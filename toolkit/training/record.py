@@ -28,7 +28,7 @@ from toolkit.measure.scores import netscore, why_no_score
 from toolkit.methods import METHODS, options_not_of, summarize
 from toolkit.training.evaluation import Evaluation
 from toolkit.training.result import FitResult
-from toolkit.training.snapshots import clear_snapshots
+from toolkit.training.resume import Snapshots
 
 SCHEMA_VERSION = 5
 FILE_NAME = "record.json"
@@ -106,10 +106,10 @@ class RunRecord:
             time={
                 "train_seconds": result.train_seconds,
                 "data_seconds": result.data_seconds,
-                "features_seconds": _features(result).seconds or 0.0,
+                "features_seconds": result.window("features").seconds or 0.0,
                 "features_cached": result.features_cached,
-                "validation_seconds": _window(result, "validation").seconds or 0.0,
-                "snapshot_seconds": _window(result, "snapshot").seconds or 0.0,
+                "validation_seconds": result.window("validation").seconds or 0.0,
+                "snapshot_seconds": result.window("snapshot").seconds or 0.0,
                 "test_seconds": evaluation and evaluation.seconds,
                 "steps": result.steps,
                 "resumes": result.resumes,
@@ -144,9 +144,7 @@ class RunRecord:
             curves={
                 "history": result.history,
                 "memory_trace_bytes": result.memory_trace,
-                "windows": result.windows
-                | ({"features": result.features_window} if result.features_window else {})
-                | ({"test": evaluation.window.to_dict()} if evaluation else {}),
+                "windows": result.windows | ({"test": evaluation.window.to_dict()} if evaluation else {}),
             },
         )
         record.score(summary.total, {"inference": "test", "training": "train"})
@@ -219,7 +217,7 @@ class RunRecord:
             return path
         write_atomically(path, json.dumps(asdict(self), indent=1, allow_nan=False).encode())
         if self.run["status"] in FINISHED:
-            clear_snapshots(Path(folder) / "snapshots")
+            Snapshots(folder).clear()
         return path
 
 
@@ -265,15 +263,15 @@ def _always_scored(task: Task) -> list[str]:
 
 def _sensor_reasons(result: FitResult, evaluation: Evaluation | None) -> dict[str, str | None]:
     """Why energies and temperatures are missing, where the meter knows it."""
-    fit, train = _window(result, "fit"), _window(result, "train")
-    features = _features(result).reason if result.features_window else None
+    fit, train = result.window("fit"), result.window("train")
+    features = result.window("features").reason if "features" in result.windows else None
     test = evaluation.window.reason if evaluation else None
     names = ("train_energy_joules", "train_quantisation_joules", "train_poll_joules", "train_net_joules")
     names += ("train_disagreement_pct", "idle_watts", "gpu_start_celsius", "gpu_end_celsius")
     return dict.fromkeys(names, train.reason) | {
         "energy_joules": features or fit.reason or test,
         "features_energy_joules": features,
-        "validation_energy_joules": _window(result, "validation").reason,
+        "validation_energy_joules": result.window("validation").reason,
         "test_energy_joules": test,
         "test_quantisation_joules": test,
         "train_cpu_joules": train.cpu_reason or train.reason,
@@ -294,23 +292,14 @@ def _readable(name: str, value: object) -> str:
     return quantity.text(value) if value is None else f"{quantity.text(value)} {quantity.unit}".strip()
 
 
-def _window(result: FitResult, name: str) -> Window:
-    return Window(**result.windows[name]) if name in result.windows else total([], name)
-
-
-def _features(result: FitResult) -> Window:
-    """Of computing cached features, in this run or an earlier one."""
-    return Window(**result.features_window) if result.features_window else total([], "features")
-
-
 def _energy_fields(result: FitResult, evaluation: Evaluation | None) -> dict:
-    train, validation = _window(result, "train"), _window(result, "validation")
-    fit, test = _window(result, "fit"), evaluation.window if evaluation else total([], "test")
-    features = [_features(result)] if result.features_window else []
+    fit, train, validation = (result.window(name) for name in ("fit", "train", "validation"))
+    test = evaluation.window if evaluation else total([], "test")
+    features = [result.window("features")] if "features" in result.windows else []
     whole = [*features, fit, test] if evaluation else [*features, fit]
     return {
         "energy_joules": total(whole).energy_joules,
-        "features_energy_joules": _features(result).energy_joules if result.features_window else 0.0,
+        "features_energy_joules": features[0].energy_joules if features else 0.0,
         "energy_source": energy_source([*features, fit, train, validation, test]),
         "train_energy_joules": train.energy_joules,
         "validation_energy_joules": validation.energy_joules,
