@@ -13,7 +13,7 @@ from simulated_gpu import SimulatedGpu, VirtualClock, meter_of, training_trace
 
 from toolkit.errors import InputError
 from toolkit.measure import Meter, Rapl, SensorError, Window, total
-from toolkit.measure.meter import BELOW_RESOLUTION, TICK_SECONDS
+from toolkit.measure.windows import BELOW_RESOLUTION, TICK_SECONDS
 
 
 def measured(seed: int, seconds: float, **sensor) -> tuple[Window, float, SimulatedGpu]:

@@ -1,8 +1,9 @@
-"""Measuring a run: time and energy (`Meter`), memory, and floating-point operations (`flops`)."""
+"""Measures a run: time and energy (`Meter`), memory, floating-point operations (`flops`), scores."""
 
 from toolkit.budget.flops import FlopCounter, Flops, flops
-from toolkit.measure.meter import Meter, Window, total
+from toolkit.measure.meter import Meter
 from toolkit.measure.sensors import GpuSensor, Nvml, Rapl, SensorError
+from toolkit.measure.windows import Window, total
 
 __all__ = [
     "FlopCounter",

@@ -1,4 +1,4 @@
-"""What a result depends on besides its parameters: hardware, driver, libraries, settings, code."""
+"""Provenance of a result besides its parameters: hardware, driver, libraries, settings, code."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from toolkit.files import ROOT
 from toolkit.measure import Nvml, SensorError
 
 PACKAGES = ("torch", "torchvision", "timm", "peft", "bitsandbytes", "transformers", "numpy")
-# Recorded, but no reason to keep two runs apart: the same code may be committed anew (`code_sha256` is
-# what counts), and two cards of one model in one machine share a sweep.
+# Recorded, but not a reason to keep two runs apart: the same code may have another commit (`code_sha256`
+# identifies it), and two cards of one model in one machine share a sweep.
 _NOT_IN_HASH = ("os", "gpu_uuid_sha256", "git_sha", "git_dirty")
 
 
 def environment(device: str) -> dict:
     """Provenance of a run on `device`.  `env_hash` is equal for runs that may be averaged.
 
-    A GPU field is None on the CPU, and where the driver does not tell.
+    GPU fields are None on the CPU, and where the driver does not report them.
     """
     fields = {
         "device_name": device_name(device),
-        "cpu_name": _cpu_name(),  # loads the data, inside the time and energy of a run
+        "cpu_name": _cpu_name(),  # it loads the data, within the time and energy of a run
         **_gpu(device),
         "cuda": torch.version.cuda if device == "cuda" else None,
         "cudnn": torch.backends.cudnn.version() if device == "cuda" else None,
@@ -51,7 +51,7 @@ def environment(device: str) -> dict:
 
 
 def device_name(device: str) -> str:
-    """The GPU's or the CPU's name; `device`: cuda or cpu."""
+    """The name of the GPU or CPU; `device`: cuda or cpu."""
     return torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
 
 
@@ -62,7 +62,7 @@ def installed_packages() -> dict[str, str]:
     for distribution in importlib.metadata.distributions():
         name = distribution.metadata["Name"]
         if name:  # a broken installation has none
-            found.setdefault(name, distribution.version)  # the first on the path is what is imported
+            found.setdefault(name, distribution.version)  # the first one on the path is imported
     return {name: found[name] for name in sorted(found, key=str.lower)}
 
 
@@ -86,7 +86,7 @@ def _gpu(device: str) -> dict:
         fields["driver"] = nvml.driver_version()
         fields["power_limit_watts"] = nvml.power_limit_watts()
     except SensorError:
-        pass  # None, as the docstring says
+        pass  # the fields stay None
     return fields
 
 
@@ -117,6 +117,6 @@ def _git() -> dict:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    # What computes, not what is written: the default comparison renews the tracked figures.
+    # Only files that affect results: the default comparison rewrites the tracked figures.
     status = git("status", "--porcelain", "--", "toolkit", "notebooks", "data", "requirements.txt")
     return {"git_sha": git("rev-parse", "HEAD"), "git_dirty": None if status is None else bool(status)}

@@ -1,4 +1,4 @@
-"""Memory of a step in detail: over time by phase and block, by category, and what surrounds the tensors."""
+"""Observers of a step's memory: over time by phase and block, by category, kept for backward."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class MemoryTrace(TorchDispatchMode):
 
     `segments`: `{"phase": forward | backward | recompute | optimizer, "block": name or None,
     "bytes": [...]}` in the order of time.  In backward an operator belongs to the block whose forward
-    pass made its node of the graph; so frozen parameters, which have none, are no obstacle.
+    pass made its node of the graph.
     """
 
     def __init__(self, memory: DeviceMemory, model: nn.Module):
@@ -40,11 +40,11 @@ class MemoryTrace(TorchDispatchMode):
         self._owners: list[str | None] = []
         try:
             self._blocks = find_blocks(model)
-        except InputError:  # nothing repeats: the phases alone are shown
+        except InputError:  # no repeated blocks: only the phases are shown
             self._blocks = {}
 
     def start_optimizer(self) -> None:
-        """What follows is the optimizer's step."""
+        """Count what follows to the optimizer."""
         self._optimizing = True
 
     def __enter__(self) -> MemoryTrace:
@@ -81,7 +81,7 @@ class MemoryTrace(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.aten._local_scalar_dense.default:
-            return result  # `.item()` after backward is no forward pass
+            return result  # `.item()` after backward is not a forward pass
         phase = "optimizer" if self._optimizing else current_phase()
         block = None if self._optimizing else self._block_now(phase)
         last = self.segments[-1] if self.segments else None
@@ -93,12 +93,11 @@ class MemoryTrace(TorchDispatchMode):
 
 
 class CategoryMemory(TensorMemory):
-    """`TensorMemory` that also counts by category, to compare with tools that do.
+    """`TensorMemory` that also counts by category.
 
     The categories: parameters, buffers, gradients, optimizer, activations, temporaries (of backward), and
-    what `track_as` is given.
-    `category_peaks` are the categories' own maxima, whenever they occur.  Their sum, which some tools
-    call the peak, is reached at no moment: it is at least `peak_bytes`.
+    those given to `track_as`.  `category_peaks` are the categories' own maxima, whenever they occur.  Some
+    tools call their sum the peak, although no moment reaches it: it is at least `peak_bytes`.
     """
 
     def __init__(self, device: torch.device, model: nn.Module):
@@ -116,7 +115,7 @@ class CategoryMemory(TensorMemory):
                 parameter.register_post_accumulate_grad_hook(self._has_gradient)
 
     def track_as(self, category: str, tensors: Iterable[torch.Tensor]) -> None:
-        """Count tensors that were made outside, under `category`."""
+        """Count tensors that were made outside the mode, under `category`."""
         self._announced = category
         self.track(tensors)
         self._announced = None
@@ -145,13 +144,13 @@ class CategoryMemory(TensorMemory):
         self.category_peaks[category] = max(self.category_peaks[category], self.category_bytes[category])
 
     def start_optimizer(self) -> None:
-        """What follows is the step of `optimizer`, which may have made state in backward."""
+        """Count what follows to the optimizer, and the state that a fused one has made in backward."""
         self.optimizing = True
         for tensor in (t for state in self.optimizer.state.values() for t in state.values()):
             self._move(tensor, "optimizer")
 
     def _has_gradient(self, parameter: torch.Tensor) -> None:
-        """Backward has made `parameter.grad`, and a fused optimizer has put away those before it."""
+        """Count `parameter.grad`, and the gradients that a fused optimizer has put away before."""
         kept = getattr(self.optimizer, "gradients", {}).values()
         for tensor in (parameter.grad, *kept):
             self._move(tensor, "gradients")
@@ -186,7 +185,7 @@ class KeptTensors(saved_tensors_hooks):
         key = storage._cdata
         if key not in self._known and key not in self._saved:
             self._saved[key] = StorageRef(storage, self._freed, key, storage.nbytes())
-        return tensor.detach()  # an output that its own graph held would never be let go
+        return tensor.detach()  # an output that its own graph holds would never be freed
 
     def _freed(self, reference: StorageRef) -> None:
         if self._saved.get(reference.key) is reference:
@@ -211,8 +210,8 @@ def memory_of_step(
 ) -> CategoryMemory:
     """Memory by category of one training step in fp32 whose optimizer has its state.
 
-    `make_optimizer` is called when the gradients are watched already, so that those which a fused optimizer
-    takes away at once are counted.  `batch`, `loss`, `observers`: as in `run_step`.
+    `make_optimizer` is called after the gradients are watched, so that those which a fused optimizer takes
+    away at once are counted.  `batch`, `loss`, `observers`: as in `run_step`.
     """
     memory = CategoryMemory(next(model.parameters()).device, model)
     memory.track_as("inputs", (leaf for leaf in tree_iter(batch) if isinstance(leaf, torch.Tensor)))
@@ -227,9 +226,9 @@ def memory_of_step(
 
 
 def context_bytes(sensor: GpuSensor, device: torch.device) -> int:
-    """What this process holds on a CUDA device beside its allocator: context, kernels, libraries.
+    """Bytes that this process holds on a CUDA device outside its allocator: context, kernels, libraries.
 
-    Read it while the process works: kernels are loaded on first use.  Raises `SensorError`.
+    Read it after the first steps: kernels are loaded on first use.  Raises `SensorError`.
     """
     context = own_process_bytes(sensor) - torch.cuda.memory_reserved(device)
     if context < 0:
@@ -240,7 +239,7 @@ def context_bytes(sensor: GpuSensor, device: torch.device) -> int:
 def own_process_bytes(sensor: GpuSensor) -> int:
     """Device memory of this process, by NVML: the allocator's and the context's.
 
-    In a container the listed process ids may be the host's: a single process is taken to be this one.
+    In a container the listed process ids may be the host's; a single process is assumed to be this one.
     """
     processes = sensor.processes()
     used = processes.get(os.getpid())

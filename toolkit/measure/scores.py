@@ -1,4 +1,4 @@
-"""Scores that weigh accuracy against cost, and companions that no choice of units moves.
+"""Scores that weigh accuracy against cost, and companions that do not depend on units.
 
 NetScore family, all 20·log10(accuracy² / cost), accuracy in per cent:
 
@@ -6,11 +6,11 @@ NetScore family, all 20·log10(accuracy² / cost), accuracy in per cent:
 |---|---|---|
 | NS | (params · MACs)^1/2, in millions and billions | Wong 2018, arXiv 1806.05512 |
 | NS-E | (seconds · watts)^1/8 | arXiv 2607.02158, as two public codebases quote it |
-| NS-M | (peak memory)^1/8, in MiB | likewise |
-| NS# | (peak memory · seconds · watts)^1/8 | likewise |
+| NS-M | (peak memory)^1/8, in MiB | same |
+| NS# | (peak memory · seconds · watts)^1/8 | same |
 
-A decibel scale has no zero: in GiB instead of MiB NS-M is 7.53 higher.  So units are in the names of the
-arguments, and the phase (training or inference) belongs to every published score.
+A decibel scale has no zero: with GiB instead of MiB, NS-M is 7.53 higher.  Therefore units are in the names
+of the arguments, and every published score needs its phase (training or inference).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 
 from toolkit.errors import InputError, check_name
 
-# Exponents of the costs; accuracy has 2.
+# Exponents of the costs; the exponent of accuracy is 2.
 NETSCORES: dict[str, dict[str, float]] = {
     "NS": {"params_m": 1 / 2, "macs_g": 1 / 2},
     "NS-E": {"seconds": 1 / 8, "watts": 1 / 8},
@@ -43,8 +43,8 @@ def netscore(
 ) -> float | None:
     """NetScore in decibels; `kind` names a set of exponents (`NETSCORES`) or is one: cost -> exponent.
 
-    Costs that the kind does not use are ignored.  None where the accuracy or a cost is missing or not
-    positive; `why_no_score` says which.  Raises `InputError` for an unknown kind.
+    Costs that the kind does not use are ignored.  None if the accuracy or a cost is missing or not
+    positive; `why_no_score` gives the reason.  Raises `InputError` for an unknown kind.
     """
     exponents = _exponents(kind)
     costs = _costs(params_m, macs_g, seconds, watts, peak_mib)
@@ -55,7 +55,7 @@ def netscore(
 
 
 def why_no_score(kind: str | Mapping[str, float], accuracy_pct: float | None, **costs) -> str | None:
-    """The reason for which `netscore` of these figures is None, or None if there is a score."""
+    """The reason why `netscore` of these figures is None, or None if there is a score."""
     for name in ("accuracy_pct", *_exponents(kind)):
         value = accuracy_pct if name == "accuracy_pct" else costs.get(name)
         if value is None:
@@ -77,19 +77,19 @@ def _costs(params_m, macs_g, seconds, watts, peak_mib) -> dict[str, float | None
     return dict(params_m=params_m, macs_g=macs_g, seconds=seconds, watts=watts, peak_mib=peak_mib)
 
 
-# Three formulas go by the name of SAM (Sustainable Accuracy Metric), with three units of energy.
+# Three formulas are called SAM (Sustainable Accuracy Metric), each with its own unit of energy.
 SAM_VERSIONS = ("cifar100_vits16_repro/legacy", "cifar100_vits16_repro/src", "VideoClassificationTest")
 
 
 def sam(version: str, accuracy: float, joules: float | None, exponent: float = 1.0) -> float | None:
-    """SAM_k with alpha = beta = k = `exponent`; `accuracy` as a fraction, as its sources have it.
+    """SAM_k with alpha = beta = k = `exponent`; `accuracy` as a fraction, as in its sources.
 
     * `cifar100_vits16_repro/legacy`: k·accuracy^k / log10(watt-hours)
     * `cifar100_vits16_repro/src`: accuracy^k / log10(joules)^k
     * `VideoClassificationTest`: k·accuracy^k / log10(millijoules)
 
-    The logarithm passes through zero at one unit of energy, where the score jumps from -∞ to +∞: for
-    comparison with published figures only.  None where energy is missing, not positive, or one unit.
+    The logarithm is zero at one unit of energy, where the score jumps from -∞ to +∞: use it only to compare
+    with published figures.  None if energy is missing, not positive, or one unit.
     """
     check_name("SAM version", version, SAM_VERSIONS)
     if joules is None or joules <= 0:
@@ -106,11 +106,11 @@ def sam(version: str, accuracy: float, joules: float | None, exponent: float = 1
 
 
 def pareto_rank(accuracy: Sequence[float], costs: Sequence[Sequence[float]]) -> np.ndarray:
-    """Rank of each of N points, int (N,): 1 where no other is at least as good in all and better in one,
-    2 where that holds once rank 1 is taken away, and so on.
+    """Rank of each of N points, int (N,): 1 if no other point is at least as good in all figures and better
+    in one, 2 if that holds without the points of rank 1, and so on.
 
-    `accuracy` (N,), more is better; `costs` (N, K), less is better.  Only comparisons enter, so no
-    change of unit or scale moves a rank.  Missing values are not ranked: raises `InputError`.
+    `accuracy` (N,), more is better; `costs` (N, K), less is better.  Ranks do not depend on units.  Raises
+    `InputError` for missing values.
     """
     points = _points(accuracy, costs)
     better = (points[:, None] <= points[None]).all(2) & (points[:, None] < points[None]).any(2)
@@ -127,8 +127,8 @@ def hypervolume(
 ) -> float:
     """Share of the box from (0 %, `worst_costs`) to (100 %, no cost) that the points dominate, 0 to 1.
 
-    `accuracy_pct` (N,), `costs` (N, K), `worst_costs` (K,) in the costs' own units, which cancel.  Sets
-    are comparable only under the same `worst_costs`.  Points beyond the box add nothing.
+    `accuracy_pct` (N,), `costs` (N, K), `worst_costs` (K,) in the units of the costs, which cancel.  Compare
+    sets only under the same `worst_costs`.  Points outside the box add nothing.
     """
     points = _points(accuracy_pct, costs)
     worst = np.asarray(worst_costs, dtype=float)

@@ -1,7 +1,7 @@
-"""Where energy figures come from: an NVIDIA GPU through NVML, the CPU through RAPL.
+"""Energy sensors: an NVIDIA GPU through NVML, the CPU through RAPL.
 
-A sensor answers or raises `SensorError` with the reason.  Nothing is estimated from a data sheet, and
-nothing that cannot be read is taken as 0.
+A sensor answers or raises `SensorError` with the reason.  Nothing is estimated from a data sheet, and a value
+that cannot be read is never 0.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ class SensorError(Exception):
 
 
 class GpuSensor(Protocol):
-    """What `Meter` asks of a GPU.  Every method may raise `SensorError`."""
+    """The GPU readings that `Meter` uses.  Every method may raise `SensorError`."""
 
     name: str
-    simulated: bool  # True: what it says is not a measurement
-    power_window_seconds: float  # over which `watts` averages
+    simulated: bool  # True: its readings are not measurements
+    power_window_seconds: float  # averaging time of `watts`
 
-    def counter_joules(self) -> float: ...  # energy since some fixed moment
+    def counter_joules(self) -> float: ...  # energy since a fixed moment
 
     def watts(self) -> float: ...
 
     def celsius(self) -> float: ...
 
-    def processes(self) -> dict[int, int | None]: ...  # process id -> bytes of device memory, if told
+    def processes(self) -> dict[int, int | None]: ...  # process id -> bytes of device memory, if reported
 
 
 class Nvml:
@@ -38,7 +38,7 @@ class Nvml:
     The counter (`nvmlDeviceGetTotalEnergyConsumption`, millijoules since the driver was loaded) exists
     from Volta on.  Power is the instantaneous reading where the driver has one (field 186); otherwise
     `nvmlDeviceGetPowerUsage`, which on Ampere and newer is a mean over the last second (GA100: not).
-    Raises `SensorError` where there is no such GPU.
+    Raises `SensorError` if there is no such GPU.
     """
 
     def __init__(self, uuid: str):
@@ -51,7 +51,7 @@ class Nvml:
         self._handle = self._call(pynvml.nvmlDeviceGetHandleByUUID, uuid)
         self.uuid = uuid
         self.name = _text(self._call(pynvml.nvmlDeviceGetName, self._handle))
-        self.simulated = "simulated" in self.name.lower()  # what the library of our tests calls itself
+        self.simulated = "simulated" in self.name.lower()  # the name of the simulated library in tests
         try:
             self._instant_watts()
             self.watts, self.power_window_seconds = self._instant_watts, 0.1
@@ -60,7 +60,7 @@ class Nvml:
 
     @classmethod
     def of(cls, device: torch.device) -> Nvml:
-        """The sensor of a CUDA device, whatever CUDA_VISIBLE_DEVICES says about its number."""
+        """The sensor of a CUDA device, independent of the numbering by CUDA_VISIBLE_DEVICES."""
         return cls(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
 
     def _call(self, function, *arguments):
@@ -91,7 +91,7 @@ class Nvml:
         return float(self._call(self._nvml.nvmlDeviceGetTemperature, self._handle, kind))
 
     def processes(self) -> dict[int, int | None]:
-        """Compute processes on the GPU and their bytes (None where the driver does not tell: Windows)."""
+        """Compute processes on the GPU and their bytes (None if the driver does not report them: Windows)."""
         running = self._call(self._nvml.nvmlDeviceGetComputeRunningProcesses, self._handle)
         return {process.pid: process.usedGpuMemory for process in running}
 
@@ -100,15 +100,15 @@ class Nvml:
         return self._call(self._nvml.nvmlDeviceGetEnforcedPowerLimit, self._handle) / 1000
 
     def driver_version(self) -> str:
-        """Version of the NVIDIA driver; it decides what a power reading means."""
+        """Version of the NVIDIA driver, on which the meaning of a power reading depends."""
         return _text(self._call(self._nvml.nvmlSystemGetDriverVersion))
 
 
 class Rapl:
     """Energy of all CPU packages (Intel and AMD) from Linux' powercap counters.
 
-    The counters wrap around, after minutes on a busy server, so they must be read now and then.
-    Raises `SensorError` where there are none, or none that this user may read (often root only).
+    The counters wrap around, after minutes on a busy server, so they must be read regularly.
+    Raises `SensorError` if there are none that this user may read (often root only).
     """
 
     def __init__(self, root: Path = Path("/sys/class/powercap")):
