@@ -207,14 +207,14 @@ class _Run:
 
     def train(self, screen: ProgressView) -> None:
         """Train until the last step, or until the user stops the run; pauses are not part of "fit"."""
-        screen.begin(self.progress, self.result.history, saves=self.snapshots.folder is not None)
-        paused = True
+        with self.windows.window("fit"):
+            screen.begin(self.progress, self.result.history, saves=self.snapshots.folder is not None)
+            paused = self._train_until_paused(screen)
         while paused:
+            with self.windows.window("pause"):
+                screen.wait()
             with self.windows.window("fit"):
                 paused = self._train_until_paused(screen)
-            if paused:
-                with self.windows.window("pause"):
-                    screen.wait()
 
     def _train_until_paused(self, screen: ProgressView) -> bool:
         """Train to the last step or until a pause or stop is requested; return whether it is a pause."""
