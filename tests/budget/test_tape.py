@@ -208,7 +208,12 @@ MODELS = {
 def test_nothing_that_comes_out_depends_on_what_is_kept(name, precision):
     """Loss, output, all gradients, running statistics and the random numbers that follow, to the bit."""
     build, x = MODELS[name]
-    plain = step(build, x, precision=precision)
+    try:
+        plain = step(build, x, precision=precision)
+    except RuntimeError as error:
+        if "could not create a primitive" not in str(error):
+            raise
+        pytest.skip(f"oneDNN has no {precision} form of {name} on this processor")
     assert differing(plain, step(build, x, precision=precision)) == [], "the test has to be deterministic"
     for decision in (DROP, CACHE, KEEP):
         assert differing(plain, step(build, x, everything(decision), precision)) == [], decision

@@ -76,10 +76,27 @@ def step(model, x, y=None, lean=True, precision="fp32"):
     return {"out": out.detach(), "x": x.grad, **found}, memory.peak_bytes
 
 
-def worst_error(lean, stock):
-    """Largest difference relative to the largest entry of its tensor."""
+def worst_error(lean, stock, scales=None):
+    """Largest difference relative to the largest entry of its tensor, or to its scale in `scales`."""
     assert lean.keys() == stock.keys() and len(stock) > 2
-    return max(float((lean[n] - stock[n]).abs().max() / stock[n].abs().max()) for n in stock)
+    scales = {name: tensor.abs().max() for name, tensor in stock.items()} | (scales or {})
+    return max(float((lean[name] - stock[name]).abs().max() / scales[name]) for name in stock)
+
+
+def scales_of_ranks(model, gradients):
+    """Sizes of the terms that add up to the gradients of AdaLoRA's `ranknum`.
+
+    AdaLoRA divides its update by `ranknum`, so this gradient is the sum of E * dE / ranknum over the ranks.
+    The terms cancel to a ten-thousandth of their size, and rounding follows the terms.
+    """
+    scales = {}
+    parameters = dict(model.named_parameters())
+    for name in gradients:
+        if "ranknum" in name:
+            diagonal = name.replace("ranknum", "lora_E")
+            terms = parameters[diagonal].detach() * gradients[diagonal]
+            scales[name] = terms.abs().sum() / parameters[name].detach()
+    return scales
 
 
 def cosine(a, b):
@@ -92,8 +109,8 @@ KINDS = [("lora", 0.0), ("lora", 0.3), ("dora", 0.0), ("adalora", 0.0), ("adalor
 
 
 @pytest.mark.parametrize("method, lora_dropout", KINDS)
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 3e-6)])
-def test_lean_gradients_are_those_of_peft(batch, method, lora_dropout, dtype, tolerance):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_lean_gradients_are_those_of_peft(batch, method, lora_dropout, dtype):
     if method == "qlora" and dtype == torch.float64:
         pytest.skip("bitsandbytes unpacks to float32 at most")
     x, y = batch[0][:4].to(dtype), batch[1][:4]
@@ -101,7 +118,9 @@ def test_lean_gradients_are_those_of_peft(batch, method, lora_dropout, dtype, to
     lean, stock = (step(model, x, y, form)[0] for form in (True, False))
     for part in ("lora_A", "lora_B", *{"dora": ["magnitude"], "adalora": ["lora_E"]}.get(method, [])):
         assert sum(part in name for name in lean) == 16
-    assert worst_error(lean, stock) < tolerance
+    roundings = 32  # about 13 on processors with AVX-512 and without
+    error = worst_error(lean, stock, scales_of_ranks(model, stock))
+    assert error < roundings * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("shape", [(6, 12), (2, 3, 12), (2, 1, 3, 12), (1, 12), (12,)])
