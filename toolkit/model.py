@@ -6,6 +6,7 @@ from timm.utils import random_seed
 from torch import nn
 
 from toolkit.backbones import build_backbone
+from toolkit.backbones.dense import build_dense
 from toolkit.budget import format_bytes, tensors_of
 from toolkit.datasets import find_dataset
 from toolkit.errors import InputError
@@ -36,8 +37,6 @@ def build_model(experiment: Experiment, num_classes: int, pretrained: bool | Non
         pretrained = experiment.pretrained
     if not experiment.head:
         return build_backbone(experiment.backbone, num_classes, pretrained)
-    from toolkit.backbones.dense import build_dense  # here, because its libraries take seconds to import
-
     return build_dense(
         experiment.backbone, experiment.head, num_classes, pretrained, experiment.task,
         image_size=find_dataset(experiment.dataset).image_pixels,

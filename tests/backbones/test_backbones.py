@@ -5,21 +5,20 @@ import torch
 from torch import nn
 
 import toolkit
-from toolkit.backbones import BACKBONES, data_config, demo, demo_cnn, small_instance
+from toolkit.backbones import BACKBONES, data_config, demo, small_instance
 from toolkit.backbones.checkpoints import read_weights
 from toolkit.budget import find_blocks
 from toolkit.errors import InputError
 from toolkit.files import DATA
 
-PUBLISHED = {"demo_vit": demo.SHA256} | demo_cnn.SHA256
-CLASSES = {"demo_vit": 7, "demo_cnn": 7} | demo_cnn.SOURCE_CLASSES
+CLASSES = dict.fromkeys(demo.SHA256, 7) | demo.SOURCE_CLASSES
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", demo.SHA256)
 def test_demo_weights_are_the_published_ones_and_small(name):
     content = (DATA / f"{name}.safetensors").read_bytes()
-    assert len(content) < 2_000_000
-    assert hashlib.sha256(content).hexdigest() == PUBLISHED[name]
+    assert len(content) < 6_000_000
+    assert hashlib.sha256(content).hexdigest() == demo.SHA256[name]
 
 
 def states_of_two_seeds(name, **options):
@@ -35,7 +34,7 @@ def test_demo_backbones_are_pretrained_but_for_their_heads(name, head):
     assert len(one[f"{head}.weight"]) == 7
 
 
-@pytest.mark.parametrize("name", demo_cnn.SOURCE_CLASSES)
+@pytest.mark.parametrize("name", demo.SOURCE_CLASSES)
 def test_source_models_bring_their_heads(name):
     one, other = states_of_two_seeds(name)
     assert all(torch.equal(one[key], other[key]) for key in one)
@@ -46,14 +45,14 @@ def test_source_models_bring_their_heads(name):
     assert torch.corrcoef(stem)[0, 1] > 0.9
 
 
-@pytest.mark.parametrize("name", demo_cnn.SOURCE_CLASSES)
+@pytest.mark.parametrize("name", demo.SOURCE_CLASSES)
 def test_source_models_refuse_other_classes(name):
     with pytest.raises(InputError, match=rf"{name}.* {CLASSES[name]} classes.* has 7.*'demo_cnn'"):
         toolkit.build_backbone(name, 7)
     assert toolkit.build_backbone(name, 7, pretrained=False).get_classifier().out_features == 7
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", demo.SHA256)
 def test_pretrained_false_loads_nothing(name):
     one, other = states_of_two_seeds(name, pretrained=False)
     drawn = [key for key in one if key.endswith((".fc1.weight", "conv_pw.weight"))]
@@ -77,8 +76,7 @@ def test_damaged_weights_are_refused(tmp_path, monkeypatch, name, damage):
     content[100_000] ^= 1
     if damage != "missing":
         path.write_bytes(content if damage == "flipped" else content[:1000])
-    monkeypatch.setattr(demo, "WEIGHTS", path)
-    monkeypatch.setattr(demo_cnn, "DATA", tmp_path)
+    monkeypatch.setattr(demo, "DATA", tmp_path)
     state = "missing" if damage == "missing" else "damaged"
     with pytest.raises(InputError, match=f"{name} are {state}.*git checkout data/{name}") as caught:
         toolkit.build_backbone(name, 10)
@@ -188,7 +186,7 @@ def test_sizes_reach_the_model():
     assert len(vim.layers) == 2 and vim.num_features == 48
 
 
-@pytest.mark.parametrize("name", ["vit_small", "tiny_vit", "vim_small", "mambavision_t", *PUBLISHED])
+@pytest.mark.parametrize("name", ["vit_small", "tiny_vit", "vim_small", "mambavision_t", *demo.SHA256])
 def test_sizes_that_a_model_has_not_are_refused(name):
     with pytest.raises(InputError, match=f"{name}.*dept"):
         toolkit.build_backbone(name, 5, pretrained=False, dept=2)

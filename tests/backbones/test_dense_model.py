@@ -11,7 +11,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 import toolkit
 from toolkit.backbones import data_config
 from toolkit.backbones.dense import HEADS, build_dense
-from toolkit.backbones.detectors import _REGION_ANCHORS, _RETINA_ANCHORS
+from toolkit.backbones.dense_heads import _REGION_ANCHORS, _RETINA_ANCHORS
 from toolkit.budget import TensorMemory, find_blocks
 from toolkit.datasets.tasks import IGNORED, TASKS
 from toolkit.errors import InputError
@@ -251,7 +251,7 @@ def test_larger_images_keep_windows_and_tables_of_the_weights():
     ],
 )
 def test_what_cannot_be_built_is_said_before_weights_are_loaded(arguments, message, monkeypatch):
-    monkeypatch.setattr("toolkit.backbones.demo_swin.load_demo_weights", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("toolkit.backbones.demo.load_demo_weights", lambda *_: pytest.fail("loaded"))
     given = {"backbone": "demo_swin", "head": "fpn", "num_classes": 3, "task": "segmentation"} | arguments
     with pytest.raises(InputError, match=f"(?i){message}"):
         build_dense(pretrained=True, **given)

@@ -14,7 +14,7 @@ from toolkit.batch.sweep import execute_notebook, run_experiments
 from toolkit.files import NOTEBOOKS, ROOT
 from toolkit.training.record import is_finished, load_curves
 
-ALL = sorted(NOTEBOOKS.glob("*.ipynb"))
+ALL = sorted(NOTEBOOKS.rglob("*.ipynb"))
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
@@ -93,9 +93,9 @@ def test_edge_cnn_runs_without_any_finished_run(tmp_path):
 )
 def test_pretraining_runs_at_toy_size(tmp_path, backbone, sources):
     execute_notebook(
-        "pretrain_demo_backbone", tmp_path / "out.ipynb",
+        "extras/pretrain_demo_backbone", tmp_path / "out.ipynb",
         {
-            "backbone": backbone, "fractals": 2, "curves": 2, "textures": 2, "images_per_class": 16,
+            "backbone": backbone, "classes": "2,2,2", "images_per_class": 16,
             "epochs": 1, "folder": str(tmp_path), "sources": sources, "source_epochs": 1,
             "transfer_methods": "linear", "transfer_seeds": 1, "transfer_epochs": 1,
         },

@@ -14,9 +14,7 @@ import timm.data
 from timm.layers import to_2tuple
 from torch import nn
 
-from toolkit.backbones.demo import build_demo_vit
-from toolkit.backbones.demo_cnn import SOURCE_CLASSES, build_demo_cnn, build_source_model
-from toolkit.backbones.demo_swin import build_demo_swin
+from toolkit.backbones import demo
 from toolkit.backbones.mambavision import mambavision_t
 from toolkit.backbones.vim import vim_small
 from toolkit.errors import InputError, check_name
@@ -28,10 +26,7 @@ TIMM_NAMES = {
 }
 # Models that timm lacks, written here.
 OWN = {
-    "demo_vit": build_demo_vit,
-    "demo_cnn": build_demo_cnn,
-    "demo_swin": build_demo_swin,
-    **{name: functools.partial(build_source_model, name) for name in SOURCE_CLASSES},
+    **{name: functools.partial(demo.build_demo, name) for name in demo.SHA256},
     "vim_small": vim_small,
     "mambavision_t": mambavision_t,
 }

@@ -1,4 +1,9 @@
-"""`build_dense`: a pretrained trunk with a new head for segmentation or detection."""
+"""Dense prediction: a pretrained trunk that yields maps of several sizes, and a new head that reads them.
+
+As with classifiers, a method decides what of the trunk trains, and the head trains under each; so every
+method of `toolkit.methods` works on it.  The head begins with norms of its own, one per map, as the trunk has
+none after its intermediate maps.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +14,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
 from toolkit.backbones import build_backbone
-from toolkit.backbones.dense_heads import FpnSegmentation, UperNet
-from toolkit.backbones.dense_model import DenseModel
-from toolkit.backbones.detectors import RegionDetector, RetinaDetector
+from toolkit.backbones.dense_heads import FpnSegmentation, RegionDetector, RetinaDetector, UperNet
 from toolkit.errors import InputError, check_name
 
 # By task: name -> a head for channels, (strides,) width and num_classes; the usual one first.
@@ -23,6 +26,46 @@ HEADS = {
         "mask_rcnn": functools.partial(RegionDetector, masks=True),
     },
 }
+
+
+class DenseModel(nn.Module):
+    """`head(maps, (height, width), targets)` on the maps of `trunk`.
+
+    forward(images (B, 3, H, W)): logits (B, K, H, W) of a segmentation head, of a detector a list of one
+    dict per image, boxes float (n, 4) in pixels, scores (n,), labels int64 (n,) from 0, of mask_rcnn also
+    masks bool (n, H, W).  With `targets`, which are for detectors alone: the dict of its losses, scalars,
+    in training and in evaluation mode.
+    """
+
+    def __init__(self, trunk: SwinTransformer, head: nn.Module):
+        super().__init__()
+        self.trunk = trunk
+        # Not named "head": peft knows modules by the ends of their names, and torchvision's detectors hold
+        # parts of that name.
+        self.dense_head = head
+        self.pretrained_cfg = trunk.pretrained_cfg
+
+    @property
+    def head(self) -> nn.Module:
+        """Norms, pyramid and predictor: what is new, and trains under every method."""
+        return self.dense_head
+
+    def get_classifier(self) -> nn.Module:
+        """The head, by timm's name for it."""
+        return self.dense_head
+
+    def maps(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """What the stages of the trunk give, (B, H', W', C) each, the largest first."""
+        x, maps = self.trunk.patch_embed(images), []
+        for stage in self.trunk.layers:
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+    def forward(self, images: torch.Tensor, targets: dict[str, torch.Tensor] | None = None):
+        size = tuple(images.shape[2:])
+        maps = self.maps(images)
+        return self.dense_head(maps, size) if targets is None else self.dense_head(maps, size, targets)
 
 
 def build_dense(

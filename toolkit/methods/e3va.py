@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from toolkit.backbones.dense_model import DenseModel
+from toolkit.backbones.dense import DenseModel
 from toolkit.errors import InputError
 from toolkit.methods.trainable import linear
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from toolkit.datasets.splits import Splits, in_memory
+from toolkit.datasets import Splits, in_memory
 
 HELD_OUT = 10  # images per class, for validation and again for test
 
