@@ -204,11 +204,11 @@ def test_other_weights_are_another_classifier(build, tmp_path):
 
 def test_a_damaged_classifier_is_made_again(build, siglip, tmp_path):
     classifier = build(siglip).classifier
-    (file,) = (tmp_path / "cache").glob("*.safetensors")
-    whole = file.read_bytes()
-    file.write_bytes(whole[:-7] + b"1234567")
+    (file,) = (tmp_path / "cache").glob("*.npz")
+    file.write_bytes(file.read_bytes()[:-7] + b"1234567")
+    with pytest.warns(UserWarning, match="is made again"):
+        assert torch.equal(build(siglip).classifier, classifier)
     assert torch.equal(build(siglip).classifier, classifier)
-    assert file.read_bytes() == whole
 
 
 def test_a_remembered_classifier_tells_what_it_cost(clip, tmp_path):

@@ -182,7 +182,7 @@ def test_damaged_answers_are_made_anew(tmp_path, built):
     first = forecast(e, 10, tmp_path)
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:-40])
-    with pytest.warns(UserWarning, match="made anew"):
+    with pytest.warns(UserWarning, match="made again"):
         assert forecast(e, 10, tmp_path) == first
     assert len(built) == 2 and forecast(e, 10, tmp_path) == first and len(built) == 2
 

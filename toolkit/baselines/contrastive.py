@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from toolkit.baselines import cache
-from toolkit.baselines.cache import Cost
+from toolkit import cache
 from toolkit.baselines.hub import UNREADABLE
+from toolkit.baselines.prepared import Cost, machine, peak_bytes_of
 from toolkit.baselines.prompts import check_classes, check_templates
-from toolkit.budget import device_memory, tensors_of
+from toolkit.budget import tensors_of
 from toolkit.errors import InputError, check_name
 from toolkit.files import CACHE
 from toolkit.measure import Meter
@@ -171,12 +171,13 @@ def zero_shot(
     text.visual = nn.Identity()
     tokens = _tokens(contrastive, names, templates)
     folder = cache_folder or CACHE / "classifiers"
-    key = _key(contrastive.source, text, tokens) | cache.machine(device, meter)
-    if (known := cache.read(folder, key)) is not None:
-        classifier, cost = known[0]["classifier"], known[1]
+    key = _key(contrastive.source, text, tokens) | machine(device, meter)
+    found = cache.read(folder, key)
+    if found is not None:
+        classifier, cost = torch.from_numpy(found[1]["classifier"]), Cost.of(found[0], cached=True)
     else:
         classifier, cost = _encoded(text.to(device), tokens, meter)
-        cache.write(folder, key, {"classifier": classifier}, cost)
+        cache.write(folder, key, cost.answer(), {"classifier": classifier.numpy()})
     del text, contrastive.model  # the text tower leaves the device before the image tower enters it
     return ZeroShot(visual, classifier, contrastive).eval().to(device), cost
 
@@ -204,16 +205,12 @@ def _encoded(text: nn.Module, tokens: torch.Tensor, meter: Meter) -> tuple[torch
         return F.normalize(text.encode_text(prompts.to(device)).float(), dim=-1)
 
     parts = tokens.flatten(0, 1).split(PROMPTS_AT_ONCE)
-    memory = device_memory(device)
-    memory.track(tensors_of(text))
-    memory.reset_peak()
-    with memory:  # on the largest part, before the clock starts: counting takes time
-        directions(parts[0])
+    peak_bytes = peak_bytes_of(device, tensors_of(text), lambda: directions(parts[0]))
     with meter.window("prompts") as window:
         encoded = torch.cat([directions(part).cpu() for part in parts])
         means = encoded.unflatten(0, tokens.shape[:2]).mean(1)  # (C, D)
         classifier = F.normalize(means, dim=-1).T.contiguous()
-    return classifier, Cost(window, memory.peak_bytes)
+    return classifier, Cost(window, peak_bytes)
 
 
 def _key(source: str, text: nn.Module, tokens: torch.Tensor) -> dict:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import torch
@@ -21,12 +21,13 @@ from torchvision.transforms.v2 import functional as pictures
 from toolkit.baselines import contrastive, features, generative, need, probes, prompts
 from toolkit.baselines.experiment import BaselineExperiment
 from toolkit.baselines.matching import GenerationClassifier
+from toolkit.baselines.prepared import Prepared
 from toolkit.baselines.record import record_of
 from toolkit.baselines.registry import Baseline, baseline_named
 from toolkit.baselines.trie import TrieClassifier
 from toolkit.budget import DeviceMemory, device_memory, is_out_of_memory, tensors_of
 from toolkit.datasets import Splits, load_dataset, loader
-from toolkit.measure import Meter, Window, total
+from toolkit.measure import Meter, total
 from toolkit.measure.environment import environment
 from toolkit.methods.weights import weights_sha256
 from toolkit.model import check_fits_weights, seed_everything
@@ -35,36 +36,6 @@ from toolkit.training.record import RunRecord
 
 CHOICE_IMAGES = 1000  # validation images, at most, that a scoring rule is chosen on: a pass costs as a test
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass
-class Prepared:
-    """A baseline ready for its test pass, and what that took.
-
-    `status`: ok, or oom or nan; then there is no `model`.
-    """
-
-    form: str  # of the weights
-    batch_size: int
-    predicted_peak_bytes: int | None
-    memory_source: str
-    environment: dict
-    started_at: str  # UTC
-    model: nn.Module | None = None  # forward(inputs) -> scores, float32 (B, classes)
-    batches: DataLoader | None = None  # of the test split
-    # Everything before the first test image, without loading the weights; on the CPU, fitting a probe takes
-    # longer than it would without its memory being counted.
-    window: Window = field(default_factory=lambda: Window("prepare", reason="it did not end well"))
-    peak_bytes: int | None = None  # device memory, highest moment of that time
-    choices: dict = field(default_factory=dict)  # what was chosen, or validation accuracies to choose by
-    val_top1_pct: float | None = None  # of the choice
-    selection_rule: str = "nothing to choose"
-    cached: bool | None = None  # features or classifier: then `window` is of the run that computed them
-    fitted: int = 0  # numbers that were fitted to training images
-    unmatched_pct: float | None = None  # test images whose generated answer names no class
-    weights_sha256: str = ""
-    status: str = "ok"
-    error: str | None = None
 
 
 def evaluate_baseline(
@@ -233,8 +204,6 @@ def _features(task: _Task) -> None:
         )
         for split in ("train", "val")
     ]  # fmt: skip
-    if not all(part.x.isfinite().all() for part in parts):
-        raise FloatingPointError(f"features of {experiment.baseline} in {prepared.form} are not finite")
     task.memory.track(tensors_of(extractor))
     with task.meter.window("fit") as window:
         train, val = ((part.x.to(task.device), part.y.to(task.device)) for part in parts)

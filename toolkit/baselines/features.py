@@ -1,12 +1,13 @@
 """Features of a frozen backbone, computed once per image and kept on disk.
 
-The probes of `toolkit.baselines.probes` are fitted to them in seconds.  What the features cost is kept
-with them, so that a later run, which reads them, can still report it.
+The probes of `toolkit.baselines.probes` are fitted to them in seconds.  The cost of the features is kept with
+them, so that a later run, which reads them, still reports it.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,16 +18,17 @@ from torch.utils.data import Dataset
 
 from toolkit import files as paths
 from toolkit.backbones import OWN, build_backbone, data_config
-from toolkit.baselines import cache
 from toolkit.baselines.architectures import check_image_size
-from toolkit.baselines.cache import Cost
+from toolkit.baselines.prepared import Cost, machine, peak_bytes_of
 from toolkit.baselines.probes import GRID_BLOCKS, Probe
-from toolkit.budget import device_memory, tensors_of
+from toolkit.budget import tensors_of
+from toolkit.cache import kept_rows
 from toolkit.datasets import Policy, loader
 from toolkit.errors import InputError
 from toolkit.files import sha256_of
 from toolkit.measure import Meter
 from toolkit.methods.weights import weights_sha256
+from toolkit.training.feature_cache import STORED, Rows, feature_key, records_of
 
 CACHE = paths.CACHE / "features"
 _LOCAL = "local-dir:"
@@ -146,11 +148,10 @@ def _build_local(source: str) -> nn.Module:
 
 @dataclass(frozen=True)
 class Features:
-    """Features of a split in its order: `x` (N, D), float16 for a float16 extractor and float32 else;
-    `y` (N,) int64; both on the CPU.  `cost`: of the pass that computed them."""
+    """Features of a split, in its order, on the CPU, and the cost of computing them."""
 
-    x: torch.Tensor
-    y: torch.Tensor
+    x: torch.Tensor  # (N, D), float16 for a float16 extractor, otherwise float32
+    y: torch.Tensor  # (N,) int64
     cost: Cost
 
 
@@ -165,76 +166,52 @@ def features(
     meter: Meter | None = None,
     cache_folder: Path | None = None,
 ) -> Features:
-    """Features of all images of `split`, computed or, if nothing that they depend on has changed, read.
+    """Features of all images of `split`: computed, or read if nothing that they depend on has changed.
 
     `split_hash`: of the split's content, as in `Splits.hashes`.  `layers`: those of
     `FeatureExtractor.layers`, which raises for models that lack them.  `cache_folder`: default
-    `data/cache/features`; features that are not finite are not kept.
+    `data/cache/features`.  Raises `FloatingPointError` for features that are not finite.
     """
     device = next(extractor.parameters()).device
     meter = meter or Meter(device)
-    key = cache_key(extractor, split_hash, policy, batch_size, layers) | cache.machine(device, meter)
-    folder = cache_folder or CACHE
-    if (known := cache.read(folder, key)) is not None:
-        tensors, cost = known
-        return Features(tensors["x"], tensors["y"], cost)
-    computed = _compute(extractor, split, policy, batch_size, layers, meter)
-    if computed.x.isfinite().all():
-        cache.write(folder, key, {"x": computed.x, "y": computed.y}, computed.cost)
-    return computed
+    compute = extractor.layers if layers else extractor
+    precision = "fp16" if extractor.dtype == torch.float16 else "fp32"
+
+    @torch.no_grad()
+    def make(write: Callable) -> dict:
+        batches = loader(split, extractor.data_config, policy, batch_size=batch_size)
+        images = next(iter(batches))[0].to(device)
+        peak_bytes = peak_bytes_of(device, [*tensors_of(extractor), images], lambda: compute(images))
+        with meter.window("features") as window:
+            for images, labels in batches:
+                x = compute(images.to(device)).to(STORED[precision][0])
+                if not x.isfinite().all():
+                    raise FloatingPointError(
+                        f"features of {extractor.source} are not finite in {extractor.dtype}"
+                    )
+                write(records_of(x, labels, precision))
+        return Cost(window, peak_bytes).answer()
+
+    key = cache_key(extractor, split_hash, policy, batch_size, layers) | machine(device, meter)
+    records, answer, found = kept_rows(cache_folder or CACHE, key, len(split), make)
+    x, y = Rows(records, precision).__getitems__(slice(None))
+    return Features(x, y, Cost.of(answer, found))
 
 
 def cache_key(
     extractor: FeatureExtractor, split_hash: str, policy: Policy, batch_size: int, layers: bool
 ) -> dict:
-    """All that features depend on, and the batch size, which their memory depends on.
-
-    The libraries are part of it: timm resizes position embeddings in its own way.
-    """
-    config = extractor.data_config
-    return {
+    """All that features depend on, and the batch size, which their memory depends on."""
+    return feature_key(extractor.weights_sha256, split_hash, extractor.data_config, policy) | {
         "source": extractor.source,
         "config": _config_sha256(extractor.source),
-        "weights": extractor.weights_sha256,
-        "libraries": f"timm {timm.__version__}, torch {torch.__version__}",
-        "images": {name: config[name] for name in ("input_size", "mean", "std", "interpolation")},
-        "resize": "whole image" if policy.crop_scale is None else "shorter side, centre",
         "features": "layers" if layers else "pooled",
-        "split": split_hash,
         "batch_size": batch_size,
         "dtype": str(extractor.dtype),
     }
 
 
-@torch.no_grad()
-def _compute(
-    extractor: FeatureExtractor,
-    split: Dataset,
-    policy: Policy,
-    batch_size: int,
-    layers: bool,
-    meter: Meter,
-) -> Features:
-    device = next(extractor.parameters()).device
-    compute = extractor.layers if layers else extractor
-    batches = loader(split, extractor.data_config, policy, batch_size=batch_size)
-    # Memory on the first batch, which no other exceeds, before the clock starts: counting takes time.
-    memory = device_memory(device)
-    memory.track(tensors_of(extractor))
-    memory.reset_peak()
-    images = next(iter(batches))[0].to(device)
-    memory.track([images])
-    with memory:
-        compute(images)
-    with meter.window("features") as window:
-        parts = [(compute(images.to(device)).cpu(), labels) for images, labels in batches]
-    x, y = (torch.cat(part) for part in zip(*parts))
-    if extractor.dtype == torch.float16:
-        x = x.half()
-    return Features(x, y, Cost(window, memory.peak_bytes))
-
-
 def _config_sha256(source: str) -> str | None:
-    """Of a folder, whose architecture its name does not tell."""
+    """Digest of the configuration in a folder, whose architecture its name does not tell."""
     local = source.startswith(_LOCAL)
     return sha256_of(Path(source.removeprefix(_LOCAL)) / "config.json") if local else None

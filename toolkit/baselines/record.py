@@ -3,9 +3,8 @@ test."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from toolkit.baselines.experiment import BaselineExperiment
+from toolkit.baselines.prepared import Prepared
 from toolkit.datasets import Splits
 from toolkit.datasets.tasks import TASKS
 from toolkit.measure import Window, total
@@ -22,9 +21,6 @@ from toolkit.training.record import (
     no_test,
     run_fields,
 )
-
-if TYPE_CHECKING:
-    from toolkit.baselines.evaluate import Prepared
 
 
 def record_of(

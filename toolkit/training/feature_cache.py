@@ -1,54 +1,181 @@
-"""Features of a frozen backbone, computed once and read in every epoch after: training runs no backbone.
+"""Frozen features, computed once and read in every later epoch: training does not run the backbone.
 
-What losa, lst and linear read of the backbone does not depend on what they train, so with fixed
-preprocessing it is the same in every epoch.  It is kept on disk (`feature_rows`), in a folder named
-by the hash of all that it depends on.  The trade is augmentation: one form of each image is cached, so
-training images are prepared as test images are, see `augmentation_lost`.
+What losa, lst and linear read of the backbone does not depend on what they train, so with fixed preprocessing
+it is the same in every epoch.  It is kept on disk (`toolkit.cache`) under the hash of all that it depends on.
+The price is augmentation: one form of each image is cached, so training images are prepared as test images
+are, see `augmentation_lost`.  The probes of `toolkit.baselines` read their features from the same store.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-import filelock
 import numpy as np
 import timm
 import torch
 import torchvision
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from toolkit.backbones import data_config
 from toolkit.budget import format_bytes
 from toolkit.budget.step import autocast, on_fake_tensors
+from toolkit.cache import kept_rows
 from toolkit.datasets import Policy, Splits, batch_rows, loader
 from toolkit.errors import InputError, check_name
 from toolkit.files import CACHE
 from toolkit.measure import Meter, Window
 from toolkit.measure.environment import code_sha256, device_name
 from toolkit.methods import head_name, set_train_mode
-from toolkit.methods.side import SideModel
-from toolkit.methods.weights import state_sha256, weights_sha256
-from toolkit.training.feature_rows import STORED, Layout, Rows, close_cache, open_cache, write_rows
+from toolkit.methods.weights import state_sha256
 
-FORMAT = 1  # of the files, and of how features are brought to their shapes
+FORMAT = 2  # of the files, and of how features are brought to their shapes
 FREE_SHARE = 0.05  # of the disk that a cache leaves free
 SPLITS = ("train", "val")
+# By precision: the type of the rows, and what numpy calls it; it has no bfloat16, so its bits are kept.
+STORED = {
+    "fp32": (torch.float32, "<f4"),
+    "bf16": (torch.bfloat16, "<i2"),
+    "fp16": (torch.float16, "<f2"),
+}
 _REMEDIES = "tap fewer blocks (side_taps), or compute features in every epoch (feature_cache='')"
 
 
-class FeatureModel(nn.Module):
-    """What trains, on rows of cached features (B, F): the side network and the head, or the classifier.
+def records_of(rows: torch.Tensor, labels: torch.Tensor, precision: str) -> np.ndarray:
+    """Rows (B, F) and labels (B,) as records for `kept_rows`."""
+    dtype, stored = STORED[precision]
+    records = np.empty(len(labels), [("features", stored, (rows.shape[1],)), ("label", "<i8")])
+    bits = rows.cpu().view(torch.int16) if dtype == torch.bfloat16 else rows.cpu()
+    records["features"], records["label"] = bits.numpy(), labels.numpy()
+    return records
 
-    The modules are those of the whole model, so who trains this one has trained that one.  The backbone is
-    no part of it, and need not be on the device.
+
+class Rows(Dataset):
+    """The features of a split in its order, in a file mapped into memory: `(features (F,), label)`."""
+
+    def __init__(self, records: np.ndarray, precision: str):
+        self._records, self._dtype = records, STORED[precision][0]
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        features, labels = self.__getitems__([index])
+        return features[0], int(labels[0])
+
+    def __getitems__(self, rows: list[int] | slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """A batch at once, as torch's loaders ask for it: (B, F) and int64 (B,)."""
+        features, labels = (np.array(self._records[name][rows]) for name in ("features", "label"))
+        return torch.from_numpy(features).view(self._dtype), torch.from_numpy(labels)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the features of an image lie in one row of F numbers: tensors of these shapes, one after another.
+
+    `dtypes`: names of the types in which the backbone returns the tensors, and `unpack` restores them;
+    `precision`: of the row.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[str, ...]
+    precision: str
+
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers in each tensor."""
+        return [math.prod(shape) for shape in self.shapes]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the row."""
+        return STORED[self.precision][0]
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of an image's record: features and label."""
+        return sum(self.sizes) * self.dtype.itemsize + 8
+
+    def pack(self, features: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Tensors (B, *shape) as rows (B, F)."""
+        return torch.cat([part.flatten(1).to(self.dtype) for part in features], dim=1)
+
+    def unpack(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Rows (B, F) as tensors (B, *shape): views, where their type is that of the row."""
+        parts = rows.split(self.sizes, dim=1)
+        return tuple(
+            part.unflatten(1, shape).to(getattr(torch, dtype))
+            for part, shape, dtype in zip(parts, self.shapes, self.dtypes)
+        )
+
+
+class _Parts(NamedTuple):
+    """A model in two: features of images, and logits of features."""
+
+    features: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
+    logits: Callable[[tuple[torch.Tensor, ...]], torch.Tensor]
+    trained: dict[str, nn.Module]  # the modules that `logits` calls
+    frozen: dict[str, torch.Tensor]  # the state that `features` depends on
+    taps: list[str]  # names of the blocks that are read; none: the input of the classifier
+
+
+def _parts_of(model: nn.Module) -> _Parts:
+    """Side networks declare their parts (`features`, `from_features`); plain models end in a classifier.
+
+    Raises `InputError` for a model whose features change while it trains.
+    """
+    if hasattr(model, "from_features"):
+        trained = {"side": model.side, "head": model.head}
+        taps = [tap.name for tap in model.taps.taps]
+        return _Parts(model.features, model.from_features, trained, model.backbone.state_dict(), taps)
+    _check_frozen(model)
+    head, state = model.get_classifier(), model.state_dict()
+    moving = {name for name, p in model.named_parameters() if p.requires_grad}
+    frozen = {name: value for name, value in state.items() if name not in moving}
+    return _Parts(
+        lambda images: (_input_of_classifier(model, images),), lambda x: head(*x), {"head": head}, frozen, []
+    )
+
+
+def _input_of_classifier(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    read: list[tuple[torch.Tensor, torch.Tensor]] = []
+    handle = model.get_classifier().register_forward_hook(lambda module, args, out: read.append((*args, out)))
+    try:
+        logits = model(images)
+    finally:
+        handle.remove()
+    if len(read) != 1 or read[0][1] is not logits:
+        raise InputError(
+            f"features cannot be cached: {type(model).__name__} does not end in its classifier; leave "
+            "feature_cache empty."
+        )
+    return read[0][0]
+
+
+def _check_frozen(model: nn.Module) -> None:
+    inside = f"{head_name(model)}."
+    moving = [n for n, p in model.named_parameters() if p.requires_grad and not n.startswith(inside)]
+    set_train_mode(model)
+    moving += [n for n, m in model.named_modules() if isinstance(m, _NormBase) and m.training]
+    if moving:
+        raise InputError(
+            f"features cannot be cached: {moving[0]} trains, or follows the batches, before the head; take "
+            "method 'losa', 'lst' or 'linear', with batch_norm 'frozen', or leave feature_cache empty."
+        )
+
+
+class FeatureModel(nn.Module):
+    """The part that trains, on rows of cached features (B, F): side network and head, or the classifier.
+
+    Its modules are those of the whole model: training this one trains the original.  It holds no backbone,
+    which need not be on the device.
     """
 
     def __init__(self, whole: nn.Module, layout: Layout):
@@ -56,11 +183,10 @@ class FeatureModel(nn.Module):
         self.layout = layout
         self.pretrained_cfg = data_config(whole)
         self.get_classifier = whole.get_classifier
-        if isinstance(whole, SideModel):
-            self.side, self.head, self._logits = whole.side, whole.head, whole.from_features
-        else:
-            self.head = whole.get_classifier()
-            self._logits = lambda parts: self.head(*parts)
+        parts = _parts_of(whole)
+        self._logits = parts.logits
+        for name, module in parts.trained.items():
+            self.add_module(name, module)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         return self._logits(self.layout.unpack(rows))
@@ -68,7 +194,7 @@ class FeatureModel(nn.Module):
 
 @dataclass(frozen=True)
 class CachedFeatures:
-    """Features of the training and validation images, and the `model` that takes them, see `FeatureModel`.
+    """Features of the training and validation images, and the `model` that reads them, see `FeatureModel`.
 
     `window`: time and energy of computing them, in an earlier run if `cached`; `nbytes`: on disk.
     """
@@ -87,7 +213,7 @@ class CachedFeatures:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of batches."""
+        """The type of batches."""
         return self.model.layout.dtype
 
     def loader(
@@ -98,10 +224,14 @@ class CachedFeatures:
         return DataLoader(
             rows,
             batch_sampler=batch_rows(len(rows), batch_size, seed, epoch)[first_batch:],
-            collate_fn=_as_it_is,
+            collate_fn=_unchanged,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # so that making an iterator does not draw from the global one
         )
+
+
+def _unchanged(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    return batch
 
 
 def cached_features(
@@ -114,37 +244,51 @@ def cached_features(
     folder: Path = CACHE / "features",
     meter: Meter | None = None,
 ) -> CachedFeatures:
-    """What `model` reads of its backbone for the training and validation images, computed or found.
+    """The features that `model` reads of its backbone for training and validation images, computed or found.
 
-    `model`: adapted by losa, lst or linear, on the device that shall compute; it is left in evaluation
+    `model`: adapted by losa, lst or linear, already on the device that computes; it is left in evaluation
     mode.  Training images are prepared as test images are: no random crops, no mirroring.  `budget_bytes`:
-    of disk that the features may take.  `batch_size`: images at a time while they are computed.
-    `precision`: of computing, and of the rows: those of fp32 are what the backbone gives, but for the
-    rounding of kernels that depend on the batch.  Of processes that want the same features one computes,
-    the others wait.
+    limit on disk.  `batch_size`: images at a time while features are computed.  `precision`: of computing,
+    and of the rows; fp32 rows are what the backbone returns, up to the rounding of kernels that depends on
+    the batch.
 
     Raises `InputError` for a model whose features depend on what trains, for features that exceed the
-    budget or the disk (before any is computed), and for some that are not finite.
+    budget or the disk (before any is computed), and for features that are not finite.
     """
     layout, need = checked_size(model, splits, budget_bytes, precision)
-    device = next(model.parameters()).device
+    device, features_of = next(model.parameters()).device, _parts_of(model).features
+    meter = meter or Meter(device)
+    model.eval()
+
+    @torch.no_grad()
+    def make(write: Callable) -> dict:
+        _check_disk(folder, need)
+        with meter.window("features") as window:
+            for split in SPLITS:
+                data = getattr(splits, split)
+                batches = loader(data, data_config(model), splits.policy, batch_size=batch_size)
+                for images, labels in tqdm(batches, f"features, {split}", leave=False, disable=None):
+                    with autocast(device, precision):
+                        rows = layout.pack(features_of(images.to(device)))
+                    if not rows.isfinite().all():
+                        raise InputError(
+                            f"some features are not finite in precision {precision!r}; take 'bf16' or "
+                            "'fp32', or check the weights."
+                        )
+                    write(records_of(rows, labels, precision))
+        return {"window": window.to_dict()}
+
     key = cache_key(model, splits, layout) | {"device": device_name(device.type)}
-    own = Path(folder) / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    own.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(own / ".lock"):
-        window = open_cache(own, key)
-        cached = window is not None
-        if not cached:
-            _check_disk(own, need)
-            window = _compute(model, splits, layout, batch_size, own, key, meter or Meter(device))
-    train, val = (Rows(own / f"{split}.npy", layout) for split in SPLITS)
-    return CachedFeatures(train, val, FeatureModel(model, layout), window, need, cached)
+    count = len(splits.train)
+    records, answer, found = kept_rows(folder, key, count + len(splits.val), make)
+    train, val = Rows(records[:count], precision), Rows(records[count:], precision)
+    return CachedFeatures(train, val, FeatureModel(model, layout), Window(**answer["window"]), need, found)
 
 
 def checked_size(model: nn.Module, splits: Splits, budget_bytes: int, precision: str) -> tuple[Layout, int]:
     """Layout and bytes of the features of all images; nothing is computed.  Raises as `cached_features`."""
     layout = layout_of(model, precision)
-    need = sum(len(getattr(splits, split)) for split in SPLITS) * layout.record.itemsize
+    need = sum(len(getattr(splits, split)) for split in SPLITS) * layout.image_bytes
     if need > budget_bytes:
         raise InputError(
             f"the features of all images take {format_bytes(need)}, more than the "
@@ -154,7 +298,7 @@ def checked_size(model: nn.Module, splits: Splits, budget_bytes: int, precision:
 
 
 def augmentation_lost(policy: Policy) -> str:
-    """What training on cached features goes without, in one sentence; "" where that is nothing."""
+    """The augmentation that training on cached features lacks, in one sentence; "" if there is none."""
     lost = []
     if policy.crop_scale is not None:
         low, high = (round(100 * share) for share in policy.crop_scale)
@@ -171,64 +315,45 @@ def layout_of(model: nn.Module, precision: str) -> Layout:
     trains.
     """
     check_name("precision", precision, STORED)
-    _check_frozen(model)
+    parts = _parts_of(model)
     model.eval()
-    parameter = next(model.parameters())
-    image = torch.zeros(1, *data_config(model)["input_size"], device=parameter.device)
-    with on_fake_tensors(model, image) as fake, torch.no_grad(), autocast(parameter.device, precision):
-        parts = _features(model, fake)
-        shapes = tuple(tuple(part.shape[1:]) for part in parts)
-        dtypes = tuple(str(part.dtype).removeprefix("torch.") for part in parts)
+    device = next(model.parameters()).device
+    image = torch.zeros(1, *data_config(model)["input_size"], device=device)
+    with on_fake_tensors(model, image) as fake, torch.no_grad(), autocast(device, precision):
+        features = parts.features(fake)
+        shapes = tuple(tuple(part.shape[1:]) for part in features)
+        dtypes = tuple(str(part.dtype).removeprefix("torch.") for part in features)
     return Layout(shapes, dtypes, precision)
 
 
 def cache_key(model: nn.Module, splits: Splits, layout: Layout) -> dict:
-    """All that the features depend on, but for the device."""
-    config = data_config(model)
-    preprocessing = {name: config[name] for name in ("input_size", "mean", "std", "interpolation")}
-    if splits.policy.crop_scale is None:
-        preprocessing["resize"] = "whole image"
-    else:
-        preprocessing |= {"resize": "shorter side, centre", "crop_pct": config["crop_pct"]}
-    taps = [tap.name for tap in model.taps.taps] if isinstance(model, SideModel) else []
-    return {
-        "format": FORMAT,
-        "weights": _frozen_sha256(model),
-        "libraries": {library.__name__: library.__version__ for library in (timm, torch, torchvision)},
-        "code": code_sha256(),
-        "data": {split: [splits.hashes[split], len(getattr(splits, split))] for split in SPLITS},
-        "preprocessing": preprocessing,
+    """All that the features depend on, except for the device."""
+    parts = _parts_of(model)
+    data = {split: [splits.hashes[split], len(getattr(splits, split))] for split in SPLITS}
+    return feature_key(state_sha256(parts.frozen), data, data_config(model), splits.policy) | {
         "precision": layout.precision,
-        "features": {"taps": taps, **asdict(layout)},
+        "features": {"taps": parts.taps, **asdict(layout)},
     }
 
 
-def _compute(
-    model: nn.Module, splits: Splits, layout: Layout, batch_size: int, folder: Path, key: dict, meter: Meter
-) -> Window:
-    files = {}
-    with meter.window("features") as window:
-        for split in SPLITS:
-            data = getattr(splits, split)
-            batches = loader(data, data_config(model), splits.policy, batch_size=batch_size)
-            records = _records(model, tqdm(batches, f"features, {split}", leave=False, disable=None), layout)
-            files[f"{split}.npy"] = write_rows(folder / f"{split}.npy", records, len(data), layout.record)
-    close_cache(folder, key, files, window)
-    return window
+def feature_key(weights_sha256: str, data: object, config: dict, policy: Policy) -> dict:
+    """What all features depend on: weights, libraries, data, and how images are prepared for a test.
 
-
-@torch.no_grad()
-def _records(model: nn.Module, batches: DataLoader, layout: Layout) -> Iterator[np.ndarray]:
-    device = next(model.parameters()).device
-    for images, labels in batches:
-        with autocast(device, layout.precision):
-            rows = layout.pack(_features(model, images.to(device)))
-        if not rows.isfinite().all():
-            raise InputError(
-                f"some features are not finite in precision {layout.precision!r}; take 'bf16' or 'fp32', or "
-                "check the weights."
-            )
-        yield layout.records(rows, labels)
+    `config` has timm's keys; `policy` is the data set's.
+    """
+    preprocessing = {name: config[name] for name in ("input_size", "mean", "std", "interpolation")}
+    if policy.crop_scale is None:
+        preprocessing["resize"] = "whole image"
+    else:
+        preprocessing |= {"resize": "shorter side, centre", "crop_pct": config["crop_pct"]}
+    return {
+        "format": FORMAT,
+        "weights": weights_sha256,
+        "libraries": {library.__name__: library.__version__ for library in (timm, torch, torchvision)},
+        "code": code_sha256(),
+        "data": data,
+        "preprocessing": preprocessing,
+    }
 
 
 def _check_disk(folder: Path, need: int) -> None:
@@ -239,48 +364,3 @@ def _check_disk(folder: Path, need: int) -> None:
             f"the features take {format_bytes(need)}, and the disk of {folder} has room for "
             f"{format_bytes(free)} (a twentieth stays free); make room, {_REMEDIES}."
         )
-
-
-def _features(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What the trained part reads; of a plain model, what its classifier does."""
-    if isinstance(model, SideModel):
-        return model.features(images)
-    read: list[tuple[torch.Tensor, torch.Tensor]] = []
-    handle = model.get_classifier().register_forward_hook(lambda module, args, out: read.append((*args, out)))
-    try:
-        logits = model(images)
-    finally:
-        handle.remove()
-    if len(read) != 1 or read[0][1] is not logits:
-        raise InputError(
-            f"features cannot be cached: {type(model).__name__} does not end in its classifier; leave "
-            "feature_cache empty."
-        )
-    return (read[0][0],)
-
-
-def _check_frozen(model: nn.Module) -> None:
-    """Refuse a model whose features change while it trains."""
-    if isinstance(model, SideModel):
-        return
-    inside = f"{head_name(model)}."
-    moving = [n for n, p in model.named_parameters() if p.requires_grad and not n.startswith(inside)]
-    set_train_mode(model)
-    moving += [n for n, m in model.named_modules() if isinstance(m, _NormBase) and m.training]
-    if moving:
-        raise InputError(
-            f"features cannot be cached: {moving[0]} trains, or follows the batches, before the head; take "
-            "method 'losa', 'lst' or 'linear', with batch_norm 'frozen', or leave feature_cache empty."
-        )
-
-
-def _frozen_sha256(model: nn.Module) -> str:
-    """Digest of all in the model that features depend on."""
-    if isinstance(model, SideModel):
-        return weights_sha256(model.backbone)
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    return state_sha256({name: value for name, value in model.state_dict().items() if name not in trained})
-
-
-def _as_it_is(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    return batch
