@@ -175,7 +175,7 @@ def test_what_is_named_twice_runs_once(write):
         ("seeds: [0, 1, 0]\nruns: [{method: lora}]", "seeds has the same one twice"),
         ("seeds: 100\ngrid: {epochs: &n %s, lora_rank: *n}" % ([1] * 100), "names 1,000,000 experiments"),
         ("runs: [{method: lora}]\nexclude: [{method: full}]", r"exclude\[1\] matches no.*method is {'lora'}"),
-        ("runs: [{method: lora}]\nexclude: [{budget: lots}]", "budget 'lots' is no size"),
+        ("runs: [{method: lora}]\nexclude: [{budget: lots}]", "'lots' is not a size"),
         ("runs: [{method: lora}]\nexclude: [{epochs: '5'}]", "must be a number, got the text '5'"),
         ("grid: {seed: [1, 2]}\nexclude: [{method: lora}]", r"exclude\[1\] leave no experiment"),
         ("grid: {seed: [1, 2]}\nexclude: [{seed: 1}, {seed: 2}]", r"exclude\[1\] and exclude\[2\] leave no"),

@@ -1,10 +1,12 @@
 """The CPU's memory counter against sums done by hand.  float32, so a tensor of n elements has 4n bytes."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolkit.budget import TensorMemory
+from toolkit.budget import TensorMemory, format_bytes, parse_bytes
+from toolkit.errors import InputError
 
 CPU = torch.device("cpu")
 
@@ -88,3 +90,44 @@ def test_law_allocated_is_the_sum_of_the_living(actions):
         peak = max(peak, living)
         assert memory.allocated_bytes == living
     assert memory.peak_bytes == peak
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("2GB", 2_000_000_000),
+        ("1.5 GiB", 1_610_612_736),
+        ("800 MB", 800_000_000),
+        ("28 mib", 28 * 2**20),
+        ("  64kib ", 65536),
+        (".5 GiB", 2**29),
+        ("123", 123),
+        (123, 123),
+    ],
+)
+def test_sizes_as_people_write_them(text, expected):
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", "two GB", "-1GB", "-5", "0", "0 GB", "1e9", "2 GX", "GB", "1 2GB", "nan", None]
+)
+def test_text_that_is_not_a_size_is_refused(text):
+    with pytest.raises(InputError, match="size"):
+        parse_bytes(text)
+
+
+@given(st.integers(1, 2**50))
+def test_plain_bytes_are_exact(count):
+    assert parse_bytes(count) == parse_bytes(str(count)) == parse_bytes(f"{count} B") == count
+
+
+@given(st.integers(1, 2**40), st.sampled_from(["kB", "MB", "GB", "KiB", "MiB", "GiB"]))
+def test_whole_units_are_exact(number, unit):
+    factor = (1024 if "i" in unit else 1000) ** ("kmg".index(unit[0].lower()) + 1)
+    assert parse_bytes(f"{number} {unit}") == number * factor
+
+
+def test_sizes_are_shown_in_mib_or_gib():
+    assert format_bytes(28 * 2**20) == "28.0 MiB"
+    assert format_bytes(3 * 2**29) == "1.50 GiB"

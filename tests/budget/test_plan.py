@@ -474,7 +474,7 @@ BAD = {
     "no tensors": (r"no tensor", lambda m, b: plan(m, 10**9, ([1, 2], [3, 4]))),
     "empty batch": (r"no tensor", lambda m, b: plan(m, 10**9, (b[0][:0], b[1][:0]))),
     "optimizer": (r"Did you mean 'adamw'", lambda m, b: plan(m, 10**9, b, optimizer="adam")),
-    "foreign": (r"no parameters of the model", lambda m, b: plan(m, 10**9, b, optimizer=foreign())),
+    "foreign": (r"not parameters of the model", lambda m, b: plan(m, 10**9, b, optimizer=foreign())),
     "precision": (r"unknown precision", lambda m, b: plan(m, 10**9, b, precision="bf17")),
     "static without tensors": (r"no tensor", lambda m, b: plan(m, 10**9, ([1], [2]), strategy="static")),
     "static optimizer": (r"'adamw'", lambda m, b: plan(m, 10**9, b, strategy="static", optimizer="adam")),

@@ -12,7 +12,7 @@ Other rooms register what they know: operators' workspaces (`memory.register_wor
 `toolkit.plan` and `toolkit.auto_checkpoint` are imported).
 """
 
-from toolkit.budget.auto import AutoCheckpoint, auto_checkpoint, taken_beside_tensors
+from toolkit.budget.auto import AutoCheckpoint, auto_checkpoint, untracked_bytes
 from toolkit.budget.blocks import find_blocks
 from toolkit.budget.checkpointing import STRATEGIES, Checkpointing
 from toolkit.budget.lean import LeanForms
@@ -47,6 +47,6 @@ __all__ = [
     "parse_bytes",
     "plan",
     "release_failed_backward",
-    "taken_beside_tensors",
     "tensors_of",
+    "untracked_bytes",
 ]

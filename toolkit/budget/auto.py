@@ -1,8 +1,8 @@
-"""`auto_checkpoint()`: any training loop within a memory budget.
+"""`auto_checkpoint()` keeps any training loop within a memory budget.
 
-The model's forward pass runs under a tape that follows a plan; nothing else of the loop changes.  A guard
-watches: another batch shape, mode or precision is planned anew, a peak above the prediction or memory that
-others took makes the plan tighter.
+The model's forward pass runs under a tape that follows a plan; nothing else in the loop changes.  The plan
+changes when the batch shape, mode or precision does, when a peak exceeds the prediction, and when other
+processes take memory.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def auto_checkpoint(
 
     `batch`: inputs or (inputs, targets), one batch as the loop uses it.  `loss(outputs, targets)`:
     cross-entropy if None.  `optimizer`: the loop's, or "adamw" (if None) or "sgd"; its state is part of the
-    budget.  `precision` of the loop's autocast: that of the surrounding autocast if None.  `reserve`: bytes
-    of the budget for what is no tensor; on CUDA what the device holds already beside this process's
-    tensors if None.  For the rest see `plan`.
+    budget.  `precision`: the loop's autocast; that of the surrounding autocast if None.  `reserve`: bytes of
+    the budget that are not for tensors; if None, on CUDA, the memory in use outside this process's tensors.
+    For the rest see `plan`.
 
-    Also a context manager.  Losses and gradients are those of the model alone, bit for bit where its
+    Also a context manager.  Losses and gradients are those of the unchanged model, bit for bit if its
     kernels are deterministic (up to the order of rounding in lean LoRA layers and sliced blocks).  Raises
     `InputError` if nothing fits.
     """
@@ -65,7 +65,7 @@ def auto_checkpoint(
 
 
 class AutoCheckpoint:
-    """A plan at work on a model; `plan` is the one that the latest forward pass followed."""
+    """Runs a model under a plan; `plan` is the one that the latest forward pass followed."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class AutoCheckpoint:
         self.budget_bytes, self.micro_batches = budget_bytes, micro_batches
         self.device = next(model.parameters()).device
         self.batch = batch = _without_memory(batch, self.device)
-        self.reserve_bytes = taken_beside_tensors(self.device) if reserve_bytes is None else reserve_bytes
+        self.reserve_bytes = untracked_bytes(self.device) if reserve_bytes is None else reserve_bytes
         self._settings = {
             "loss": loss,
             "optimizer": optimizer,
@@ -99,7 +99,7 @@ class AutoCheckpoint:
         self._planners: dict[tuple, Planner] = {}
         self._passes = 0
         self.replans = 0
-        self.departures = 0  # segments that did not run as they were profiled; nothing was dropped there
+        self.departures = 0  # segments that did not run as profiled; nothing was dropped there
         precision = precision or _autocast_precision(self.device)
         self._planner = self._planner_for(batch, self._state(precision), precision)
         self.plan = self._solve()
@@ -138,7 +138,7 @@ class AutoCheckpoint:
 
     @property
     def checkpointed(self) -> set[str]:
-        """Names of the blocks that compute something again."""
+        """Names of the blocks that recompute something."""
         options = zip(self.plan.segments, self.plan.options)
         return {name for name, option in options if name and option.level.recomputed}
 
@@ -147,21 +147,21 @@ class AutoCheckpoint:
         before = self.reserve_bytes
         self.reserve_bytes = max(before, self.budget_bytes - peak_bytes)
         try:
-            self._plan_anew()
+            self._plan_again()
         except InputError:
-            self.reserve_bytes = before  # the plan stays
+            self.reserve_bytes = before  # keep the plan
             raise
 
     def check(self, peak_bytes: int) -> None:
-        """Compare a step's measured peak with the budget; if it was above, plan with what is missing less."""
+        """Compare a step's measured peak with the budget; if it was above, plan for a smaller peak."""
         available, predicted = self.budget_bytes - self.reserve_bytes, self.plan.peak_bytes
         if peak_bytes > max(available, predicted):
             warnings.warn(
                 f"a step took {format_bytes(peak_bytes)}, {format_bytes(peak_bytes - predicted)} more than "
-                "predicted; planning anew.",
+                "predicted; planning again.",
                 stacklevel=2,
             )
-            with contextlib.suppress(InputError):  # nothing is tighter: said above
+            with contextlib.suppress(InputError):  # no tighter plan exists; the user has been warned
                 self.tighten(available - (peak_bytes - predicted))
 
     @torch.compiler.disable
@@ -188,12 +188,12 @@ class AutoCheckpoint:
         return dict(inspect.signature(self._forward).bind(*args, **kwargs).arguments) if args else kwargs
 
     def _state(self, precision: str) -> tuple:
-        """What beside the inputs a profile depends on."""
+        """Everything besides the inputs that a profile depends on."""
         flags = tuple(parameter.requires_grad for parameter in self.model.parameters())
         return precision, self.model.training, flags
 
     def _covers(self, inputs, precision: str) -> bool:
-        """Whether the present plan holds for these inputs: of the planned shapes, or of fewer samples."""
+        """Whether the plan holds for these inputs: they have the planned shapes, or fewer samples."""
         if self._state(precision) != self._planned_state:
             return False
         planned, now = _tensors(split_batch(self._planner.batch)[0]), _tensors(inputs)
@@ -203,7 +203,7 @@ class AutoCheckpoint:
         )
 
     def _change_to(self, inputs, precision: str) -> None:
-        """Plan for other inputs; the targets are taken to have the known shape, for as many samples."""
+        """Plan for other inputs; the targets are assumed to keep their shape, for as many samples."""
         _, targets = split_batch(self.batch)
         before, now = batch_size_of(self.batch), batch_size_of(inputs)
         if targets is not None:
@@ -215,10 +215,10 @@ class AutoCheckpoint:
         batch = (inputs, targets) if targets is not None else inputs
         batch = _without_memory(batch, self.device)
         self._planner = self._planner_for(batch, self._state(precision), precision)
-        self._plan_anew()
+        self._plan_again()
 
-    def _plan_anew(self) -> None:
-        self._uninstall()  # it is the model itself that is profiled
+    def _plan_again(self) -> None:
+        self._uninstall()  # profile the unchanged model
         try:
             self.plan = self._solve()
         finally:
@@ -236,7 +236,7 @@ class AutoCheckpoint:
         return self._planner.plan(self.budget_bytes, self.reserve_bytes, micro_batches=self.micro_batches)
 
     def _look_at_device(self) -> None:
-        """On CUDA: react to peaks above the prediction, and to memory that others have taken."""
+        """On CUDA: react to peaks above the prediction, and to memory taken by other processes."""
         self._passes += 1
         if self.device.type != "cuda" or self._passes % _LOOK_AT_DEVICE_EVERY != 2:
             return
@@ -249,7 +249,7 @@ class AutoCheckpoint:
 
 
 class _Follower:
-    """Answers a tape as a plan says, as long as the operators are those of its profile."""
+    """Makes a tape's decisions according to a plan, as long as the operators match its profile."""
 
     def __init__(self, plan: Plan):
         self.options = plan.options
@@ -282,7 +282,7 @@ class _Follower:
 
 
 def _without_memory(batch, device: torch.device):
-    """`batch` with tensors that have shapes only: a plan that kept it would hold it on the device."""
+    """`batch` as meta tensors, so that a planner that keeps it holds no memory on the device."""
     known: dict[int, torch.Tensor] = {}
 
     def described(tensor: torch.Tensor) -> torch.Tensor:
@@ -295,9 +295,11 @@ def _without_memory(batch, device: torch.device):
     return tree_map_only(torch.Tensor, described, batch)
 
 
-def taken_beside_tensors(device: torch.device) -> int:
-    """Bytes of a CUDA device that are in use and not in this process's allocator: its context, and what
-    other processes hold.  0 on the CPU."""
+def untracked_bytes(device: torch.device) -> int:
+    """Bytes in use on a CUDA device outside this process's allocator: its context, and other processes.
+
+    0 on the CPU.
+    """
     if device.type != "cuda":
         return 0
     free, total = torch.cuda.mem_get_info(device)
@@ -311,7 +313,7 @@ def _autocast_precision(device: torch.device) -> str:
     dtype = torch.get_autocast_dtype(device.type)
     names = [name for name, known in AUTOCAST.items() if known is dtype]
     if not names:
-        raise InputError(f"autocast to {dtype}: plans are made for {', '.join(AUTOCAST)}.")
+        raise InputError(f"autocast to {dtype} is not supported; use one of {', '.join(AUTOCAST)}.")
     return names[0]
 
 

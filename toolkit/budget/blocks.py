@@ -1,4 +1,4 @@
-"""Which modules of a network are its blocks: the repeated units at whose boundary activations may go."""
+"""The blocks of a network: the repeated units at whose boundaries activations may be dropped."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Blocks of `model` by name, in the order of `model.named_modules()`.
 
     A block is a composite element of an `nn.Sequential` or `nn.ModuleList`, the innermost such, of a
-    type that occurs at least twice.  So a ViT gives its transformer blocks, a TinyViT its MBConv and
-    attention blocks rather than whole stages, a ResNet its residual blocks.  Adapter layers (peft
-    gives them a `base_layer`) are no blocks, so a wrapped model has the blocks of the model inside.
+    type that occurs at least twice: the transformer blocks of a ViT, the MBConv and attention blocks of a
+    TinyViT rather than whole stages, the residual blocks of a ResNet.  Adapter layers (modules with a
+    `base_layer`) are not blocks, so an adapted model has the blocks of the model inside.
 
-    Raises `InputError` where nothing repeats.
+    Raises `InputError` if nothing repeats.
     """
     candidates: dict[str, nn.Module] = {}
     for name, container in model.named_modules():
@@ -43,10 +43,10 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def find_segments(model: nn.Module, names: list[str] | None = None) -> dict[str, nn.Module]:
-    """Modules at whose ends a plan may cut a model: those named, or its blocks, or where nothing repeats
-    modules of at most an eighth of the parameters.
+    """Modules at whose ends a plan may cut a model: those in `names`, or its blocks, or if nothing repeats,
+    modules with at most an eighth of the parameters.
 
-    Raises `InputError` for a name that is no module of the model.
+    Raises `InputError` for a name that is not a module of the model.
     """
     if names is not None:
         modules = dict(model.named_modules())

@@ -1,16 +1,15 @@
-"""Floating-point operations of a step, forward, backward and recomputation apart.
+"""Floating-point operations of a step, in the forward pass, the backward pass and recomputation.
 
-Two per multiply-add of matrix products, convolutions (grouped and depthwise ones too), attention, 4-bit
-linears and selective scans (operators `toolkit::selective_scan` and `..._backward`), and the arithmetic
-of batch, layer and group norms (5 % of a MobileNet's step).  Not counted: activations, softmax, additions
-of residuals and biases, pooling, RMS norms, recurrent and bilinear layers, distances, 8-bit products, the
-optimizer, and what a kernel repeats inside itself (flash attention's scores), so that a model has one
-figure whatever kernel runs it.
+Two per multiply-add of matrix products, convolutions (grouped and depthwise ones too), attention and
+registered operators (4-bit products, selective scans), and the arithmetic of batch, layer and group norms (5
+% of a MobileNet's step).  Not counted: activations, softmax, additions of residuals and biases, pooling, RMS
+norms, recurrent and bilinear layers, distances, 8-bit products, the optimizer, and work that a kernel repeats
+internally (flash attention's scores), so that a model has the same count with every kernel.
 
-torch.utils.flop_counter supplies the formulas that are right there.  Ours replace: the weight gradient
-of grouped convolutions, which it multiplies by the number of groups (2.14.1; pytorch pull request
-183405); attention's backward pass, where it counts flash attention's repetition; attention on the CPU,
-matrix-vector products and 4-bit linears, which it leaves out.
+Most formulas are torch.utils.flop_counter's.  Ours replace: the weight gradient of grouped convolutions,
+which it multiplies by the number of groups (2.14.1; pytorch pull request 183405); attention's backward pass,
+where it counts flash attention's repetition; attention on the CPU and matrix-vector products, which it leaves
+out.
 """
 
 from __future__ import annotations
@@ -32,13 +31,12 @@ PHASES = ("forward", "backward", "recompute")
 
 
 def current_phase() -> str:
-    """The phase of the operator that a dispatch mode sees right now.
+    """The phase of the operator that a dispatch mode is handling.
 
-    During backward the engine runs a graph task.  What runs in it with gradients enabled, or for a tape
-    (`budget.tape`), or under the saved-tensor hooks that torch's non-reentrant checkpoint sets while it
-    repeats a forward pass (there the forward of an autograd function runs without gradients), is
-    recomputation.  Gradients of gradients
-    (`create_graph`) are not told from it.
+    During backward the engine runs a graph task.  Operators in it are recomputation if gradients are enabled,
+    if a tape (`budget.tape`) runs them, or under the saved-tensor hooks that torch's non-reentrant checkpoint
+    sets while it repeats a forward pass (there the forward of an autograd function runs without gradients).
+    Gradients of gradients (`create_graph`) look the same and count as recomputation.
     """
     if torch._C._current_graph_task_id() == -1:
         return "forward"
@@ -51,7 +49,7 @@ def current_phase() -> str:
 
 @dataclass(frozen=True)
 class Flops:
-    """Counts of one step of a whole batch; `macs` are the forward pass's multiply-adds, norms excluded."""
+    """Counts of one step of a whole batch; `macs`: multiply-adds of the forward pass, without norms."""
 
     forward: int
     backward: int
@@ -73,10 +71,9 @@ def flops(model: nn.Module, batch) -> Flops:
     """Count one training step of `model`, in its present mode, without computing anything.
 
     `batch`: a tensor (B, ...), a dict of keyword arguments, or (inputs, targets), whose targets are not
-    needed: the loss is the sum of the outputs.  What is frozen costs no weight gradient, and no input
-    gradient below the first trained layer.  `auto_checkpoint`ed or otherwise checkpointed parts count
-    under `recompute`.  Raises `InputError` where the model cannot run on fake tensors; count a real
-    step with `FlopCounter` then.
+    needed: the loss is the sum of the outputs.  Frozen layers have no weight gradient, and no input gradient
+    below the first trained layer.  Recomputation of checkpointed parts counts under `recompute`.  Raises
+    `InputError` if the model cannot run on fake tensors; then count a real step with `FlopCounter`.
     """
     with on_fake_tensors(model, batch) as fake_batch, FlopCounter() as counter:
         inputs, _ = split_batch(fake_batch)
@@ -86,7 +83,7 @@ def flops(model: nn.Module, batch) -> Flops:
     return counter.flops
 
 
-# What fake tensors ask of themselves; not operators.
+# Queries of fake tensors, which are not operators.
 _QUERIES = {
     *(f"aten.{q}" for q in ("is_contiguous", "sym_is_contiguous", "is_strides_like_format", "size", "dim")),
     *(f"aten.{q}" for q in ("is_non_overlapping_and_dense", "sym_size", "stride", "sym_stride", "numel")),
@@ -95,7 +92,7 @@ _QUERIES = {
 
 
 class FlopCounter(TorchDispatchMode):
-    """Counts what really runs while it is entered; `flops` holds the counts.
+    """Counts the operators that run while it is entered; `flops` holds the counts.
 
     `formulas` replace or add to the built-in ones: operator name ("aten.mm") -> function of the
     operator's arguments and its output, giving a count.
@@ -110,7 +107,7 @@ class FlopCounter(TorchDispatchMode):
         self._fastpaths: list[bool] = []
 
     def __enter__(self) -> FlopCounter:
-        # In evaluation torch's attention layers are one fused operator, which no formula knows.
+        # In evaluation torch's attention layers are one fused operator, for which there is no formula.
         self._fastpaths.append(torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
         return super().__enter__()
@@ -148,7 +145,7 @@ class FlopCounter(TorchDispatchMode):
         return out
 
     def _decomposed(self, func, args, kwargs):
-        """In inference mode composite operators (`linear`) arrive whole; take them apart."""
+        """Decompose composite operators (`linear`), which arrive whole in inference mode."""
         if not isinstance(func, torch._ops.OpOverload):
             return NotImplemented
         with self:
@@ -156,7 +153,7 @@ class FlopCounter(TorchDispatchMode):
 
 
 def operator_flops(func, args: tuple, kwargs: dict, out) -> int:
-    """Floating-point operations of the products in one call that a dispatch mode sees; norms are left out."""
+    """Floating-point operations of the products in one operator call, without norms."""
     packet = getattr(func, "_overloadpacket", func)
     formula = FORMULAS.get(str(packet)) or flop_registry.get(packet)
     return formula(*args, out_val=out, **kwargs) if formula else 0
@@ -165,18 +162,18 @@ def operator_flops(func, args: tuple, kwargs: dict, out) -> int:
 def _convolution_backward(
     grad, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups, mask, *, out_val
 ) -> int:
-    """Each of input and weight gradient takes the multiply-adds of the forward pass."""
+    """Input and weight gradient each take the multiply-adds of the forward pass."""
     pixels = math.prod((x if transposed else grad).shape[2:])
     return 2 * grad.shape[0] * pixels * math.prod(weight.shape) * (mask[0] + mask[1])
 
 
 def _attention(q, k, v, *rest, out_val, **options) -> int:
-    """Q·Kᵀ and P·V; shapes (B, heads, tokens, width).  Masked products count like others."""
+    """Q·Kᵀ and P·V; shapes (B, heads, tokens, width).  Masked products count too."""
     return 2 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * (q.shape[3] + v.shape[3])
 
 
 def _attention_backward(grad, q, k, v, *rest, out_val, **options) -> int:
-    """Gradients of Q, K, V and P: twice the forward pass, the scores' repetition not counted."""
+    """Gradients of Q, K, V and P: twice the forward pass, without repeating the scores."""
     return 2 * _attention(q, k, v, out_val=out_val)
 
 

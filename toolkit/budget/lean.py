@@ -1,4 +1,4 @@
-"""Layers that keep for backward only what their gradients are made of: lean forms.
+"""Lean forms: layers that keep for backward only the tensors that their gradients need.
 
 torch keeps the input and the weight of every convolution, and the input of every batch norm, whether or
 not a gradient reads them.  The input gradient of a convolution needs its weight alone, and that of a batch
@@ -34,7 +34,7 @@ def register_form(find: Callable[[nn.Module], Form | None]) -> None:
 class LeanForms:
     """Replaces the forward of layers in `model` by forms that keep less for backward, until `remove()`.
 
-    Frozen convolutions, frozen batch norms that use their running statistics, and what is registered.
+    Covers frozen convolutions, frozen batch norms that use their running statistics, and registered forms.
     """
 
     def __init__(self, model: nn.Module):
@@ -46,7 +46,7 @@ class LeanForms:
                 self.layers.append(module)
 
     def remove(self) -> None:
-        """Give every layer its own forward back."""
+        """Restore every layer's own forward."""
         for layer in self.layers:
             layer.__dict__.pop("forward", None)
         self.layers = []
@@ -154,8 +154,8 @@ class _FrozenNorm(torch.autograd.Function):
     def backward(ctx, grad):
         weight, mean, var = ctx.saved_tensors
         need_x, _, need_bias = ctx.needs_input_grad[:3]
-        none = var.new_empty(0)  # statistics of the batch
-        # The input, which only the weight's gradient reads, is left out: the gradient stands in for it.
+        none = var.new_empty(0)  # statistics of the batch, which are not used
+        # Only the weight's gradient reads the input, so `grad` takes its place.
         grad_x, _, grad_bias = torch.ops.aten.native_batch_norm_backward(
             grad, grad, weight, mean, var, none, none, False, ctx.eps, [need_x, False, need_bias]
         )

@@ -1,10 +1,9 @@
-"""What a part of the forward pass can keep: its levels, each with bytes over time, seconds and FLOPs.
+"""The levels of a part of the forward pass: which tensors it keeps, with bytes over time, seconds and FLOPs.
 
-For each segment (a block, or what lies between two) the levels are the corners of the trade-off between
-the bytes that are kept and the time that computing the rest again takes.  Each is a minimum cut of the
-segment's graph of operators at one price of a byte (Eisner and Severance 1976 visit all corners): where
-bytes are cheap nothing is recomputed, then norms, activations, casts and dropout are, then products, down
-to the level that keeps the segment's input alone.
+For each segment (a block, or the code between two blocks) the levels are the corners of the trade-off between
+kept bytes and recomputation time.  Each is a minimum cut of the segment's graph of operators at one price of
+a byte (Eisner and Severance 1976 visit all corners).  With rising price nothing is recomputed, then norms,
+activations, casts and dropout, then products, down to the level that keeps the segment's input alone.
 
 Bytes over time come from replaying the profile through the code that runs in training
 (`tape.materialize`), on counters instead of tensors.
@@ -25,18 +24,18 @@ from toolkit.budget.memory import ROUNDING_BYTES
 from toolkit.budget.profile import OpCost, Profile
 from toolkit.budget.tape import CACHE, DROP, KEEP, Buffer, materialize
 
-_NEVER = 1 << 29  # a capacity that no cut contains
+_NEVER = 1 << 29  # a capacity too large for any cut
 
 
 @dataclass(frozen=True)
 class Level:
     """One way to run a segment."""
 
-    decisions: tuple[str, ...]  # KEEP, CACHE or DROP, for each buffer of the segment
-    after: np.ndarray  # bytes beyond `Profile.base` after each event of the segment
-    highest: np.ndarray  # and at most, while it happens
-    seconds: float  # that computing again takes
-    flops: int  # of products that are computed again
+    decisions: tuple[str, ...]  # KEEP, CACHE or DROP for each buffer of the segment
+    after: np.ndarray  # bytes in addition to `Profile.base`, after each event of the segment
+    highest: np.ndarray  # the same, at most during each event
+    seconds: float  # recomputation time
+    flops: int  # recomputed products
     recomputed: tuple[str, ...]  # names of the operators that run again, one per run
 
 
@@ -45,27 +44,27 @@ class Segment:
     """A part of the forward pass, and of the backward pass.
 
     Its buffers are numbered from 0: first its own, then those that it borrows from the segment before it.
-    What a borrowed buffer takes is counted here from the moment at which the forward pass lets go of it.
+    A borrowed buffer is counted here from the moment when the forward pass releases it.
     """
 
     name: str
-    ops: list[OpCost] = field(default_factory=list)  # of the profile, with its numbers
+    ops: list[OpCost] = field(default_factory=list)  # operators of the profile, with its numbering
     first_op: int = 0
     first_buffer: int = 0
     own: int = 0  # number of own buffers
     sizes: list[int] = field(default_factory=list)  # bytes of its buffers
     borrowed: dict[int, int] = field(default_factory=dict)  # number in the profile -> here
     events: list[tuple[str, int]] = field(default_factory=list)
-    times: list[int] = field(default_factory=list)  # of the events
+    times: list[int] = field(default_factory=list)  # times of the events
     saved: dict[int, int] = field(default_factory=dict)  # saved tensor -> buffer
-    wanted: set[int] = field(default_factory=set)  # by other segments, in backward
+    wanted: set[int] = field(default_factory=set)  # buffers that other segments need in backward
     must_keep: set[int] = field(default_factory=set)
     cannot_keep: set[int] = field(default_factory=set)
-    before: tuple[int, ...] = ()  # bytes of the profile's base during its forward pass, from its start
-    during: tuple[int, ...] = ()  # and during its backward pass
+    before: tuple[int, ...] = ()  # the profile's base during its forward pass, relative to its start
+    during: tuple[int, ...] = ()  # the same during its backward pass
 
     def place(self, buffer: int) -> int | None:
-        """Number here of a buffer of the profile; None if it is neither own nor borrowed."""
+        """The number here of a buffer of the profile; None if it is neither own nor borrowed."""
         place = buffer - self.first_buffer
         return place if 0 <= place < self.own else self.borrowed.get(buffer)
 
@@ -149,7 +148,7 @@ def segments_of(profile: Profile) -> list[Segment]:
 
 
 def _in_fixed_order(events: list[tuple[str, int]]) -> list[tuple[str, int]]:
-    """What dies between the forward and the backward pass dies at the end of autocast, in any order."""
+    """Sort the buffers that die between the passes: autocast frees them at its end, in any order."""
     end = events.index(("end", 0)) + 1
     after = next((i for i in range(end, len(events)) if events[i][0] != "died"), len(events))
     return events[:end] + sorted(events[end:after]) + events[after:]
@@ -160,11 +159,11 @@ def _relative(profile: Profile, start: int, end: int) -> tuple[int, ...]:
 
 
 def _bind_neighbours(profile: Profile, segments: list[Segment]) -> list[tuple[int, int, str, int]]:
-    """Decide who counts a buffer that crosses from one segment to others; what is needed there is kept.
+    """Decide which segment counts a buffer that other segments need; such a buffer is kept.
 
-    The next segment borrows what only it needs.  If the maker needs it in backward too, the borrower holds
-    it to the end of its own backward pass ("hand_back") and the maker counts it from there on
-    ("take_back").  What is needed elsewhere is lent: the maker counts it until the last need ("let_go").
+    The next segment borrows a buffer that only it needs.  If the maker needs it in backward too, the borrower
+    holds it to the end of its own backward pass ("hand_back"), and from there on the maker counts it
+    ("take_back").  Buffers needed elsewhere are lent: the maker counts them until the last use ("let_go").
     Returns these events: (segment, position in the profile's events, kind, buffer).
     """
     readers: dict[int, set[int]] = defaultdict(set)  # buffer -> other segments whose operators read it
@@ -183,7 +182,7 @@ def _bind_neighbours(profile: Profile, segments: list[Segment]) -> list[tuple[in
             ancestors[output] = frozenset(read)
         if not repeatable:
             segment.must_keep.update(b - segment.first_buffer for b in op.outputs)
-    last: dict[int, int] = {}  # buffer -> last release, in the profile's events, that needs it elsewhere
+    last: dict[int, int] = {}  # buffer -> position of the last release that needs it elsewhere
     needers: dict[int, set[int]] = defaultdict(set)
     own_saved: set[int] = set()
     for position, (_, kind, index) in enumerate(profile.events):
@@ -226,7 +225,7 @@ def _bind_neighbours(profile: Profile, segments: list[Segment]) -> list[tuple[in
 
 
 class _Bytes:
-    """Stands for a tensor while a plan is simulated; counts as long as somebody holds it."""
+    """Replaces a tensor while a plan is simulated; it is counted as long as it is referenced."""
 
     __slots__ = ("counted", "meter", "nbytes")
 
@@ -236,7 +235,7 @@ class _Bytes:
             meter.add(nbytes)
 
     def count(self) -> None:
-        """From now on the profile's base does not hold it any more."""
+        """Count it from now on: the profile's base no longer includes it."""
         self.counted = True
         self.meter.add(self.nbytes)
 
@@ -266,17 +265,17 @@ class _SimulatedOp:
 def simulate(
     segment: Segment, decisions: Sequence[str], seconds: Sequence[float], taped: bool = True
 ) -> Level:
-    """Run the segment's events under `decisions`; `seconds` is what each of its operators takes.
+    """Run the segment's events under `decisions`; `seconds`: the time of each of its operators.
 
-    Not `taped`: nothing but autograd holds what the forward pass has let go of.
+    If not `taped`, only autograd holds the tensors that the forward pass has released.
     """
     meter = _Meter()
     runs: list[int] = []
     buffers: dict[int, Buffer] = {}
-    contents: dict[int, _Bytes] = {}  # as long as the forward pass holds them
+    contents: dict[int, _Bytes] = {}  # while the forward pass holds them
     handles: dict[int, object] = {}
     unpacked: dict[int, object] = {}
-    lent: dict[int, Buffer] = {}  # what other segments need
+    lent: dict[int, Buffer] = {}  # buffers that other segments need
     ends = ("let_go", "hand_back", "take_back")[0 if taped else 1 :]
     until = {number for kind, number in segment.events if kind in ends}
 
@@ -342,7 +341,7 @@ def simulate(
             content = contents.pop(number)
             if not taped and number in buffers.keys() - lent.keys():
                 buffers[number].tensor = None
-            if sys.getrefcount(content) > 2:  # somebody else holds it
+            if sys.getrefcount(content) > 2:  # something else holds it
                 content.count()
             del content
         elif kind == "pack":
@@ -375,10 +374,10 @@ def simulate(
 
 
 def menu(segment: Segment, seconds: Sequence[float]) -> list[Level]:
-    """The segment's levels, from the one that keeps most to the one that keeps least."""
+    """The segment's levels, from most kept bytes to least."""
     cuts = _Cuts(segment, seconds)
     total_seconds, total_bytes = sum(seconds), sum(segment.sizes)
-    if cuts.needed <= segment.must_keep or not total_bytes:  # as of all that runs without a graph
+    if cuts.needed <= segment.must_keep or not total_bytes:  # for example without a graph
         only = _Cut(frozenset(cuts.needed), frozenset(), 0, 0.0)
         return [simulate(segment, cuts.decisions(only), seconds)]
     most = cuts.at(min(s for s in seconds if s > 0) / (2 * total_bytes))
@@ -399,7 +398,7 @@ def menu(segment: Segment, seconds: Sequence[float]) -> list[Level]:
 
 
 def plain(segment: Segment, saved: set[int], seconds: Sequence[float]) -> Level:
-    """Keeps what autograd saves and nothing for others: right where no segment computes anything again.
+    """The level that keeps what autograd saves and nothing for other segments, as without recomputation.
 
     `saved`: all buffers of the profile that autograd saves.
     """
@@ -427,12 +426,13 @@ class _Cuts:
         self.inputs = [{p for p in inputs if p is not None and p < segment.own} for inputs in places]
 
     def at(self, price: float) -> _Cut:
-        """What to keep if a byte costs `price` seconds."""
+        """The cut with the least cost if a byte costs `price` seconds."""
         from scipy.sparse import coo_array
         from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
-        # A buffer on the source's side of the cut is needed in backward, an operator there runs again:
-        # paid are the edges from needed buffers to operators that do not run, and from those that do.
+        # On the source's side of the cut buffers are needed in backward and operators run again.  The cut
+        # pays for needed buffers whose operator does not run again (they are kept), and for operators that
+        # do.
         source, sink, first_buffer = 0, 1, 2
         first_op = first_buffer + self.segment.own
         scale = _NEVER / (price * sum(self.segment.sizes) + sum(self.seconds))
@@ -473,7 +473,7 @@ class _Cuts:
         )
 
     def decisions(self, cut: _Cut) -> list[str]:
-        """KEEP what the cut keeps; CACHE what takes a product to compute and is needed more than once."""
+        """KEEP what the cut keeps; CACHE what needs a product to compute and is used more than once."""
         readers = Counter(buffer for op in cut.recomputed for buffer in self.inputs[op])
         readers.update(self.segment.saved.values())
         heavy: set[int] = set()

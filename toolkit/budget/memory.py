@@ -1,9 +1,9 @@
-"""How many bytes of device memory are allocated, now and at the peak.
+"""Bytes of device memory, allocated now and at the peak; sizes as text (`parse_bytes`, `format_bytes`).
 
-On CUDA the caching allocator tells.  The CPU has no such counter, so there a dispatch mode counts
-the storages of live tensors: the same bytes on every run, which lets every memory statement of this
-project be tested without a GPU.  Not counted on the CPU: temporaries that a kernel allocates and
-frees inside one operator, unless `WORKSPACES` knows of them.
+On CUDA the caching allocator counts.  The CPU has no such counter, so a dispatch mode counts the storages of
+live tensors: the same bytes on every run, which makes every memory statement of this project testable without
+a GPU.  Not counted on the CPU: temporaries that a kernel allocates and frees inside one operator, unless they
+are registered as workspaces.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_iter
 
 from toolkit.errors import InputError
 
-ROUNDING_BYTES = 512  # CUDA's caching allocator hands out multiples of this; so does our count
+ROUNDING_BYTES = 512  # CUDA's caching allocator hands out multiples of this; the CPU's count rounds alike
 CARDS_BYTES = tuple(gigabytes * 10**9 for gigabytes in (2, 4, 6, 8))  # memory of common small GPUs
 
 _UNITS = {
@@ -41,10 +41,10 @@ def parse_bytes(size: int | str) -> int:
     match = _PATTERN.fullmatch(str(size))
     unit = match and _UNITS.get(match["unit"].lower())
     if not unit:
-        raise InputError(f"budget {size!r} is no size; write for example '2GB', '1.5 GiB' or plain bytes.")
+        raise InputError(f"{size!r} is not a size; write for example '2GB', '1.5 GiB' or plain bytes.")
     count = int(float(match["number"]) * unit) if "." in match["number"] else int(match["number"]) * unit
     if count < 1:
-        raise InputError(f"budget {size!r} must be at least one byte.")
+        raise InputError(f"a size must be at least one byte, got {size!r}.")
     return count
 
 
@@ -55,12 +55,12 @@ def format_bytes(count: int) -> str:
 
 
 def rounded(nbytes: int) -> int:
-    """What an allocation of `nbytes` takes."""
+    """`nbytes` rounded up to the allocator's granularity."""
     return -(-nbytes // ROUNDING_BYTES) * ROUNDING_BYTES
 
 
 class DeviceMemory(Protocol):
-    """What a strategy and a training loop ask of a device.  Enter it around every training step."""
+    """Memory of a device, for strategies and training loops.  Enter it around every training step."""
 
     kind: str  # how the bytes were obtained, for the record
 
@@ -83,7 +83,7 @@ class DeviceMemory(Protocol):
 
 
 def device_memory(device: torch.device) -> DeviceMemory:
-    """The memory of `device`: the allocator's on CUDA, counted on the CPU."""
+    """The memory counter of `device`: the allocator on CUDA, a dispatch mode on the CPU."""
     return CudaMemory(device) if device.type == "cuda" else TensorMemory(device)
 
 
@@ -124,7 +124,7 @@ _ATTACHED: list[Callable[[nn.Parameter], Iterable[torch.Tensor]]] = []
 
 
 class StorageRef(weakref.ref):
-    """Weak reference to a storage that remembers its key and size after it died."""
+    """Weak reference to a storage that keeps its key and size after the storage is freed."""
 
     __slots__ = ("key", "nbytes")
 
@@ -138,7 +138,7 @@ class StorageRef(weakref.ref):
 
 
 def tensors_of(model: nn.Module) -> list[torch.Tensor]:
-    """Parameters, buffers, and what is attached to parameters, as the scales of 4-bit weights are."""
+    """Parameters, buffers, and tensors attached to parameters, such as the scales of 4-bit weights."""
     parameters = list(model.parameters())
     attached = [tensor for find in _ATTACHED for parameter in parameters for tensor in find(parameter)]
     return [*parameters, *model.buffers(), *attached]
@@ -149,7 +149,7 @@ def register_attached(find: Callable[[nn.Parameter], Iterable[torch.Tensor]]) ->
     _ATTACHED.append(find)
 
 
-# What an operator takes for itself while it runs, which no mode sees: operator -> bytes of its arguments.
+# Memory that an operator takes while it runs, which no mode sees: operator -> bytes, from its arguments.
 WORKSPACES: dict[object, Callable[..., int]] = {
     # Exponentiates into a copy.
     torch.ops.aten.logsumexp.default: lambda x, dim, keepdim=False: rounded(x.nbytes),
@@ -162,7 +162,7 @@ def register_workspace(operator, nbytes: Callable[..., int]) -> None:
 
 
 def workspace_bytes(func, args: tuple, kwargs: dict) -> int:
-    """Bytes that a call takes beside its inputs and outputs, as far as `WORKSPACES` tells."""
+    """Bytes that a call takes besides its inputs and outputs, as far as `WORKSPACES` tells."""
     workspace = WORKSPACES.get(func)
     return workspace(*args, **kwargs) if workspace else 0
 
@@ -170,9 +170,9 @@ def workspace_bytes(func, args: tuple, kwargs: dict) -> int:
 class TensorMemory(TorchDispatchMode):
     """Bytes of live tensor storages on one device, each rounded up to 512, and of known workspaces.
 
-    Counts what operators return while the mode is entered, until it dies, whether or not the mode is
-    still entered then.  Tensors made outside (parameters, the batch, a loaded optimizer state) are
-    announced by `track`.
+    Counts every tensor that an operator returns while the mode is entered, until the tensor is freed, even
+    outside the mode.  Tensors made outside (parameters, the batch, a loaded optimizer state) are added by
+    `track`.
     """
 
     kind = "tracked_tensors"
@@ -189,7 +189,7 @@ class TensorMemory(TorchDispatchMode):
         self.peak_bytes = self.allocated_bytes
 
     def track(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Count tensors that were made while the mode was not entered; known storages are skipped."""
+        """Count tensors that were made outside the mode; known storages are skipped."""
         for tensor in tensors:
             self._count(tensor)
 
@@ -228,7 +228,7 @@ class TensorMemory(TorchDispatchMode):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that memory ran out, in any of the words that torch and CUDA use."""
+    """Whether `error` means that memory ran out, in any of the wordings of torch and CUDA."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     message = str(error)
@@ -239,11 +239,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release_failed_backward() -> None:
-    """Free what a backward pass that raised has left in autograd's queue of this thread.
+    """Free the nodes that a failed backward pass has left in autograd's queue of this thread.
 
-    The engine stops at the error and would keep the waiting nodes, with all that they saved, for good: a
-    later pass takes its own, younger nodes first.  A node that is older than all of them, made where
-    counting starts anew, makes it go through the queue.
+    The engine stops at the error and would keep the waiting nodes, and the tensors that they saved, forever:
+    a later pass takes its own, younger nodes first.  A node that is older than all of them makes the engine
+    empty the queue; a new thread numbers its nodes from the start, so it makes one.
     """
     made: list[torch.Tensor] = []
     thread = threading.Thread(target=lambda: made.append(torch.zeros((), requires_grad=True) * 1))

@@ -1,4 +1,4 @@
-"""`plan()`: what training takes before it trains, and how it fits a budget at the least recomputation."""
+"""`plan()` predicts the memory of training, and finds the fastest way to train within a budget."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ from toolkit.budget.solver import Chain, DeviceSpeed, Option, speed_of
 from toolkit.budget.step import make_state, on_fake_tensors, optimizer_like, run_step
 from toolkit.errors import InputError, check_name
 
-SLICES = 8  # of a block's batch, where that can help
-# Small batches use a device less well than a roofline says: they must look so much faster to be chosen.
+SLICES = 8  # number of slices of a block's batch, where slicing can help
+# A roofline overestimates how well small batches use a device: they must look faster by this factor.
 MICRO_BATCH_MARGIN = 1.02
-_SHOWN_BYTES = 2**20 // 10 + 1  # a tenth of a MiB, the last digit of `format_bytes`
+_SHOWN_BYTES = 2**20 // 10 + 1  # 0.1 MiB, the last digit of `format_bytes`
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How one training step runs, and what it takes.
+    """How one training step runs, and its predicted memory and time.
 
     `peak_bytes` counts all tensors: weights, gradients, optimizer state, batch, activations, temporaries.
-    `recompute_flops` are multiply-adds of products times two, per step; norms are left out.
-    `memory` is the highest allocated bytes at each moment of the step.
+    FLOPs are two per multiply-add of products, per step, without norms.  `memory` holds the highest allocated
+    bytes at each moment of the step.
     """
 
     strategy: str
     budget_bytes: int
-    reserve_bytes: int  # of the budget, for what is no tensor
+    reserve_bytes: int  # part of the budget that is not for tensors
     peak_bytes: int
     unplanned_peak_bytes: int  # without any checkpointing
     forward_flops: int
     recompute_flops: int
-    extra_seconds: float | None  # estimated time of recomputation and slicing; None: not estimated
+    extra_seconds: float | None  # estimated time of recomputation and slicing, if known
     plain_seconds: float | None  # estimated time of the step without it
     batch_size: int
     micro_batch_size: int
-    levels: dict[str, str]  # block -> what it does
+    levels: dict[str, str]  # block -> level, in words
     fixed: dict[str, int] = field(default_factory=dict)  # bytes by kind
     memory: np.ndarray | None = field(default=None, repr=False, compare=False)
-    device: str = ""  # that the seconds are estimated for
+    device: str = ""  # the device that the seconds are estimated for
     notes: tuple[str, ...] = ()
     options: tuple[Option, ...] = field(default=(), repr=False, compare=False)
     segments: tuple[str, ...] = ()
@@ -61,11 +61,11 @@ class Plan:
 
     @property
     def recompute_pct(self) -> float:
-        """Recomputed FLOPs in per cent of the forward pass's."""
+        """Recomputed FLOPs as a percentage of the forward pass."""
         return 100 * self.recompute_flops / self.forward_flops if self.forward_flops else 0.0
 
     def explain(self) -> str:
-        """A table for people."""
+        """A table to print."""
         lines = [
             f"strategy    {self.strategy}" + (f", in micro-batches of {self.micro_batch_size}" * self.sliced),
             f"budget      {format_bytes(self.budget_bytes)}"
@@ -91,7 +91,7 @@ class Plan:
 
     @property
     def keeps_everything(self) -> bool:
-        """Whether nothing is computed again and no block is sliced: the model runs as it is."""
+        """Whether nothing is recomputed and no block is sliced: the model runs unchanged."""
         return _keeps_everything(self.options)
 
 
@@ -116,12 +116,12 @@ def plan(
     `batch`: inputs, or (inputs, targets), as training will use them, on the device of the model; inputs
     are a tensor, a tuple of arguments or a dict of keyword arguments.  `loss(outputs, targets)`:
     cross-entropy if None.  `optimizer`: "adamw", "sgd", an optimizer of the model, or a function of the
-    trained parameters.  `precision`: of autocast.  `blocks`: names of modules to plan by, found if None.
-    `reserve`: part of the budget for what is no tensor (a CUDA context, fragmentation).  `micro_batches`:
-    True: the batch may also run in slices whose gradients accumulate; a number: in slices of that size.
-    `lean`: low-rank and frozen layers run as in `budget.lean`.  `speed`: of the device, see `budget.solver`.
-    `held_bytes`: of tensors that the loop holds beside model, batch and optimizer.  Strategies other than
-    "planned" are predicted as they are, whether or not they fit.
+    trained parameters.  `precision`: the loop's autocast.  `blocks`: names of modules to plan by; found if
+    None.  `reserve`: part of the budget that is not for tensors (a CUDA context, fragmentation).
+    `micro_batches`: True if the batch may run in micro-batches whose gradients accumulate; a number fixes
+    their size.  `lean`: layers run in the forms of `budget.lean`.  `speed`: the device's, measured if None.
+    `held_bytes`: tensors that the loop holds besides model, batch and optimizer.  Strategies other than
+    "planned" are predicted whether or not they fit.
 
     Raises `InputError` if no plan fits, naming the smallest budget that does.
     """
@@ -141,7 +141,7 @@ def plan(
 
 
 class Planner:
-    """Profiles of one training step, by micro-batch size, made when first needed; solves any budget."""
+    """Plans one training step for any budget; profiles it once for each micro-batch size, when needed."""
 
     def __init__(
         self,
@@ -164,7 +164,7 @@ class Planner:
         self._chains: dict[tuple[int, bool], Chain] = {}
 
     def chain(self, micro_batch_size: int, sliced: bool) -> Chain:
-        """All plans for micro-batches of a size; `sliced`: those that cut blocks' batches included."""
+        """All plans for micro-batches of one size; `sliced`: also those that slice the batch of blocks."""
         key = micro_batch_size, sliced
         if key in self._chains:
             return self._chains[key]
@@ -199,11 +199,11 @@ class Planner:
                 lean.remove()
 
     def _sliceable(self, chain: Chain, micro_batch_size: int) -> dict[int, int]:
-        """Segments, the last of each kind, whose block computes each sample for itself."""
+        """Number of slices for the last segment of each kind whose block treats samples independently."""
         chosen: dict[tuple, int] = {}
         for number, segment in enumerate(chain.segments):
             coupled = any(op.coupled for op in segment.ops)
-            # Where the first block runs backward, nothing else is kept any more: slices gain nothing.
+            # When the first block runs backward, nothing else is kept, so slices gain nothing.
             useful = number or number not in chain.profile.backward_starts
             if useful and segment.name in chain.profile.inputs and not coupled:
                 chosen[segment.kind] = number
@@ -261,7 +261,7 @@ class Planner:
         )
 
     def _best_of_smaller(self, best, limit: int):
-        """`best`, or what is clearly faster on micro-batches; of these the largest, unless clearly slower."""
+        """`best`, or a clearly faster plan on micro-batches: the largest that is not clearly slower."""
         size = self.batch_size
         while size > 1 and (best is None or best[0] > MICRO_BATCH_MARGIN * self._step_seconds(size)):
             size = -(-size // 2)
@@ -271,7 +271,7 @@ class Planner:
         return best
 
     def smallest_bytes(self, micro_batch_size: int | None = None) -> int:
-        """Peak of the plan that takes the least memory."""
+        """Peak of the plan with the least memory."""
         size = micro_batch_size or self.batch_size
         return self.chain(size, size == self.batch_size).smallest_peak()
 
@@ -279,7 +279,7 @@ class Planner:
         """(seconds of the step, micro-batch size, chain, solution); None if nothing fits."""
         count = -(-self.batch_size // size)
         found = None
-        # Micro-batches are slices themselves: blocks are sliced in whole batches only.
+        # Blocks are sliced in whole batches only: micro-batches are slices already.
         for sliced in (False, True) if size == self.batch_size else (False,):
             chain = self.chain(size, sliced)
             solution = chain.solve(limit)
@@ -292,11 +292,11 @@ class Planner:
                 if found is None or seconds < found[0]:
                     found = seconds, size, chain, solution
                 if solution.seconds == 0:
-                    break  # nothing to gain from slices
+                    break  # slices cannot be faster
         return found
 
     def _step_seconds(self, size: int) -> float:
-        """Estimated time of a step in micro-batches of `size` that recomputes nothing."""
+        """Estimated time of a step in micro-batches of `size` without recomputation."""
         chain = self.chain(size, False)
         seconds = self.speed.step_seconds(3 * chain.plain_seconds, len(chain.profile.ops), False)
         return -(-self.batch_size // size) * seconds
@@ -306,7 +306,7 @@ class Planner:
 
     def _why_not(self, budget_bytes: int, reserve_bytes: int, micro_batches: bool) -> str:
         smallest = self.smallest_bytes(1 if micro_batches else None) + reserve_bytes
-        smallest += -smallest % _SHOWN_BYTES  # so that the size as it is printed fits
+        smallest += -smallest % _SHOWN_BYTES  # so that the printed size fits
         fixed = ", ".join(
             f"{kind} {format_bytes(count)}"
             for kind, count in self.chain(self.batch_size, False).profile.fixed.items()
@@ -318,7 +318,7 @@ class Planner:
                 try:
                     fits = self.smallest_bytes(size) + reserve_bytes
                 except (RuntimeError, ValueError):
-                    continue  # the model does not run on so few samples
+                    continue  # the model cannot run on so few samples
                 if fits <= budget_bytes and not micro_batches:
                     how = "a batch" if statistics else "a batch, or micro-batches,"
                     ways.append(f"{how} of {size} (from {format_bytes(fits)})")
@@ -334,7 +334,7 @@ class Planner:
 
 
 def batch_size_of(batch) -> int:
-    """Samples of a batch: the first dimension of its first tensor."""
+    """Number of samples in a batch: the first dimension of its first tensor."""
     first = next((leaf for leaf in tree_iter(batch) if isinstance(leaf, torch.Tensor)), None)
     if first is None or not first.dim() or not len(first):
         raise InputError(
@@ -348,7 +348,7 @@ def _keeps_everything(options: tuple[Option, ...]) -> bool:
 
 
 def computes_samples_alone(block: nn.Module, shape: torch.Size) -> bool:
-    """Whether a sample's output does not change with the other samples of the batch, on random numbers."""
+    """Whether a sample's output is independent of the other samples of the batch, tried on random numbers."""
     parameter = next(block.parameters(), None)
     if parameter is None or parameter.is_meta:
         return False
@@ -360,12 +360,12 @@ def computes_samples_alone(block: nn.Module, shape: torch.Size) -> bool:
         try:
             one, other = block(torch.cat([first, second])), block(torch.cat([first, third]))
         except (RuntimeError, ValueError, TypeError):
-            return False  # not for two samples, or not in this type
+            return False  # it cannot run two samples, or not in this type
     return torch.allclose(one[0], other[0], rtol=1e-4, atol=1e-5)
 
 
 def describe(option: Option) -> str:
-    """What a block does, in words."""
+    """The level of a block in words."""
     level = option.level
     if not level.recomputed:
         words = "keep"
@@ -397,7 +397,7 @@ def _observed(
     precision: str,
     held_bytes: int,
 ) -> Plan:
-    """What a step takes under a strategy that does not plan: one step on fake tensors."""
+    """The plan of a strategy that does not plan, observed in one step on fake tensors."""
     make_optimizer = optimizer_like(optimizer, model)
     peaks, flops = {}, {}
     for name in dict.fromkeys(("none", strategy)):

@@ -1,9 +1,9 @@
-"""One training step on fake tensors: what it allocates when, and what each operator costs.
+"""Profiles one training step on fake tensors: its allocations over time, and the costs of each operator.
 
 The step runs under a tape that keeps nothing, with placeholders where backward asks for a saved tensor, so
-its memory over time (`Profile.base`) is that of a step for which every activation appears by magic.  What a
-plan keeps or computes again comes on top and is added by `simulate`: the profile of one step serves all
-plans.  No memory is taken on the device, nothing is computed, and no GPU is needed.
+its memory over time (`Profile.base`) excludes all activations that backward needs.  `levels.simulate` adds
+the activations that a plan keeps or recomputes: one profile serves all plans.  No memory is taken on the
+device, nothing is computed, and no GPU is needed.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ from toolkit.budget.tape import (
 
 @dataclass(slots=True)
 class BufferCost:
-    """A content that the forward pass made; see tape.Buffer."""
+    """A buffer of the forward pass; see `tape.Buffer`."""
 
     segment: int
-    op: int  # its operator, an index of `Profile.ops`
+    op: int  # index in `Profile.ops` of the operator that made it
     nbytes: int
     overwritten: bool = False
 
 
 @dataclass(slots=True)
 class OpCost:
-    """An operator of the forward pass; buffers are indices of `Profile.buffers`."""
+    """An operator of the forward pass; buffers are indices into `Profile.buffers`."""
 
     segment: int
     name: str
@@ -63,26 +63,26 @@ class OpCost:
     outputs: tuple[int, ...]
     flops: int
     bytes_moved: int  # read and written
-    workspace_bytes: int  # taken while it runs
+    workspace_bytes: int  # memory that it takes while it runs
     repeatable: bool
-    coupled: bool  # computes across samples, or draws random numbers: other slices, other results
+    coupled: bool  # computes across samples or draws random numbers, so slicing changes its results
 
 
 @dataclass(slots=True)
 class SavedCost:
-    """A tensor that autograd wanted to save."""
+    """A tensor that autograd asked to save."""
 
-    segment: int  # in which it was saved
+    segment: int  # the segment that saved it
     buffer: int
 
 
 @dataclass
 class Profile:
-    """A step.  Times are indices of `base`: the number of allocations and releases before.
+    """One training step.  Times are indices into `base`: the number of allocations and releases before them.
 
-    `events`, in order: (time, kind, index) with the kinds "op" (has run), "died" (the forward pass let go
-    of a buffer), "pack", "unpack", "release" (of `saved`), "end" (of the forward pass), "backward" (of a
-    segment begins).
+    `events`, in order: (time, kind, index) with the kinds "op" (an operator has run), "died" (the forward
+    pass released a buffer), "pack", "unpack", "release" (of a saved tensor), "end" (of the forward pass),
+    "backward" (a segment's backward pass begins).
     """
 
     deltas: list[int]  # bytes, one per allocation or release
@@ -91,12 +91,12 @@ class Profile:
     ops: list[OpCost]
     buffers: list[BufferCost]
     saved: list[SavedCost]
-    segments: list[str]  # a block and what runs before it, by the block's name; the last is no block: ""
+    segments: list[str]  # named after the block that ends each; the last ends with no block: ""
     entered: list[int]  # when each segment began
     forward_end: int
     optimizer_start: int
     fixed: dict[str, int]  # bytes by kind
-    inputs: dict[str, torch.Size]  # of blocks that turn one tensor (batch, ...) into another such
+    inputs: dict[str, torch.Size]  # input shapes of blocks that map one tensor (batch, ...) to another
 
     @property
     def batch_statistics(self) -> bool:
@@ -105,7 +105,7 @@ class Profile:
 
     @cached_property
     def backward_starts(self) -> dict[int, int]:
-        """Segment -> position in `events` at which its part of the backward pass begins, in that order."""
+        """Segment -> position in `events` where its backward pass begins, in the order of that pass."""
         starts: dict[int, int] = {}
         for position, (_, kind, index) in enumerate(self.events):
             if kind == "backward":
@@ -114,27 +114,27 @@ class Profile:
 
     @cached_property
     def base(self) -> np.ndarray:
-        """Allocated bytes over the step, saved activations left out."""
+        """Allocated bytes over the step, without saved activations."""
         return self.start_bytes + np.concatenate([[0], np.cumsum(self.deltas)])
 
 
 class _Timeline(TensorMemory):
-    """Logs every allocation and release; `ghosts` are not counted.
+    """Logs every allocation and release, except of `ghosts`.
 
-    What is logged may be another micro-batch of the same step after `again()`: then it takes, between two
-    events, at least what the one before took there.
+    After `again()` it logs another micro-batch of the same step, and assumes between two events at least the
+    memory that the earlier micro-batch took there.
     """
 
     def __init__(self, device: torch.device):
         super().__init__(device)
         self.deltas: list[int] = []
         self.events: list[tuple[int, str, int]] = []
-        self.contents: dict[int, int] = {}  # storage -> the buffer in it, an index of `Profile.buffers`
+        self.contents: dict[int, int] = {}  # storage -> index of its buffer in `Profile.buffers`
         self.ghosts = False
         self.ended = False
         self.at_next_allocation: Callable[[], None] | None = None
-        self.highest: list[int] = [0]  # before each event since the one before, and since the last
-        self.before: list[int] = []  # the same of an earlier micro-batch
+        self.highest: list[int] = [0]  # highest bytes between two events, and after the last
+        self.before: list[int] = []  # the same for the earlier micro-batch
 
     @property
     def time(self) -> int:
@@ -144,13 +144,13 @@ class _Timeline(TensorMemory):
         """Add an event that happens now."""
         if self.ended:
             return
-        if kind != "died":  # autograd lets go in any order
+        if kind != "died":  # autograd frees buffers in any order
             self.take_as_before()
             self.highest.append(self.allocated_bytes)
         self.events.append((self.time, kind, index))
 
     def begin(self) -> None:
-        """Forget what is logged."""
+        """Discard the log."""
         self.before = []
         self.contents.clear()
         self.deltas.clear()
@@ -164,17 +164,17 @@ class _Timeline(TensorMemory):
         self.before = highest
 
     def take_as_before(self) -> None:
-        """For a moment, what an earlier micro-batch took since the same event."""
+        """Count for a moment the memory that the earlier micro-batch took since the same event."""
         place = len(self.highest) - 1
         if place < len(self.before) and self.before[place] > self.highest[-1]:
             self._take_for_a_moment(self.before[place] - self.allocated_bytes)
 
     def size_of(self, key: int) -> int:
-        """Bytes of a live storage; 0 if it is not counted here."""
+        """Bytes of a live storage; 0 if it is not counted."""
         return self._live[key].nbytes if key in self._live else 0
 
     def _count(self, tensor: torch.Tensor) -> None:
-        if self.ghosts:  # known, so that its views are not counted either, but of no size
+        if self.ghosts:  # registered with no bytes, so that its views are not counted either
             storage = tensor.untyped_storage()
             self._live[storage._cdata] = StorageRef(storage, self._freed, storage._cdata, 0)
             return
@@ -204,7 +204,7 @@ class _Timeline(TensorMemory):
 
 
 class _Ghost(Handle):
-    """Placeholder for a saved tensor, which notes when autograd lets go of it."""
+    """Placeholder for a saved tensor, which logs when autograd releases it."""
 
     def __init__(self, view: View, index: int, timeline: _Timeline, like: torch.Tensor):
         super().__init__(view)
@@ -225,7 +225,7 @@ class _Ghost(Handle):
 
 
 class _ProfilingTape(Tape):
-    """Keeps nothing, and notes everything."""
+    """A tape that keeps nothing and logs everything."""
 
     def __init__(self, timeline: _Timeline):
         super().__init__(self._decide_and_note)
@@ -243,20 +243,20 @@ class _ProfilingTape(Tape):
         self._out = None
 
     def forward_ended(self) -> None:
-        """What read a tensor from outside that the forward pass has changed since cannot be repeated."""
+        """Mark operators as not repeatable whose outside inputs the forward pass has changed since."""
         for cost, external in self._read:
             if external.tensor._version != external.version:
                 cost.repeatable = False
         self.timeline.note("end", 0)
 
     def forget(self) -> None:
-        """Let go of the graph: its hooks hold this tape, in a cycle that no garbage collector sees."""
+        """Free the graph: its hooks reference this tape, in a cycle that is never collected."""
         self._held.clear()
         self._read.clear()
         self._call = self._out = None
 
     def block_ended(self, name: str, args: tuple, kwargs: dict, output) -> None:
-        """Block `name` has run; what its caller now lets go of is still part of its segment."""
+        """End the segment of block `name`; releases by its caller still belong to it."""
         tensors = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if len(args) == len(tensors) == 1 and isinstance(output, torch.Tensor):
             (x,) = args
@@ -347,10 +347,10 @@ def profile(
     """Profile one training step of `model` in its present mode.
 
     `batch`: inputs or (inputs, targets), of the shapes and on the device that training will use.
-    `micro_batch_size`: the first so many samples alone; if the batch has more, with the gradients of
-    earlier micro-batches.  The optimizer's state is there in any case.  `slices`: blocks that run their
-    batch in so many slices.  `held_bytes`: of other tensors that are there all the time.  Raises
-    `InputError` where the model cannot run on fake tensors.
+    `micro_batch_size`: profile only the first samples, with the gradients of earlier micro-batches if the
+    batch has more.  The optimizer always has its state.  `slices`: block -> number of slices that its batch
+    runs in. `held_bytes`: other tensors that exist all the time.  Raises `InputError` if the model cannot run
+    on fake tensors.
     """
     make_optimizer = optimizer_like(optimizer, model)
     with on_fake_tensors(model, batch) as fake_batch:
@@ -365,7 +365,7 @@ def profile(
         with timeline:
             stepper = make_optimizer(model)
             deposit_gradients(trained)
-            in_hooks = any(parameter.grad is None for parameter in trained)  # an optimizer has taken them
+            in_hooks = any(parameter.grad is None for parameter in trained)  # an optimizer took them
             stepper.step()
             with_gradients = timeline.allocated_bytes
             stepper.zero_grad(set_to_none=True)
@@ -373,7 +373,7 @@ def profile(
             state_bytes = timeline.allocated_bytes - weights_bytes - batch_bytes
 
             def run_passes() -> tuple[_ProfilingTape, int]:
-                """A forward and a backward pass; the time between them comes with the tape."""
+                """Run a forward and a backward pass; returns the tape and the time between the passes."""
                 tape = _ProfilingTape(timeline)
                 with autocast(device, precision):
                     with tape, segmented(blocks, tape.block_ended, slices):
@@ -389,7 +389,7 @@ def profile(
                 return tape, forward_end
 
             timeline.begin()
-            if accumulates and in_hooks:  # what a hook does may differ in the first micro-batch
+            if accumulates and in_hooks:  # hooks may behave differently in the first micro-batch
                 run_passes()[0].forget()
                 timeline.again()
             elif accumulates:

@@ -1,9 +1,9 @@
-"""Which level each segment runs at: the least time for which no moment of the step exceeds the budget.
+"""Chooses the level of each segment: the least time such that no moment of the step exceeds the budget.
 
-A step is a chain of segments, run forward and then backward.  While segment i runs, in either direction,
-what the segments before it keep is there, and what those behind it kept is not, or not any more.  So a
-level of i, by its own highest moment, limits the sum of the bytes that the segments before it keep, and a
-dynamic programme over that sum finds the optimum.
+A step is a chain of segments, run forward and then backward.  While segment i runs, in either direction, the
+tensors that the segments before it keep are alive, and those that later segments keep are not.  So the
+highest moment of each level of i limits the sum of the bytes that the segments before it keep, and a dynamic
+programme over that sum finds the optimum.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from toolkit.budget.levels import Level, Segment, menu, plain, segments_of
 from toolkit.budget.profile import OpCost, Profile
 from toolkit.budget.step import AUTOCAST
 
-_SEARCHES = 16  # of limits, for one budget
-_CELLS = 8192  # of the table; a cell is this share of what a plan that recomputes nothing keeps
+_SEARCHES = 16  # limits tried for one budget
+_CELLS = 8192  # resolution of the table: the bytes kept without recomputation, divided by this
 
 
 @dataclass(frozen=True)
 class DeviceSpeed:
     """A roofline: an operator takes its arithmetic or its traffic, whichever is longer, and a launch.
 
-    Meanwhile the host is busy with each operator too, which is what small batches wait for:
-    `host_seconds` for its forward and backward pass, `record_seconds` more where a tape records it.  Both
-    are assumed for a laptop; that recording costs three quarters of running was measured on a CPU.
+    The host needs time for each operator too, which limits small batches: `host_seconds` for its forward and
+    backward pass, and `record_seconds` if a tape records it.  Both are assumed for a laptop; the ratio
+    between them was measured on a CPU.
     """
 
     flops_per_second: float
@@ -46,17 +46,17 @@ class DeviceSpeed:
         return work + self.launch_seconds
 
     def step_seconds(self, device_seconds: float, ops: int, recorded: bool) -> float:
-        """Estimated time of a forward and backward pass: the device's or, if longer, the host's."""
+        """Estimated time of a forward and backward pass: the longer of device and host."""
         return max(device_seconds, ops * (self.host_seconds + recorded * self.record_seconds))
 
 
-# Used where nothing is measured.  Products are dear on it (4.5 FLOP per byte), so its plans are close to
+# Used if nothing is measured.  Its products are expensive (4.5 FLOP per byte), so its plans are close to
 # those that recompute the fewest FLOPs.
 REFERENCE = DeviceSpeed(1e12, 224e9, 5e-6, name="reference: 1 TFLOP/s, 224 GB/s, 5 us a launch")
 
 
 def speed_of(device: torch.device, precision: str) -> DeviceSpeed:
-    """Measured on CUDA, once per process; the reference elsewhere, so that plans are the same everywhere."""
+    """Measured on CUDA, once per process; elsewhere the reference, so that plans are the same everywhere."""
     return measure_speed(device, precision) if device.type == "cuda" else REFERENCE
 
 
@@ -92,26 +92,26 @@ def _seconds(device: torch.device, run, times: int) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Option:
-    """A way to run a segment: a level, and on how many slices of the batch.
+    """A way to run a segment: a level, and the number of slices of the batch.
 
-    Bytes: `kept` between its forward and its backward pass; `forward` and `backward`: its highest moments
-    there, beyond what the step's base holds when it begins.
+    Bytes: `kept` between its forward and its backward pass; `forward`, `backward`: its highest moments in
+    them, in addition to the step's base when it begins.
     """
 
     segment: Segment
     slices: int
     level: Level
-    seconds: float  # more than running the segment whole and keeping everything
+    seconds: float  # extra time, compared with running the segment whole and keeping everything
     kept: int
     forward: int
     backward: int
-    kept_forward: int  # as long as the forward pass runs, which may hold some of it anyway
-    kept_loss: np.ndarray  # at each time between the passes
+    kept_forward: int  # kept during the forward pass, which may hold a part of it anyway
+    kept_loss: np.ndarray  # kept at each time between the passes
 
 
 @dataclass(frozen=True)
 class Solution:
-    """An option for each segment.  `bound_seconds`: no choice within the budget takes less."""
+    """An option for each segment.  `bound_seconds`: a lower bound for all choices within the budget."""
 
     options: tuple[Option, ...]
     peak_bytes: int
@@ -121,7 +121,7 @@ class Solution:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A stretch of a profile's time: one segment forward or backward, or what belongs to none."""
+    """A stretch of a profile's time: one segment forward or backward, the loss, or the optimizer."""
 
     direction: str  # forward, loss, backward, optimizer
     segment: int
@@ -132,7 +132,7 @@ class _Chunk:
         return values[self.start : self.end + 1]
 
     def holds(self, segment: int) -> bool:
-        """Whether what `segment` keeps is there."""
+        """Whether the tensors that `segment` keeps are alive."""
         return self.direction != "optimizer" and segment < self.segment
 
 
@@ -186,7 +186,7 @@ class Chain:
             _option(profile, number, segment, 1, plain(segment, saved, [0.0] * len(segment.ops)), 0.0)
             for number, segment in enumerate(self.segments)
         )
-        # Per segment and option: the highest moment, what segments before it keep left out.
+        # Per segment and option: the highest moment, without the bytes that earlier segments keep.
         starts: dict[int, dict[str, int]] = {i: {} for i in range(-1, len(self.segments) + 1)}
         for chunk in self._chunks:
             starts[chunk.segment][chunk.direction] = int(profile.base[chunk.start])
@@ -200,7 +200,7 @@ class Chain:
     def memory(self, options: tuple[Option, ...]) -> np.ndarray:
         """Highest allocated bytes at each time of the profile under a plan.
 
-        While a segment runs on slices, whose times the profile does not have, its highest moment.
+        The profile lacks the times of slices: there it is the segment's highest moment.
         """
         base = self.profile.base
         held, spikes = np.zeros_like(base), np.zeros_like(base)
@@ -209,7 +209,7 @@ class Chain:
             held += after
             np.maximum(spikes, highest - after, out=spikes)
         memory = base + held + spikes
-        np.maximum(memory[1:], base[1:] + held[:-1], out=memory[1:])  # before what happens at that time
+        np.maximum(memory[1:], base[1:] + held[:-1], out=memory[1:])  # before the event at that time
         for chunk in self._chunks:
             if chunk.direction in ("forward", "backward") and options[chunk.segment].slices > 1:
                 others = int(held[chunk.start : max(chunk.end, chunk.start + 1)].max())
@@ -247,17 +247,17 @@ class Chain:
     def solve(self, budget_bytes: int) -> Solution | None:
         """The fastest plan whose peak is within the budget; None if there is none."""
         found, overshot = self._search(budget_bytes)
-        if found is None and overshot:  # plans that do exist may have been missed
+        if found is None and overshot:  # the search may have missed plans that exist
             self.smallest_peak()
             fitting = [plan for plan in self._found if plan.peak_bytes <= budget_bytes]
             found = min(fitting, key=lambda plan: plan.seconds, default=None)
         return found
 
     def _search(self, budget_bytes: int) -> tuple[Solution | None, bool]:
-        """A plan within the budget, and whether there were any that turned out to be above it.
+        """A plan within the budget, and whether some plan of `_best` turned out to be above it.
 
-        Branches, unlike chains, hold more than `_best` assumes: then it is asked for less, between what it
-        has no plan for and what its plans break the budget with.
+        Networks with branches hold more than `_best` assumes.  Then it is asked for a smaller limit, between
+        the largest limit without a plan and the smallest whose plan exceeds the budget.
         """
         peak = self.peak_bytes(self._plain)
         if peak <= budget_bytes:
@@ -284,7 +284,7 @@ class Chain:
         return None, overshot
 
     def smallest_peak(self) -> int:
-        """The smallest budget, up to one part in a thousand, that a plan is found for."""
+        """The smallest budget with a plan, to one part in a thousand."""
         if self._smallest is None:
             low, high = 0, int(self.profile.base.max())
             while self._search(high)[0] is None:
@@ -299,7 +299,7 @@ class Chain:
         return self._smallest
 
     def _best(self, budget_bytes: int, rounding) -> tuple[Option, ...] | None:
-        """Dynamic programme over the bytes that the segments so far keep, in cells."""
+        """Dynamic programme over the bytes that the segments so far keep, counted in cells."""
         most = sum(max(option.kept for option in options) for options in self.options)
         cell = max(1, most // _CELLS)
         for chunk in self._chunks:
@@ -340,9 +340,9 @@ def _options(
     op_seconds: Callable[[OpCost], float],
     whole_seconds: float | None = None,
 ) -> list[Option]:
-    """The levels of one segment of a profile with what they hold when."""
+    """The levels of one segment of a profile, with their memory."""
     seconds = [op_seconds(op) for op in segment.ops]
-    # A slice's operators do less, and may do it less efficiently: forward, and twice that in backward.
+    # Operators on slices may be less efficient, in the forward pass and twice that in the backward pass.
     slower = 0.0 if whole_seconds is None else 3 * max(0.0, sum(seconds) - whole_seconds)
     return [
         _option(profile, number, segment, slices, level, level.seconds + slower)
@@ -353,7 +353,7 @@ def _options(
 def _option(
     profile: Profile, number: int, segment: Segment, slices: int, level: Level, seconds: float
 ) -> Option:
-    """One level with what it holds when."""
+    """One level with its memory."""
     chunks = _chunks(profile)
     forward = next(c for c in chunks if (c.direction, c.segment) == ("forward", number))
     backward = next((c for c in chunks if (c.direction, c.segment) == ("backward", number)), None)
@@ -374,7 +374,7 @@ def _option(
 
 
 def _over_time(segment: Segment, level: Level, times: int) -> tuple[np.ndarray, np.ndarray]:
-    """A level's bytes beyond the base at every time: at its end, and at most."""
+    """A level's bytes in addition to the base, after each time and at most during it."""
     if not segment.times:
         return np.zeros(times, np.int64), np.zeros(times, np.int64)
     last_event = np.searchsorted(segment.times, np.arange(times), side="right") - 1

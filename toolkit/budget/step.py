@@ -45,15 +45,15 @@ def split_batch(batch) -> tuple:
 
 
 def call(model: nn.Module, inputs):
-    """`model` on a tensor, a tuple of arguments, or a dict of keyword arguments."""
+    """Call `model` on a tensor, a tuple of arguments, or a dict of keyword arguments."""
     if isinstance(inputs, dict):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
 
 
 def loss_of(outputs, targets, loss: Callable | None) -> torch.Tensor:
-    """`loss(outputs, targets)`; by default the loss that the model returns, or cross-entropy, or with
-    no targets the sum of the first output."""
+    """`loss(outputs, targets)`; by default the loss that the model returns, or cross-entropy, or without
+    targets the sum of the first output."""
     if loss is not None:
         return loss(outputs, targets)
     if getattr(outputs, "loss", None) is not None:
@@ -68,25 +68,25 @@ def loss_of(outputs, targets, loss: Callable | None) -> torch.Tensor:
 
 
 def optimizer_like(optimizer, model: nn.Module) -> Callable[[nn.Module], torch.optim.Optimizer]:
-    """A function that makes an optimizer for the same model with other (fake) parameters.
+    """A function that makes the same optimizer for the same model with other (fake) parameters.
 
     `optimizer`: "adamw", "sgd", a function of the trained parameters, or an optimizer of `model`, whose
-    class and settings are taken.
+    class and settings are copied.
     """
     if isinstance(optimizer, str):
         optimizer = _OPTIMIZERS[check_name("optimizer", optimizer, _OPTIMIZERS)]
     if not isinstance(optimizer, torch.optim.Optimizer):
 
-        def make_anew(other: nn.Module) -> torch.optim.Optimizer:
+        def make_new(other: nn.Module) -> torch.optim.Optimizer:
             with unset_fake_temporarily():  # constructors may compute tables
                 return optimizer([p for p in other.parameters() if p.requires_grad])
 
-        return make_anew
+        return make_new
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     foreign = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in names]
     if foreign:
         raise InputError(
-            f"the optimizer trains {len(foreign)} tensors that are no parameters of the model; make it from "
+            f"the optimizer trains {len(foreign)} tensors that are not parameters of the model; make it from "
             "model.parameters()."
         )
     accepted = inspect.signature(type(optimizer)).parameters
@@ -108,7 +108,7 @@ def optimizer_like(optimizer, model: nn.Module) -> Callable[[nn.Module], torch.o
 
 
 def deposit_gradients(parameters: Iterable[torch.Tensor]) -> None:
-    """Give each parameter a gradient of zeros as backward does: optimizers may wait for it in hooks."""
+    """Give each parameter a gradient of zeros by a backward pass, so that hooks of optimizers run."""
     for parameter in parameters:
         parameter.backward(torch.zeros_like(parameter))
 
@@ -159,7 +159,7 @@ def _tell(observers: Iterable, moment: str) -> None:
 def segmented(
     blocks: dict[str, nn.Module], ended: Callable, slices: dict[str, int] | None = None
 ) -> Iterator[None]:
-    """Calls `ended(name, args, kwargs, output)` when a block has run, on `slices` parts of its batch."""
+    """Run blocks on `slices` parts of their batch; call `ended(name, args, kwargs, output)` after each."""
     for name, block in blocks.items():
         block.forward = functools.partial(_run_block, block.forward, name, ended, (slices or {}).get(name, 1))
     try:
@@ -181,15 +181,14 @@ def _run_block(forward, name, ended, slices, *args, **kwargs):
 
 @contextmanager
 def on_fake_tensors(model: nn.Module, batch) -> Iterator:
-    """`model` holds fake parameters and buffers inside the with statement, as it was afterwards.
+    """Replace the parameters and buffers of `model` by fake ones inside the with statement.
 
-    Yields `batch` (any nest of tensors) as fakes.  Meta tensors stand for tensors on the model's device, or
-    where the model itself is on none, as it is too large to be allocated, on the CPU.  Parameters of a
-    subclass (4-bit weights) stay what they are; operators take them as they come.  Raises `InputError` where
-    the model's path depends on values.
+    Yields `batch` (any nest of tensors) as fakes.  Meta tensors represent tensors on the model's device, or
+    on the CPU if the whole model is meta because it is too large to allocate.  Parameters of a subclass
+    (4-bit weights) stay real.  Raises `InputError` if the model's path depends on values.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    on_meta: dict[int, torch.Tensor] = {}  # fakes by what they stand for
+    on_meta: dict[int, torch.Tensor] = {}  # id of a meta tensor -> its fake
     devices = (p.device for p in model.parameters() if not p.is_meta)
     device = next(devices, torch.device("cpu"))
 

@@ -1,14 +1,12 @@
-"""Records the operators of a forward pass, so that what they computed need not be kept for backward.
+"""Records the operators of a forward pass, so that their results need not be kept for backward.
 
-Under a `Tape` every operator below autograd is noted with its real arguments.  Of the tensors that
-autograd then wants to save, a plan says which are kept; the others are computed again, in backward and
-at the moment they are needed, from what is kept: the same operators on the same bytes with the same random
-numbers, so the same gradients, bit for bit.  Nothing is computed that backward does not ask for, and what
-two operators save is there once.
+Under a `Tape` every operator below autograd is recorded with its real arguments.  A plan decides which of the
+tensors that autograd saves are kept; the others are recomputed from those in backward, when they are needed:
+by the same operators on the same bytes with the same random numbers, so gradients are equal bit for bit.
+Nothing is computed that backward does not need, and a tensor that two operators save exists once.
 
 This is `torch.utils.checkpoint` at the granularity of operators.  The model's Python code does not run a
-second time, so its side effects (running statistics) happen once; and what is kept cannot change a
-gradient.
+second time, so its side effects (running statistics) happen once, and no plan can change a gradient.
 """
 
 from __future__ import annotations
@@ -32,30 +30,30 @@ aten = torch.ops.aten
 
 KEEP, CACHE, DROP = "keep", "cache", "drop"
 
-# They update running statistics (arguments 3 and 4, training is argument 5), which no schema tells.
+# These update running statistics (arguments 3 and 4; argument 5 is `training`), which no schema declares.
 _BATCH_NORMS = {
     getattr(aten, name).default
     for name in ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")
     if hasattr(aten, name)
 }
-# What these return depends on whether gradients are recorded.
+# The outputs of these depend on whether gradients are recorded.
 _GRADIENT_DEPENDENT = ("rnn", "lstm", "gru")
-# Their first argument gives a shape and no values.
+# Only the shape of their first argument matters.
 _EMPTY = {aten.empty_like.default, aten.new_empty.default, aten.new_empty_strided.default}
 
 _thread = threading.local()
 
 
 def recomputing() -> bool:
-    """Whether this thread computes something again right now."""
+    """Whether this thread is recomputing something."""
     return getattr(_thread, "depth", 0) > 0
 
 
 class Buffer:
-    """What a storage contained at one time.
+    """The content of a storage at one time.
 
-    `tensor` has the content where it is kept, or was computed again and is still needed; otherwise `op`
-    computes it.  Buffers are held by those who need them, and die with the last.
+    `tensor` holds the content if it is kept, or recomputed and still needed; otherwise `op` computes it.
+    Buffers live as long as something references them.
     """
 
     __slots__ = ("__weakref__", "blank", "cached", "dtype", "op", "tensor")
@@ -73,7 +71,7 @@ class Op:
     """A recorded call.  In its arguments tensors of the tape are `View`s, all others `External`s.
 
     `writes`: buffers whose storage it changes in place.  `outputs`: first the new contents of these
-    storages, then the fresh tensors, which are the leaves `fresh` of what it returns.
+    storages, then the new tensors, which are the leaves `fresh` of its result.
     """
 
     func: Callable
@@ -103,34 +101,34 @@ class View:
 
 @dataclass(slots=True, eq=False)
 class External:
-    """A tensor that the tape does not compute (a parameter, the batch, what is kept), as it was when read."""
+    """A tensor that the tape does not compute (a parameter, the batch, a kept tensor), with its version."""
 
     tensor: torch.Tensor
     version: int
 
     def now(self) -> torch.Tensor:
-        """The tensor, if nobody has changed it since."""
+        """The tensor, if it has not changed since."""
         if self.tensor._version != self.version:
             raise RuntimeError(
-                f"a tensor of shape {tuple(self.tensor.shape)} that is needed for gradients, or to compute "
-                "activations again, was changed in place between the forward and the backward pass."
+                f"a tensor of shape {tuple(self.tensor.shape)} that is needed for gradients, or to recompute "
+                "activations, was changed in place between the forward and the backward pass."
             )
         return self.tensor
 
 
 @dataclass(slots=True, eq=False)
 class Handle:
-    """What autograd holds instead of a tensor that is not kept."""
+    """Held by autograd instead of a tensor that is not kept."""
 
     view: View
     __weakref__: object = field(init=False, repr=False)
 
 
 def materialize(buffer: Buffer, execute: Callable, copy: Callable):
-    """The content of `buffer`, computed from what is kept, with each tensor let go after its last use.
+    """The content of `buffer`, computed from kept tensors; each tensor is freed after its last use.
 
-    `execute(op, contents of its buffers)` gives the contents of the operator's outputs, `copy(content)` a
-    second one: tensors at run time, counted bytes when a plan is simulated.
+    `execute(op, contents of its buffers)` returns the contents of the operator's outputs, `copy(content)` a
+    copy: tensors at run time, counted bytes when a plan is simulated.
     """
     if buffer.tensor is not None:
         return buffer.tensor
@@ -164,7 +162,7 @@ def materialize(buffer: Buffer, execute: Callable, copy: Callable):
 
 
 def _missing(buffer: Buffer) -> list[Op]:
-    """The operators that `buffer` takes, each after those whose outputs it reads."""
+    """The operators that compute `buffer`, each after those whose outputs it reads."""
     order: dict[Op, None] = {}
     stack = [(buffer, False)]
     while stack:
@@ -172,7 +170,7 @@ def _missing(buffer: Buffer) -> list[Op]:
         if needed.tensor is not None or needed.op in order:
             continue
         if needed.op is None:
-            raise RuntimeError("an activation that is needed again was changed in place after it was kept.")
+            raise RuntimeError("an activation that backward needs was changed in place after it was kept.")
         if inputs_done:
             order[needed.op] = None
         else:
@@ -182,17 +180,17 @@ def _missing(buffer: Buffer) -> list[Op]:
 
 
 class Tape(TorchDispatchMode):
-    """Records the operators that run while it is entered, and hands out what autograd may hold.
+    """Records the operators that run while it is entered, and replaces the tensors that autograd saves.
 
-    `decide(op, contents)`, called after each recorded operator has run with what its outputs' storages
-    hold, gives `KEEP`, `CACHE` (compute again, hold until the last use) or `DROP` (compute again at each
-    use) for each of `op.outputs`; None leaves all to autograd.
+    `decide(op, contents)` is called after each recorded operator has run, with the contents of its outputs'
+    storages.  It returns `KEEP`, `CACHE` (recompute, hold until the last use) or `DROP` (recompute at each
+    use) for each of `op.outputs`, or None to leave all to autograd.
     """
 
     def __init__(self, decide: Callable[[Op, dict[int, torch.Tensor]], Sequence[str] | None]):
         super().__init__()
         self._decide = decide
-        self._buffers: dict[int, Buffer] = {}  # what each storage of the tape contains now
+        self._buffers: dict[int, Buffer] = {}  # storage -> its present content
         self._alive: dict[int, StorageRef] = {}
 
     def __enter__(self) -> Tape:
@@ -203,11 +201,11 @@ class Tape(TorchDispatchMode):
     def __exit__(self, *exc) -> None:
         super().__exit__(*exc)
         self._hooks.__exit__(*exc)
-        self._buffers.clear()  # from here on a buffer lives as long as a handle needs it
+        self._buffers.clear()  # from now on a buffer lives as long as a handle references it
         self._alive.clear()
 
     def pack(self, tensor: torch.Tensor) -> External | Handle:
-        """What autograd holds instead of `tensor`."""
+        """The object that autograd holds instead of `tensor`."""
         view = self._view(tensor)
         if view is not None and view.buffer.tensor is None:
             return Handle(view)
@@ -235,17 +233,17 @@ class Tape(TorchDispatchMode):
         return out
 
     def _view(self, tensor: torch.Tensor) -> View | None:
-        """`tensor` as a window on a buffer of this tape; None if it is none."""
+        """`tensor` as a window on a buffer of this tape; None if it is not one."""
         buffer = self._buffers.get(_storage_key(tensor))
         if buffer is None or tensor.dtype != buffer.dtype or tensor.is_conj() or tensor.is_neg():
             return None
         return View(buffer, tensor.size(), tensor.stride(), tensor.storage_offset())
 
     def _record(self, func, args: tuple, kwargs: dict, written: list[torch.Tensor]) -> Op:
-        """The call as it can be repeated; `written`: the tensors that it changes in place."""
+        """A call as an `Op` that can be repeated; `written`: the tensors that it changes in place."""
         rng_state = _rng_state(args, kwargs) if draws_random_numbers(func, args, kwargs) else None
         views = [self._view(tensor) for tensor in written]
-        alone = not views or func._schema.name.endswith("_")  # writes what it returns, and nothing else
+        alone = not views or func._schema.name.endswith("_")  # its output is the only tensor that it writes
         repeatable = _repeatable(func) and kwargs.get("generator") is None and None not in views and alone
         if couples_samples(func, args):
             args = (*args[:3], None, None, *args[5:])
@@ -257,7 +255,7 @@ class Tape(TorchDispatchMode):
         return Op(func, noted_args, noted_kwargs, reads, writes, rng_state, repeatable)
 
     def _noted(self, value, inputs: list[Buffer]):
-        """An argument as an `Op` holds it; buffers that it reads are added to `inputs`."""
+        """An argument in the form that an `Op` holds; buffers that it reads are added to `inputs`."""
         if isinstance(value, torch.Tensor):
             view = self._view(value)
             if view is None:
@@ -269,7 +267,7 @@ class Tape(TorchDispatchMode):
         return value
 
     def _note_outputs(self, op: Op, written: list[torch.Tensor], out) -> None:
-        """Give every new content a buffer, and hold it if it is to be kept."""
+        """Give every new content a buffer, which holds the content if it is kept."""
         contents = {_storage_key(t): t for t in written if _storage_key(t) in self._buffers}
         leaves = (out,) if isinstance(out, torch.Tensor) else list(tree_iter(out))
         fresh = []
@@ -279,7 +277,7 @@ class Tape(TorchDispatchMode):
                 contents[key] = leaf
                 fresh.append(index)
                 if leaf.untyped_storage().nbytes() != leaf.numel() * leaf.element_size():
-                    op.repeatable = False  # a window on something larger
+                    op.repeatable = False  # a window on a larger storage
         if not contents:
             return
         op.fresh = tuple(fresh)
@@ -298,7 +296,7 @@ class Tape(TorchDispatchMode):
             old = self._buffers[key]
             old.tensor = None  # overwritten
             if old.blank and not op.repeatable:
-                # Made for this call to fill; autograd may have saved it before.
+                # Allocated for this call to fill; autograd may have saved it before.
                 old.tensor, old.op = contents[key].detach(), None
         for place, (key, content) in enumerate(contents.items()):
             if decisions is None:
@@ -313,15 +311,15 @@ class Tape(TorchDispatchMode):
             buffer.cached = decisions[place] == CACHE
 
     def _forget(self, reference: StorageRef) -> None:
-        """A storage is gone: its address may serve another one."""
+        """Forget a freed storage: its address may be used again."""
         if self._alive.get(reference.key) is reference:
             del self._alive[reference.key]
             self._buffers.pop(reference.key, None)
 
 
 def _detached(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor.detach()`, without the tape (and at a quarter of the time)."""
-    if type(tensor) is not torch.Tensor:  # fake tensors and their like need the dispatch
+    """`tensor.detach()` without the tape, in a quarter of the time."""
+    if type(tensor) is not torch.Tensor:  # subclasses such as fake tensors need the dispatch
         return tensor.detach()
     with torch._C._DisableTorchDispatch():
         return tensor.detach()
@@ -330,13 +328,13 @@ def _detached(tensor: torch.Tensor) -> torch.Tensor:
 def _storage_key(tensor: torch.Tensor) -> int | None:
     try:
         return tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):  # sparse and other tensors without a storage
+    except (NotImplementedError, RuntimeError):  # tensors without a storage, for example sparse ones
         return None
 
 
 @functools.cache
 def _written_places(func) -> tuple[int, ...]:
-    """Places of the arguments that `func` changes in place."""
+    """Positions of the arguments that `func` changes in place."""
     if not func._schema.is_mutable:
         return ()
     places = enumerate(func._schema.arguments)
@@ -360,7 +358,7 @@ def _repeatable(func) -> bool:
 
 @functools.cache
 def operator_name(func) -> str:
-    """Its full name, as str(func) makes it anew each time."""
+    """The full name of an operator; cached, because str(func) builds it each time."""
     return str(func)
 
 
@@ -376,17 +374,17 @@ def draws_random_numbers(func, args: tuple, kwargs: dict) -> bool:
     names = [argument.name for argument in func._schema.arguments]
     if "dropout_p" not in names:
         return True
-    place = names.index("dropout_p")  # of attention
+    place = names.index("dropout_p")  # attention draws only with dropout
     return (args[place] if place < len(args) else kwargs.get("dropout_p", 0.0)) > 0
 
 
 def couples_samples(func, args: tuple) -> bool:
-    """Whether a call is a batch norm that normalises by the statistics of the batch."""
+    """Whether a call is a batch norm that normalises with the statistics of the batch."""
     return func in _BATCH_NORMS and bool(args[5])
 
 
 def _rng_state(args: tuple, kwargs: dict) -> tuple[torch.device, torch.Tensor] | None:
-    """State of the random numbers on the device that a call names, or on that of its first tensor."""
+    """The random state of the device that a call names, or of its first tensor's device."""
     first = next((leaf for leaf in tree_iter(args) if isinstance(leaf, torch.Tensor)), None)
     device = torch.device("cpu") if first is None else first.device
     if kwargs.get("device") is not None:
@@ -397,7 +395,7 @@ def _rng_state(args: tuple, kwargs: dict) -> tuple[torch.device, torch.Tensor] |
 
 
 def _execute(op: Op, contents: dict[Buffer, torch.Tensor]) -> list[torch.Tensor]:
-    """Run a recorded call on its buffers' contents; gives those of `op.outputs`."""
+    """Run a recorded call on the contents of its buffers; returns the contents of `op.outputs`."""
     args = _real(op.args, contents)
     kwargs = {name: _real(value, contents) for name, value in op.kwargs.items()}
     with _random_numbers_of(op.rng_state):
@@ -407,8 +405,8 @@ def _execute(op: Op, contents: dict[Buffer, torch.Tensor]) -> list[torch.Tensor]
 
 
 def _real(value, contents: dict[Buffer, torch.Tensor]):
-    """An argument of an `Op` as the operator takes it."""
-    # No closure: one that calls itself would hold the contents until the garbage collector comes.
+    """An argument of an `Op` in the form that the operator takes."""
+    # Not a closure: a recursive closure would hold the contents until the garbage collector runs.
     if isinstance(value, View):
         return value.of(contents[value.buffer])
     if isinstance(value, External):
@@ -420,7 +418,7 @@ def _real(value, contents: dict[Buffer, torch.Tensor]):
 
 @contextlib.contextmanager
 def _random_numbers_of(state: tuple[torch.device, torch.Tensor] | None) -> Iterator[None]:
-    """The random numbers of an earlier moment; afterwards those of now go on."""
+    """Run with the random numbers of an earlier moment, then restore the present state."""
     if state is None:
         yield
         return
