@@ -253,7 +253,10 @@ def test_model_matches_the_formulas_at_any_resolution(model, size):
     state = model.state_dict()
     expected = torch.stack([reference_logits(state, x, SMALL["depths"], (4, 2), (2, 4)) for x in images])
     torch.testing.assert_close(model.double()(images.double()), expected, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(model.float()(images).double(), expected, rtol=1e-4, atol=1e-4)
+    # In float32 each layer rounds about once, by half a last digit; processors differ in the order of sums.
+    layers = sum(1 for module in model.modules() if not list(module.children()))
+    difference = (model.float()(images) - expected).abs().max()
+    assert difference <= layers * 2**-24 * expected.abs().max()
 
 
 def test_padding_is_that_of_a_zero_padded_map(model):
