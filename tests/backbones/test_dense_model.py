@@ -246,7 +246,7 @@ def test_larger_images_keep_windows_and_tables_of_the_weights():
         ({"head": "cascade_rcnn"}, "unknown head for segmentation.*fpn"),
         ({"head": "retinanet"}, "unknown head for segmentation"),
         ({"task": "classification"}, "unknown task of dense prediction"),
-        ({"image_size": 40}, "image_size 40 is no multiple of 16.* choose 32"),
+        ({"image_size": 40}, "image_size 40 is not a multiple of 16.* choose 32"),
         ({"image_size": 0}, "image_size 0 .* choose 16"),
     ],
 )

@@ -1,8 +1,8 @@
 """Pretrained vision models by name, with a fresh head.
 
-A class of model may say what low-rank methods adapt in it: `lora_targets` and, of these, what QLoRA
-stores in 4 bit: `four_bit_targets`, both regular expressions that match whole module names.  For models
-without (all of timm's) these are the linear layers in the blocks.
+A class of models may name the modules that low-rank methods adapt, `lora_targets`, and those of them that
+QLoRA stores in 4 bit, `four_bit_targets`: regular expressions that match whole module names.  In other models
+(all of timm's) these are the linear layers in the blocks.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from toolkit.backbones.mambavision import mambavision_t
 from toolkit.backbones.vim import vim_small
 from toolkit.errors import InputError, check_name
 
-# Short names of the models that the project's tables use; any other timm name works too.
+# Short names of the models in the project's tables; any other timm name works too.
 TIMM_NAMES = {
     "vit_small": "vit_small_patch16_224.augreg_in21k_ft_in1k",
     "tiny_vit": "tiny_vit_21m_224.dist_in22k_ft_in1k",
 }
-# Models that timm lacks, written here.
+# Models that timm lacks.
 OWN = {
     **{name: functools.partial(demo.build_demo, name) for name in demo.SHA256},
     "vim_small": vim_small,
     "mambavision_t": mambavision_t,
 }
 BACKBONES = (*OWN, *TIMM_NAMES)
-SMALL = "small:"  # before a name: the reduced instance of it
+SMALL = "small:"  # prefix of a name: its reduced instance
 
-# Sizes of `small_instance`, and the images it is for.  The last maps keep more than one token, as the
-# attention of a single one has no gradient for its queries and keys.
+# Image size and arguments of each `small_instance`.  The last maps keep more than one token, as attention
+# over a single token has no gradient for queries and keys.
 _SMALL = {
     "vit_small": (32, {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 4}),
     "tiny_vit": (
@@ -72,7 +72,7 @@ def check_backbone(name: str) -> str:
     try:
         return check_name("backbone", name, [*BACKBONES, *timm.list_models()])
     except InputError as error:
-        # A thousand timm names help nobody: keep the first sentences, shorten the list.
+        # A list of a thousand timm names helps nobody: keep the first sentences only.
         message = str(error).split(" Valid: ")[0]
         raise InputError(f"{message} Valid: {', '.join(BACKBONES)}, or any of timm.list_models().") from None
 
@@ -81,15 +81,14 @@ def build_backbone(name: str, num_classes: int, pretrained: bool = True, **sizes
     """Build a classifier for `num_classes` classes on the backbone `name`.
 
     `small:vit_small` and the like are small instances with random weights, see `small_instance`.
-    `demo_vit`, `demo_cnn` and `demo_swin` take their pretrained weights from this repository, all others
-    from the Hugging Face hub, and only if `pretrained`.  The head is new and random: seed torch before.
-    Only the source models `demo_cnn_digits` and `demo_cnn_textures` bring a trained one, for 10 and 15
-    classes.
-    `sizes` (`depth`, `embed_dim`, `img_size`, ...) are arguments of the model's class, for small
+    If `pretrained`, the demo backbones load their weights from this repository, all others from the Hugging
+    Face hub.  The head is new and random: seed torch before.  Only the source models `demo_cnn_digits` and
+    `demo_cnn_textures` have a trained one, for 10 and 15 classes.
+    `sizes` (`depth`, `embed_dim`, `img_size`, ...) are arguments of the model's class, to build small
     instances with random weights.
 
-    Raises `InputError` for an unknown name or size, sizes of pretrained weights, other classes than a
-    source model's, a damaged weight file, or hub weights that cannot be had.
+    Raises `InputError` for an unknown name or size, sizes together with pretrained weights, another number of
+    classes than a source model's, a damaged weight file, or hub weights that cannot be downloaded.
     """
     check_backbone(name)
     if name.startswith(SMALL):
@@ -133,8 +132,8 @@ def _build_timm(name: str, num_classes: int, pretrained: bool, **sizes: object) 
 def small_instance(name: str, num_classes: int) -> nn.Module:
     """A reduced `vit_small`, `tiny_vit`, `vim_small` or `mambavision_t` with random weights.
 
-    The same classes and all kinds of blocks with fewer than 0.7 M parameters, for images of 32 or 64 px:
-    see `data_config`.
+    It has the same classes and kinds of blocks with fewer than 0.7 M parameters, for images of 32 or 64 px
+    (see `data_config`).
     """
     pixels, sizes = _SMALL[check_name("small instance", name, _SMALL)]
     model = build_backbone(name, num_classes, pretrained=False, **sizes)
@@ -143,6 +142,8 @@ def small_instance(name: str, num_classes: int) -> nn.Module:
 
 
 def data_config(model: nn.Module) -> dict:
-    """What images the model wants: timm's keys `input_size` (C, H, W), `mean`, `std`, `interpolation`,
-    `crop_pct`.  peft wrappers are looked through."""
+    """The images that a model expects, with or without a peft wrapper.
+
+    Keys are timm's: `input_size` (C, H, W), `mean`, `std`, `interpolation`, `crop_pct`.
+    """
     return timm.data.resolve_model_data_config(model)

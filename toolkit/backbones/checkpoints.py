@@ -1,8 +1,7 @@
-"""Published checkpoints of the backbones that are written here: fetched, verified, loaded strictly.
+"""Published checkpoints of this package's own backbones: downloaded, verified and loaded strictly.
 
-A wrong weight is worse than none: where a digest is known nothing is opened before it is checked,
-pickles may hold tensors and training arguments only, and every key but the classifier's must be there
-with its shape.
+Wrong weights are worse than none: a known digest is checked before a file is opened, pickles may hold only
+tensors and training arguments, and every key but the classifier's must be there with its shape.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from torch import nn
 from toolkit.errors import InputError
 from toolkit.files import sha256_of
 
-_WRAPPERS = ("state_dict", "model")  # where training scripts put the weights among other things
-_PREFIXES = ("module.", "model.")  # of DistributedDataParallel and of Hugging Face's wrapper classes
+_WRAPPERS = ("state_dict", "model")  # keys under which training scripts store weights
+_PREFIXES = ("module.", "model.")  # of DistributedDataParallel and Hugging Face's wrappers
 _HEAD = "head."
 
 
@@ -34,12 +33,12 @@ class Checkpoint:
     file: str
     license: str  # SPDX identifier, in lower case as the hub writes it
     revision: str | None = None  # commit of the repository; None: the newest
-    sha256: str | None = None  # of the file; None: unknown, so that only its keys and shapes are checked
-    notice: str = ""  # what a user must know before the download
+    sha256: str | None = None  # of the file; None: unknown, only keys and shapes are checked
+    notice: str = ""  # printed before the download
 
     @property
     def config(self) -> dict[str, str]:
-        """Source and licence, under the names that timm's `pretrained_cfg` has for them."""
+        """Source and licence, by the keys of timm's `pretrained_cfg`."""
         return {
             "hf_hub_id": f"{self.repo}@{self.revision}" if self.revision else self.repo,
             "hf_hub_filename": self.file,
@@ -48,9 +47,9 @@ class Checkpoint:
 
 
 def fetch(checkpoint: Checkpoint) -> Path:
-    """Path of the file in the hub's cache, downloaded if it is not there yet.
+    """Return the path of the file in the hub's cache, downloaded if it is not there yet.
 
-    Prints the checkpoint's notice, once per process.  Raises `InputError` where the hub cannot be reached.
+    Prints the checkpoint's notice, once per process.  Raises `InputError` if the hub cannot be reached.
     """
     if checkpoint.notice:
         _print_once(checkpoint.notice)
@@ -72,11 +71,11 @@ def _print_once(notice: str) -> None:
 
 
 def read_weights(path: Path, sha256: str | None = None) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint file by name, without the names' common prefix (`module.`, `model.`).
+    """Read the tensors of a checkpoint by name, without the names' common prefix (`module.`, `model.`).
 
-    A `.safetensors` file, or a pickle of tensors and `argparse.Namespace`s, where only `["model"]` or
-    `["state_dict"]` is used if there is one.  Raises `InputError` for a file of another digest than
-    `sha256` (checked before opening), or one that holds anything else.
+    The file is `.safetensors` or a pickle of tensors and `argparse.Namespace`s; its `["model"]` or
+    `["state_dict"]` is used if there is one.  Raises `InputError` for another digest than `sha256` (checked
+    before opening) and for any other content.
     """
     if not path.exists():
         raise InputError(f"there is no checkpoint {path}.")
@@ -96,7 +95,7 @@ def read_weights(path: Path, sha256: str | None = None) -> dict[str, torch.Tenso
     if not isinstance(weights, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items()
     ):
-        raise InputError(f"{path} holds no weights: tensors by name, or those under one of {_WRAPPERS}.")
+        raise InputError(f"{path} holds no weights: it needs tensors by name, or under one of {_WRAPPERS}.")
     for prefix in _PREFIXES:
         if all(name.startswith(prefix) for name in weights):
             weights = {name.removeprefix(prefix): value for name, value in weights.items()}
@@ -106,8 +105,7 @@ def read_weights(path: Path, sha256: str | None = None) -> dict[str, torch.Tenso
 def fill(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
     """Copy `weights`, read from `path`, into all parameters and buffers of `model` but its `head`.
 
-    Raises one `InputError` that names what is missing, unexpected or of another shape; then nothing
-    has been copied.
+    Raises one `InputError` that names all missing, unexpected and misshapen keys, before anything is copied.
     """
     state = model.state_dict()
     own = {name for name in state if not name.startswith(_HEAD)}

@@ -17,7 +17,7 @@ from toolkit.backbones import build_backbone
 from toolkit.backbones.dense_heads import FpnSegmentation, RegionDetector, RetinaDetector, UperNet
 from toolkit.errors import InputError, check_name
 
-# By task: name -> a head for channels, (strides,) width and num_classes; the usual one first.
+# Per task: name -> constructor from channels, (strides,) width and num_classes; the usual one first.
 HEADS = {
     "segmentation": {"fpn": FpnSegmentation, "upernet": UperNet},
     "detection": {
@@ -31,23 +31,23 @@ HEADS = {
 class DenseModel(nn.Module):
     """`head(maps, (height, width), targets)` on the maps of `trunk`.
 
-    forward(images (B, 3, H, W)): logits (B, K, H, W) of a segmentation head, of a detector a list of one
-    dict per image, boxes float (n, 4) in pixels, scores (n,), labels int64 (n,) from 0, of mask_rcnn also
-    masks bool (n, H, W).  With `targets`, which are for detectors alone: the dict of its losses, scalars,
-    in training and in evaluation mode.
+    forward(images (B, 3, H, W)): a segmentation head returns logits (B, K, H, W); a detector a list of one
+    dict per image: boxes float (n, 4) in pixels, scores (n,), labels int64 (n,) from 0, and for mask_rcnn
+    masks bool (n, H, W).  With `targets`, which only detectors take, it returns the dict of its losses,
+    scalars, in training and in evaluation mode.
     """
 
     def __init__(self, trunk: SwinTransformer, head: nn.Module):
         super().__init__()
         self.trunk = trunk
-        # Not named "head": peft knows modules by the ends of their names, and torchvision's detectors hold
+        # Not named "head": peft matches modules by the ends of their names, and torchvision's detectors have
         # parts of that name.
         self.dense_head = head
         self.pretrained_cfg = trunk.pretrained_cfg
 
     @property
     def head(self) -> nn.Module:
-        """Norms, pyramid and predictor: what is new, and trains under every method."""
+        """Norms, pyramid and predictor: they are new, and train under every method."""
         return self.dense_head
 
     def get_classifier(self) -> nn.Module:
@@ -55,7 +55,7 @@ class DenseModel(nn.Module):
         return self.dense_head
 
     def maps(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """What the stages of the trunk give, (B, H', W', C) each, the largest first."""
+        """Outputs of the trunk's stages, (B, H', W', C) each, the largest first."""
         x, maps = self.trunk.patch_embed(images), []
         for stage in self.trunk.layers:
             x = stage(x)
@@ -76,16 +76,16 @@ def build_dense(
     task: str,
     image_size: int | None = None,
 ) -> DenseModel:
-    """A model for `task`, "segmentation" or "detection", on a Swin transformer.
+    """Build a model for `task`, "segmentation" or "detection", on a Swin transformer.
 
-    `backbone`: "demo_swin", "swin_tiny_patch4_window7_224" or any other timm model whose class is
-    `SwinTransformer`, with its weights if `pretrained`.  `head`: fpn | upernet for segmentation, retinanet |
-    faster_rcnn | mask_rcnn for detection, "" for the first of each; it is new and random: seed torch before.
-    `image_size`: pixels of a side, a multiple of the coarsest map's stride; by default the backbone's own.
-    Windows and their tables of positions stay those of the weights; only where a map is smaller than its
-    window does timm cut the window and interpolate the table.
+    `backbone`: "demo_swin", "swin_tiny_patch4_window7_224" or any other timm `SwinTransformer`, with its
+    weights if `pretrained`.  `head`: fpn | upernet for segmentation, retinanet | faster_rcnn | mask_rcnn for
+    detection, "" for the first of each; it is new and random: seed torch before.
+    `image_size`: pixels of a side, a multiple of the coarsest map's stride; None: the backbone's own.
+    Windows and their tables of positions stay those of the weights, unless a map is smaller than its window:
+    then timm cuts the window and interpolates the table.
 
-    Raises `InputError`, before weights are loaded, for a backbone, head, task or size that does not do.
+    Raises `InputError`, before weights are loaded, for an unsuitable backbone, head, task or size.
     """
     heads = HEADS[check_name("task of dense prediction", task, HEADS)]
     head = check_name(f"head for {task}", head or next(iter(heads)), heads)
@@ -101,17 +101,17 @@ def build_dense(
     size = own_size if image_size is None else image_size
     if size < 1 or size % strides[-1]:
         raise InputError(
-            f"image_size {size} is no multiple of {strides[-1]}, the stride of {backbone}'s coarsest map; "
+            f"image_size {size} is not a multiple of {strides[-1]}, the stride of {backbone}'s coarsest map; "
             f"choose {max(1, round(size / strides[-1])) * strides[-1]}."
         )
     trunk = build_backbone(backbone, 1, pretrained)
     if size != own_size:
         windows = [stage.blocks[0].attn.window_size for stage in trunk.layers]
         trunk.set_input_size((size, size), window_size=windows)
-    # What only classification uses.
+    # Only classification uses these.
     trunk.norm, trunk.head = nn.Identity(), nn.Identity()
     trunk.pretrained_cfg = trunk.pretrained_cfg | {"input_size": (3, size, size)}
     arguments = (channels, strides) if task == "detection" else (channels,)
-    # Of the pyramid: so narrow that heads stay a small part of what a method trains.
+    # Width of the pyramid: narrow, so that heads stay a small part of the trained parameters.
     width = 64 if channels[-1] < 512 else 128
     return DenseModel(trunk, heads[head](*arguments, width, num_classes))

@@ -29,8 +29,8 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxP
 from toolkit.errors import InputError
 
 _RATIOS = (0.5, 1.0, 2.0)  # height by width of anchors
-# Sides of anchors in strides of their level.  Less than the 4 and 8 of the papers, whose smallest objects
-# have 32 pixels: here 10 pixels of an image of 64 have to match one.
+# Sides of anchors in strides of their level.  Smaller than the papers' 4 and 8, whose smallest objects have
+# 32 pixels: here an anchor has to match 10 pixels of an image of 64.
 _RETINA_ANCHORS = tuple(3 * 2 ** (octave / 3) for octave in range(3))
 _REGION_ANCHORS = (5,)
 _MASK_THRESHOLD = 0.5
@@ -52,7 +52,7 @@ class Pyramid(nn.Module):
     """Norms and a feature pyramid (Lin et al. 2017, arXiv 1612.03144): maps of `out_channels` channels each.
 
     forward: the last `len(channels)` maps of a trunk, (B, H, W, C) -> an ordered dict of maps
-    (B, out_channels, H, W) named "0", "1", ... and what `extra` adds.
+    (B, out_channels, H, W) named "0", "1", ... and those that `extra` adds.
     """
 
     def __init__(self, channels: list[int], out_channels: int, extra: ExtraFPNBlock | None = None):
@@ -69,8 +69,8 @@ class Pyramid(nn.Module):
 class FpnSegmentation(nn.Module):
     """Semantic FPN (Kirillov et al. 2019, arXiv 1901.02446, sec. 3.1 and fig. 3).
 
-    Each level goes to the size of the largest by stages of 3 x 3 convolution, group norm, ReLU and doubling,
-    the largest by one without; the sum is classified.
+    Each level is enlarged to the size of the largest by stages of 3 x 3 convolution, group norm, ReLU and
+    doubling (the largest: one stage without doubling); the sum is classified.
     """
 
     def __init__(self, channels: list[int], width: int, num_classes: int):
@@ -99,10 +99,10 @@ def _upwards(in_channels: int, channels: int, doublings: int) -> nn.Sequential:
 
 
 class UperNet(nn.Module):
-    """UPerNet (Xiao et al. 2018, arXiv 1807.10221), transformers' head with group norms."""
+    """UPerNet (Xiao et al. 2018, arXiv 1807.10221): transformers' head with group norms."""
 
     def __init__(self, channels: list[int], width: int, num_classes: int):
-        # Here, because transformers takes seconds.
+        # Imported here, because transformers takes seconds.
         from transformers import UperNetConfig
         from transformers.models.upernet.modeling_upernet import UperNetConvModule, UperNetHead
 
@@ -131,7 +131,7 @@ class RetinaDetector(nn.Module):
         anchors = _anchors([*strides[1:], 2 * strides[-1]], _RETINA_ANCHORS)
         pyramid = Pyramid(channels[1:], width, LastLevelMaxPool())
         count = anchors.num_anchors_per_location()[0]
-        # Without norms its towers, whose weights begin at 0.01, pass on next to nothing of so few channels.
+        # Without norms its towers, whose weights start at 0.01, pass on almost nothing of so few channels.
         head = RetinaNetHead(width, count, num_classes, norm_layer=functools.partial(nn.GroupNorm, 8))
         self.detector = RetinaNet(pyramid, num_classes, anchor_generator=anchors, head=head)
 
@@ -159,7 +159,7 @@ class RegionDetector(nn.Module):
     1703.06870), on all maps and one more; its parts are as wide as the pyramid, in the published proportions.
 
     `strides`: of the maps of `channels`, in pixels.  Losses: objectness, rpn_box_reg, classifier, box_reg,
-    mask, each with "loss_" before it, from anchors and proposals that are drawn at random.
+    mask, each prefixed with "loss_", from anchors and proposals that are drawn at random.
     """
 
     def __init__(
@@ -194,13 +194,13 @@ class RegionDetector(nn.Module):
         if targets is not None:
             if self.masks and "instances" not in targets:
                 raise InputError(
-                    "mask_rcnn learns from instance masks, which these targets lack: take a data set with "
+                    "mask_rcnn learns from instance masks, which these targets lack: use a data set with "
                     "instances, such as digit_scenes, or head 'faster_rcnn'."
                 )
             rows = _rows(targets, first_label=1)
-        # By this both parts decide whether they give losses.
+        # Both parts compute losses only if these flags are set.
         net.rpn.training = net.roi_heads.training = targets is not None
-        with torch.autocast(features["0"].device.type, enabled=False):  # bf16 knows no odd pixel beyond 256
+        with torch.autocast(features["0"].device.type, enabled=False):  # bf16 has no odd integers beyond 256
             proposals, losses = net.rpn(images, features, rows)
             detections, more_losses = net.roi_heads(features, proposals, images.image_sizes, rows)
         if targets is not None:
@@ -219,13 +219,13 @@ def _anchors(strides: list[int], sides: tuple[float, ...]) -> AnchorGenerator:
 
 
 def _image_list(like: torch.Tensor, size: tuple[int, int]) -> ImageList:
-    """What torchvision asks of the images, which is their size alone."""
+    """Images without content: torchvision only reads their size."""
     batch = len(like)
     return ImageList(like.new_empty(()).expand(batch, 3, *size), [size] * batch)
 
 
 def _rows(targets: dict[str, torch.Tensor], first_label: int) -> list[dict[str, torch.Tensor]]:
-    """Targets of a batch as torchvision's, one dict per image, without the rows that are padding."""
+    """Targets of a batch in torchvision's form, one dict per image, without padding."""
     rows = []
     for number, boxes in enumerate(targets["boxes"]):
         known = boxes[:, 4] >= 0

@@ -13,28 +13,33 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp
 from torch import nn
 
 from toolkit.backbones.checkpoints import Checkpoint, fetch, fill, read_weights
 from toolkit.backbones.selective_scan import selective_scan
-from toolkit.backbones.vim import initial_A_log, selection, step_size_projection
+from toolkit.backbones.vim import (
+    ScanClassifier,
+    image_config,
+    initial_A_log,
+    selection,
+    step_size_projection,
+)  # fmt: skip
 
-# No revision and no digest of this file is known yet, so `fill` is what verifies it: all keys and shapes.
+# Neither revision nor digest of this file is known yet: only `fill` verifies it, by all keys and shapes.
 MAMBAVISION_T = Checkpoint(
     repo="nvidia/MambaVision-T-1K",
     file="model.safetensors",
     license="cc-by-nc-sa-4.0",
-    notice="The weights of MambaVision-T are licensed CC-BY-NC-SA-4.0: for research and evaluation only, and "
-    "so is what is trained from them.",
+    notice="The weights of MambaVision-T are licensed CC-BY-NC-SA-4.0: they, and models trained from them, "
+    "are for research and evaluation only.",
 )
 
 
 def mambavision_t(num_classes: int, pretrained: bool = False, **sizes) -> MambaVision:
     """MambaVision-T; 31,794,248 parameters with 1000 classes.
 
-    `sizes` replace arguments of `MambaVision`, for small instances with random weights.
+    `sizes` replace arguments of `MambaVision`, to build small instances with random weights.
     """
     sizes = {
         "stem_dim": 32,
@@ -54,24 +59,24 @@ def mambavision_t(num_classes: int, pretrained: bool = False, **sizes) -> MambaV
 def load_mambavision_weights(model: MambaVision, path: Path) -> None:
     """Fill everything but the head from the checkpoint file `path`.
 
-    Raises `InputError` for an unreadable file and one that does not fit.
+    Raises `InputError` for an unreadable file or one that does not fit.
     """
     fill(model, read_weights(path), path)
 
 
-class MambaVision(nn.Module):
+class MambaVision(ScanClassifier):
     """Images (B, 3, H, W) of any size -> logits (B, `num_classes`), with timm's interface.
 
-    The stem halves the resolution twice, each of the four stages but the last once more and doubles the
-    channels, which start as `embed_dim`.  `num_heads` and `window_sizes` are of the stages 3 and 4, the
-    first half of whose blocks are Mamba and the others attention; `d_state` is N; `drop_path_rate` is the
-    last block's, the others' rise to it linearly.  `img_size` is what the weights are meant for.
+    The stem halves the resolution twice; each of the four stages but the last halves it once more and doubles
+    the channels, which start at `embed_dim`.  `num_heads` and `window_sizes` are those of stages 3 and 4: the
+    first half of their blocks is Mamba, the second attention.  `d_state` is N.  `drop_path_rate` is the last
+    block's; rates rise to it linearly.  `img_size` is the size of the images in training.
     """
 
-    # What low-rank methods adapt, as a full match on module names: the linear layers of the blocks but
-    # dt_proj, whose bias is used twice and whose rank is that of an adapter already.
+    # Full match on the names of modules that low-rank methods adapt: the linear layers of the blocks but
+    # dt_proj, whose bias is used twice and which has the rank of an adapter already.
     lora_targets = r"levels\.[23]\.blocks\.\d+\.(mixer\.(in_proj|out_proj|x_proj|qkv|proj)|mlp\.fc[12])"
-    # What QLoRA stores in 4 bit: without x_proj, which is small and makes the step size, that enters an exp.
+    # Those that QLoRA stores in 4 bit: without x_proj, which is small and makes the step size, inside an exp.
     four_bit_targets = r"levels\.[23]\.blocks\.\d+\.(mixer\.(in_proj|out_proj|qkv|proj)|mlp\.fc[12])"
 
     def __init__(
@@ -102,30 +107,10 @@ class MambaVision(nn.Module):
         self.num_features = dims[-1]
         self.norm = nn.BatchNorm2d(self.num_features)
         self.reset_classifier(num_classes)
-        self.pretrained_cfg = {
-            "input_size": (3, img_size, img_size),
-            "mean": IMAGENET_DEFAULT_MEAN,
-            "std": IMAGENET_DEFAULT_STD,
-            "interpolation": "bicubic",
-            "crop_pct": 1.0,
-        }
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the head by a new and random one."""
-        self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes, device=self.norm.weight.device)
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters to which weight decay does not apply."""
-        return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in ("A_log", "D")}
+        self.pretrained_cfg = image_config((img_size, img_size), crop_pct=1.0)
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
-        """Normed map (B, C, h, w) of the last stage, of 1/32 of the images' height and width, rounded up."""
+        """Normed map (B, C, h, w) of the last stage: 1/32 of the images' height and width, rounded up."""
         x = self.patch_embed(images)
         for level in self.levels:
             x = level(x)
@@ -133,9 +118,6 @@ class MambaVision(nn.Module):
 
     def forward_head(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(x.mean(dim=(2, 3)))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.forward_head(self.forward_features(images))
 
 
 class Stem(nn.Module):
@@ -199,10 +181,10 @@ class ConvBlock(nn.Module):
 
 
 class MixerStage(nn.Module):
-    """Stages 3 and 4: blocks on the windows of a map, then down-sampling but in the last stage.
+    """Stages 3 and 4: blocks on the windows of a map, then down-sampling, but not in the last stage.
 
-    The map is padded by zeros at the right and at the bottom to whole windows; as in the published model
-    the padding takes part in its window's blocks like other tokens.  Windows do not see one another.
+    The map is padded with zeros at the right and at the bottom to whole windows; as in the published model,
+    blocks treat the padding like other tokens.  Windows do not see one another.
     """
 
     def __init__(
@@ -228,13 +210,13 @@ class MixerStage(nn.Module):
 
 
 def to_windows(x: torch.Tensor, window: int) -> torch.Tensor:
-    """(B, C, H, W) -> (B·windows, window², C); windows and their tokens row by row."""
+    """Cut (B, C, H, W) into (B·windows, window², C), windows and their tokens row by row."""
     tiles = x.unflatten(3, (-1, window)).unflatten(2, (-1, window))  # (B, C, rows, window, columns, window)
     return tiles.permute(0, 2, 4, 3, 5, 1).flatten(0, 2).flatten(1, 2)
 
 
 def from_windows(tokens: torch.Tensor, shape: torch.Size, window: int) -> torch.Tensor:
-    """The map (B, C, H, W) = `shape` of which `to_windows` made `tokens`."""
+    """Undo `to_windows`: the map (B, C, H, W) = `shape`."""
     batch, _, height, width = shape
     tiles = tokens.unflatten(1, (window, window)).unflatten(0, (batch, height // window, width // window))
     return tiles.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
@@ -259,8 +241,8 @@ class MixerBlock(nn.Module):
 class MambaMixer(nn.Module):
     """MambaVision's mixer (section 3): half of the channels are scanned, the others only convolved.
 
-    Both halves go through a convolution that sees either neighbour, not the past alone; their
-    concatenation is projected, nothing is gated.  Tokens (B, T, C) -> (B, T, C).
+    Both halves go through a convolution that sees both neighbours, not only the past; their concatenation is
+    projected, without a gate.  Tokens (B, T, C) -> (B, T, C).
     """
 
     def __init__(self, dim: int, d_state: int):

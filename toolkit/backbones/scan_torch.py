@@ -1,8 +1,8 @@
 """The selective scan in plain torch, on any device: forward and backward pass as functions of tensors.
 
 Sequential in time, vectorised over all else.  Forward keeps the states at the starts of chunks of ⌈√L⌉ steps;
-backward computes the others again, a chunk at a time from the last to the first.  All buffers are allocated
-at once and used for every chunk and every few samples, so what a pass takes follows from the shapes alone.
+backward recomputes the others, a chunk at a time from the last to the first.  All buffers are allocated at
+once and reused for every chunk and every few samples, so the memory of a pass follows from the shapes alone.
 
 Axes: b samples at once, T steps of a chunk, N states, D channels.  Buffers are time-major, (L, b, D) and
 (T, b, N, D): the channels innermost, where they are many and vector instructions are full.
@@ -20,31 +20,31 @@ import torch.nn.functional as F
 
 from toolkit.budget.memory import rounded
 
-# Bytes of one (T, b, N, D) buffer, from which b follows.  On the CPU it should stay in the caches; elsewhere
-# few large kernels are wanted.
+# Bytes of one (T, b, N, D) buffer, from which b follows: on the CPU small, so that it stays in the caches;
+# elsewhere large, so that few kernels are launched.
 _CPU_BUFFER_BYTES = 2**20
 _DEVICE_BUFFER_BYTES = 2**25
 
 
 def chunk_length(length: int) -> int:
-    """⌈√L⌉ steps: as many states are kept as are computed again at a time."""
+    """⌈√L⌉ steps: as many states are kept as are recomputed at a time."""
     return math.isqrt(length - 1) + 1
 
 
 def compute_type(u: torch.Tensor) -> torch.dtype:
-    """What states and all arithmetic have: float32 or better."""
+    """Type of the states and of all arithmetic: float32 or better."""
     return torch.float64 if u.dtype == torch.float64 else torch.float32
 
 
 def empty_states(u: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-    """(chunks - 1, batch, states, channels): the states at the starts of all chunks but the first."""
+    """The states at the starts of all chunks but the first, (chunks - 1, batch, states, channels)."""
     batch, channels, length = u.shape
     chunks = -(-length // chunk_length(length))
     return u.new_empty((chunks - 1, batch, A.shape[1], channels), dtype=compute_type(u))
 
 
 def empty_gradients(u, dt, A, B, C, D, z, delta_bias, trained) -> tuple[torch.Tensor, ...]:
-    """A tensor like each of the eight inputs, of no elements where it is absent or not `trained`."""
+    """A tensor like each of the eight inputs, without elements if it is absent or not `trained`."""
     wanted = (True, True, trained[0], True, True, trained[1], True, trained[2])
     inputs = (u, dt, A, B, C, D, z, delta_bias)
     return tuple(
@@ -69,7 +69,7 @@ def _without_autocast(function):
 
 @_without_autocast
 def forward(u, dt, A, B, C, D, z, delta_bias, delta_softplus, reverse):
-    """y like u, and the states at the chunk starts."""
+    """Compute y, like u, and the states at the chunk starts."""
     y, starts = torch.empty_like(u), empty_states(u, A)
     scan = _Scan(u, A, D, delta_bias, reverse, gated=z is not None, backward=False)
     for samples in scan.slices():
@@ -89,7 +89,7 @@ def forward(u, dt, A, B, C, D, z, delta_bias, delta_softplus, reverse):
 
 @_without_autocast
 def backward(grad, u, dt, A, B, C, D, z, delta_bias, starts, delta_softplus, reverse, trained):
-    """Gradients of the eight tensors, of no elements where absent or (A, D, delta_bias) not `trained`."""
+    """Gradients of the eight tensors, without elements if absent or (A, D, delta_bias) not `trained`."""
     grads = empty_gradients(u, dt, A, B, C, D, z, delta_bias, trained)
     scan = _Scan(u, A, D, delta_bias, reverse, gated=z is not None, backward=True)
     du, ddt, dA, dB, dC, dD, dz, dbias = grads
@@ -116,14 +116,14 @@ def backward(grad, u, dt, A, B, C, D, z, delta_bias, starts, delta_softplus, rev
 
 
 def forward_workspace_bytes(u, dt, A, B, C, D, z, delta_bias, delta_softplus, reverse) -> int:
-    """Bytes that `forward` takes beside inputs and outputs."""
+    """Bytes that `forward` allocates besides its outputs."""
     return _workspace_bytes(u, _buffer_sizes(u, A, gated=z is not None, backward=False))
 
 
 def backward_workspace_bytes(
     grad, u, dt, A, B, C, D, z, delta_bias, starts, delta_softplus, reverse, trained
 ) -> int:
-    """Bytes that `backward` takes beside inputs and outputs."""
+    """Bytes that `backward` allocates besides its outputs."""
     return _workspace_bytes(u, _buffer_sizes(u, A, gated=z is not None, backward=True))
 
 
@@ -133,7 +133,7 @@ def _workspace_bytes(u: torch.Tensor, sizes: dict[str, int]) -> int:
 
 
 def _buffer_sizes(u: torch.Tensor, A: torch.Tensor, *, gated: bool, backward: bool) -> dict[str, int]:
-    """Elements, of the compute type, of every buffer that a pass takes."""
+    """Number of elements, of the compute type, of every buffer of a pass."""
     length, (channels, states) = u.shape[2], A.shape
     samples, steps = _samples_at_once(u, A), chunk_length(u.shape[2])
     over_time = ["u", "dt", "y"] + ["z"] * gated + ["grad"] * backward
@@ -152,7 +152,7 @@ def _buffer_sizes(u: torch.Tensor, A: torch.Tensor, *, gated: bool, backward: bo
 
 @dataclass(frozen=True)
 class _Chunk:
-    """One chunk in buffers that the next one overwrites, (T, b, ...); `z` and `grad` where there are any."""
+    """One chunk, (T, b, ...), in buffers that the next one overwrites."""
 
     u: torch.Tensor
     dt: torch.Tensor  # Δ: with bias and softplus
@@ -169,7 +169,7 @@ class _Chunk:
 
 
 class _Scan:
-    """Buffers of one pass and what forward and backward have in common."""
+    """Buffers of one pass, and the steps that forward and backward share."""
 
     def __init__(self, u, A, D, delta_bias, reverse, *, gated: bool, backward: bool):
         self.batch, self.length, self.reverse = u.shape[0], u.shape[2], reverse
@@ -189,7 +189,7 @@ class _Scan:
             yield slice(first, min(first + self.samples, self.batch))
 
     def load(self, samples: slice, **sources: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """Some samples of each source (batch, x, L) as (L, b, x)."""
+        """Copy some samples of each source (batch, x, L) to (L, b, x)."""
         loaded = {}
         for name, source in sources.items():
             if source is not None:
@@ -199,14 +199,14 @@ class _Scan:
         return loaded
 
     def discretise(self, inputs: dict[str, torch.Tensor], delta_softplus: bool) -> None:
-        """dt becomes Δ."""
+        """Turn dt into Δ, in place."""
         if self.bias is not None:
             inputs["dt"].add_(self.bias)
         if delta_softplus:
             F.softplus(inputs["dt"], out=inputs["dt"])
 
     def chunk(self, index: int, inputs: dict, dtu: torch.Tensor, start: torch.Tensor | None) -> _Chunk:
-        """Computes Δ·u and the states of the `index`-th chunk of the scan from its start (None: zero)."""
+        """Compute Δ·u and the states of the `index`-th chunk of the scan from its start (None: zero)."""
         steps = chunk_length(self.length)
         first, end = index * steps, min((index + 1) * steps, self.length)
         if self.reverse:
@@ -226,19 +226,19 @@ class _Scan:
         return _Chunk(**rest, dtu=dtu, decay=decay, state=state, before=before, last=h[-1], decays=decays)
 
     def in_order(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """The steps of `x` (T, ...) as the scan takes them."""
+        """The steps of `x` (T, ...) in the order of the scan."""
         return list(x.unbind())[:: -1 if self.reverse else 1]
 
     def output(self, chunk: _Chunk, out: torch.Tensor) -> torch.Tensor:
-        """C·h + D·u, (T, b, D)."""
+        """Compute C·h + D·u, (T, b, D)."""
         _products(chunk.C.unsqueeze(2), chunk.state, out.unsqueeze(2))
         return out if self.D is None else out.addcmul_(chunk.u, self.D)
 
 
 def _backward_chunk(scan: _Scan, chunk: _Chunk, carry, sums, delta_softplus: bool, trained) -> None:
-    """Replaces u, dt, B, C and z of the chunk by their gradients and adds to the sums.
+    """Replace u, dt, B, C and z of the chunk by their gradients and add to the sums.
 
-    `carry` (b, N, D): gradient of the chunk's last state by what follows; then of its start.
+    `carry` (b, N, D): the gradient of the chunk's last state from later chunks; on return, of its start.
     """
     g, u, dt = chunk.grad, chunk.u, chunk.dt
     scratch = scan.buffer("scratch", *u.shape)
@@ -256,7 +256,7 @@ def _backward_chunk(scan: _Scan, chunk: _Chunk, carry, sums, delta_softplus: boo
         d_h[t].addcmul_(chunk.decays[t + 1], d_h[t + 1])
     torch.mul(chunk.decays[0], d_h[0], out=carry)
 
-    # A gradient goes where the last value stood that is not needed any more.
+    # Each gradient overwrites a value that is no longer needed.
     d_dtu, dtu, d_dt = scratch, chunk.dtu, chunk.dtu
     _products(chunk.state, g.unsqueeze(3), chunk.C.unsqueeze(3))
     _products(chunk.B.unsqueeze(2), d_state, d_dtu.unsqueeze(2))
@@ -279,12 +279,12 @@ def _backward_chunk(scan: _Scan, chunk: _Chunk, carry, sums, delta_softplus: boo
 
 
 def _products(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
-    """Matrix product of every step and sample."""
+    """Matrix product for every step and sample."""
     torch.bmm(left.flatten(0, 1), right.flatten(0, 1), out=out.flatten(0, 1))
 
 
 def _to_time_major(source: torch.Tensor, out: torch.Tensor) -> None:
-    """(b, x, L) to (L, b, x), with a change of type."""
+    """Copy (b, x, L) to (L, b, x), in the type of `out`."""
     # torch has a fast transposition for two axes, four times the speed of the general one.
     if source.shape[0] == 1:
         out[:, 0].copy_(source[0].t())
@@ -293,7 +293,7 @@ def _to_time_major(source: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def _from_time_major(source: torch.Tensor, out: torch.Tensor) -> None:
-    """(L, b, x) to (b, x, L), with a change of type."""
+    """Copy (L, b, x) to (b, x, L), in the type of `out`."""
     if out.shape[0] == 1:
         out[0].copy_(source[:, 0].t())
     else:

@@ -1,13 +1,13 @@
 """The selective scan as two Triton kernels, with the arguments, results and kept states of `scan_torch`.
 
-One program does BD channels of a sample, chunk after chunk; within a chunk the recurrence is an associative
-scan of pairs (decay, addition).  Backward goes from the last chunk to the first and starts each from its
-kept state.  Neighbouring steps' values are loaded anew rather than moved between threads, and h_{t-1} is
-computed as such: h_t - x_t would cancel where the decay is strong.
+One program computes BD channels of a sample, chunk after chunk; within a chunk the recurrence is an
+associative scan of pairs (decay, addition).  Backward goes from the last chunk to the first and starts each
+from its kept state.  Values of neighbouring steps are loaded again rather than moved between threads, and
+h_{t-1} is scanned itself: h_t - x_t would cancel where the decay is strong.
 
 Gradients of B and C are sums over channels: every program adds those of its own channels, one group after
-the other, to a part that is its own, and the parts are summed at the end.  So no atomics: equal
-runs give equal bits.
+the other, to its own part, and the parts are summed at the end.  No atomics are used, so equal runs give
+equal bits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _TILE = 1024  # elements of a (T, D, N) tile; a thread of four warps holds 8 of 
 
 
 def forward(u, dt, A, B, C, D, z, delta_bias, delta_softplus, reverse):
-    """y like u, and the states at the chunk starts."""
+    """Compute y, like u, and the states at the chunk starts."""
     y, starts = torch.empty_like(u), empty_states(u, A)
     tile = _tile(u, A)
     grid = (u.shape[0], triton.cdiv(u.shape[1], tile["BD"]))
@@ -42,7 +42,7 @@ def forward(u, dt, A, B, C, D, z, delta_bias, delta_softplus, reverse):
 
 
 def backward(grad, u, dt, A, B, C, D, z, delta_bias, starts, delta_softplus, reverse, trained):
-    """Gradients of the eight tensors, of no elements where absent or (A, D, delta_bias) not `trained`."""
+    """Gradients of the eight tensors, without elements if absent or (A, D, delta_bias) not `trained`."""
     du, ddt, dA, dB, dC, dD, dz, dbias = empty_gradients(u, dt, A, B, C, D, z, delta_bias, trained)
     parts = {
         name: u.new_zeros(shape, dtype=compute_type(u)) for name, shape in _part_shapes(u, A, trained).items()
@@ -67,14 +67,14 @@ def backward(grad, u, dt, A, B, C, D, z, delta_bias, starts, delta_softplus, rev
 
 
 def forward_workspace_bytes(u, dt, A, B, C, D, z, delta_bias, delta_softplus, reverse) -> int:
-    """What `forward` takes beside inputs and outputs: nothing."""
+    """Bytes that `forward` allocates besides its outputs: none."""
     return 0
 
 
 def backward_workspace_bytes(
     grad, u, dt, A, B, C, D, z, delta_bias, starts, delta_softplus, reverse, trained
 ) -> int:
-    """Bytes that `backward` takes beside inputs and outputs: the parts, and the sum of one."""
+    """Bytes that `backward` allocates besides its outputs: the parts, and the sum of one."""
     shapes = _part_shapes(u, A, trained)
     sums = [(u.shape[0], A.shape[1], u.shape[2])] + [A.shape] * ("dA" in shapes)
     counts = [math.prod(shape) for shape in shapes.values()] + [max(map(math.prod, sums))]
@@ -83,7 +83,7 @@ def backward_workspace_bytes(
 
 
 def _strided(x: torch.Tensor | None):
-    """A tensor as kernels take it: with its strides."""
+    """A tensor with its strides, as kernels expect it."""
     return None if x is None else (x, *x.stride())
 
 
@@ -101,7 +101,7 @@ def _tile(u: torch.Tensor, A: torch.Tensor) -> dict:
 
 
 def _programs(u: torch.Tensor, A: torch.Tensor) -> int:
-    """Programs per sample in backward: so many that the parts of dB together are not larger than u."""
+    """Programs per sample in backward: as many as keep the parts of dB together no larger than u."""
     groups = triton.cdiv(u.shape[1], _tile(u, A)["BD"])
     return min(groups, max(u.shape[1] // A.shape[1], 1))
 
@@ -133,7 +133,7 @@ def _load(x, sample, lanes, times, mask, TYPE: tl.constexpr):
 
 @triton.jit
 def _delta(dt, bias, sample, d, times, mask, SOFTPLUS: tl.constexpr, TYPE: tl.constexpr):
-    """Δ, zero outside the mask, where the state then stays, and its derivative by dt."""
+    """Δ, zero outside the mask, which keeps the state, and its derivative by dt."""
     delta = _load(dt, sample, d, times, mask, TYPE) + bias[None, :]
     slope = tl.full(delta.shape, 1.0, TYPE)
     if SOFTPLUS:

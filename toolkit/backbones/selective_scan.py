@@ -2,11 +2,11 @@
 
     h_t = exp(Δ_t·A)·h_{t-1} + (Δ_t·u_t)·B_t,   y_t = C_t·h_t + D·u_t      (arXiv 2312.00752, eq. 2 and 4)
 
-Written with stock operators autograd keeps several tensors of (batch, channels, L, states).  Here the states
-at the starts of chunks of ⌈√L⌉ steps are kept, and the backward pass computes the others again, a chunk at
-a time.  `toolkit::selective_scan` and `toolkit::selective_scan_backward` are operators of torch's library,
-so that what counts, plans and repeats operators sees one call each; what they take meanwhile, which cannot
-be seen from outside, is registered with `budget.memory`.
+With stock operators autograd keeps several tensors of (batch, channels, L, states).  Here only the states at
+the starts of chunks of ⌈√L⌉ steps are kept, and the backward pass recomputes the others, a chunk at a time.
+`toolkit::selective_scan` and `toolkit::selective_scan_backward` are operators of torch's library, so that
+counters, planner and tape see one call each; their FLOPs and their workspace, which cannot be seen from
+outside, are registered with `budget`.
 
 Two forms compute them, with the same results and kept states: `scan_torch`, on any device, and
 `scan_triton`, on CUDA.  `mamba_ssm` is not used: it keeps other states, cannot run from the end to the start,
@@ -40,15 +40,15 @@ def selective_scan(
     delta_softplus: bool = True,
     reverse: bool = False,
 ) -> torch.Tensor:
-    """Outputs y (batch, channels, L) of the scan of `u`, in `u`'s type; once differentiable.
+    """Compute y (batch, channels, L), the scan of `u`, in `u`'s type; once differentiable.
 
     u, dt, z (batch, channels, L); A (channels, states), negative; B, C (batch, states, L); D, delta_bias
     (channels,).  Δ = softplus(dt + delta_bias), or dt + delta_bias without `delta_softplus`.  With D the
-    output has D·u added, with z it is then multiplied by silu(z).  `reverse` runs from the last step to
-    the first: as if all that depends on time, y too, were flipped.
+    output has D·u added, with z it is then multiplied by silu(z).  `reverse` runs from the last step to the
+    first, as if all tensors over time, y included, were flipped.
 
-    Computed in float32 whatever the types and autocast say (float64 if `u` is).  Raises `InputError` for
-    shapes that do not fit.
+    Computed in float32 regardless of types and autocast (float64 if `u` is).  Raises `InputError` for shapes
+    that do not fit.
     """
     _check_shapes(u, dt, A, B, C, D, z, delta_bias)
     return _forward_operator(u, dt, A, B, C, D, z, delta_bias, delta_softplus, reverse)[0]
@@ -113,9 +113,9 @@ def _backward_operator(
     states: torch.Tensor,
     delta_softplus: bool,
     reverse: bool,
-    trained: list[bool],  # whether gradients of A, D and delta_bias are wanted
+    trained: list[bool],  # whether A, D and delta_bias need gradients
 ) -> list[torch.Tensor]:
-    """Gradients of the eight tensors; empty ones where there is nothing to give."""
+    """Gradients of the eight tensors; empty for absent or untrained ones."""
     form = _form(u.device)
     return list(
         form.backward(grad, u, dt, A, B, C, D, z, delta_bias, states, delta_softplus, reverse, trained)
@@ -130,7 +130,7 @@ def _(grad, u, dt, A, B, C, D, z, delta_bias, states, delta_softplus, reverse, t
 def _keep(ctx, inputs, output) -> None:
     *tensors, ctx.delta_softplus, ctx.reverse = inputs
     ctx.save_for_backward(*tensors, output[1])
-    ctx.set_materialize_grads(False)  # the states' gradient, which nobody asks for, is not made of zeros
+    ctx.set_materialize_grads(False)  # no zeros for the gradient of the states, which nobody uses
 
 
 def _differentiate(ctx, grad, _):
@@ -145,10 +145,7 @@ _forward_operator.register_autograd(_differentiate, setup_context=_keep)
 
 
 def forward_workspace_bytes(u, dt, A, B, C, D, z, delta_bias, delta_softplus, reverse) -> int:
-    """Bytes that `toolkit::selective_scan` takes beside its inputs and outputs; takes its arguments.
-
-    Tensors may be fake.  The back end is that of `u`'s device.
-    """
+    """Bytes that `toolkit::selective_scan` allocates besides its outputs; tensors may be fake."""
     form = _form(u.device)
     return form.forward_workspace_bytes(u, dt, A, B, C, D, z, delta_bias, delta_softplus, reverse)
 
@@ -156,10 +153,7 @@ def forward_workspace_bytes(u, dt, A, B, C, D, z, delta_bias, delta_softplus, re
 def backward_workspace_bytes(
     grad, u, dt, A, B, C, D, z, delta_bias, states, delta_softplus, reverse, trained
 ) -> int:
-    """Bytes that `toolkit::selective_scan_backward` takes beside its inputs and outputs; takes its arguments.
-
-    Tensors may be fake.  The back end is that of `u`'s device.
-    """
+    """As `forward_workspace_bytes`, of `toolkit::selective_scan_backward`."""
     return _form(u.device).backward_workspace_bytes(
         grad, u, dt, A, B, C, D, z, delta_bias, states, delta_softplus, reverse, trained
     )
@@ -172,10 +166,9 @@ register_workspace(torch.ops.toolkit.selective_scan_backward.default, backward_w
 def selective_scan_flops(batch: int, channels: int, length: int, states: int) -> tuple[int, int]:
     """Forward and backward pass of h ← exp(Δ·A)·h + (Δ·u)·B, y = C·h + D·u (arXiv 2312.00752, eq. 2).
 
-    Per channel, time step and state: Δ·A, (Δ·u)·B, the multiply-add of h and that of y; beside them
-    Δ·u and the multiply-add of D·u.  Backward: the gradients of C, h (two), B and Δ·u, a multiply-add
-    each (10), of exp(Δ·A) (1), and through it of Δ and A (4).  exp is not counted, nor are states that
-    a kernel computes again.
+    Per channel, time step and state: Δ·A, (Δ·u)·B, the multiply-add of h and that of y; per channel and time
+    step Δ·u and the multiply-add of D·u.  Backward: the gradients of C, h (two), B and Δ·u, a multiply-add
+    each (10), of exp(Δ·A) (1), and through it of Δ and A (4).  exp and recomputed states are not counted.
     """
     steps = batch * channels * length
     return steps * (6 * states + 3), steps * (15 * states + 7)
@@ -205,14 +198,13 @@ _PROBED = (
 
 @functools.cache
 def backend(device: torch.device) -> str:
-    """What computes scans on `device`, "torch" or "triton"; said aloud once per device.
+    """The form that computes scans on `device`, "torch" or "triton"; printed once per device.
 
-    Triton runs on CUDA devices on which a small scan and its gradients come out right, plain torch on all
-    others.
+    Triton runs on CUDA devices where a small scan and its gradients come out right; plain torch elsewhere.
     """
     fault = None
     if device.type == "cuda":
-        with _disable_current_modes():  # the probe is real, and nobody's to count
+        with _disable_current_modes():  # the probe runs for real, uncounted
             fault = _triton_fault(device)
     name = "triton" if device.type == "cuda" and fault is None else "torch"
     reason = f"; Triton, which is faster, does not work here: {fault}" if fault else ""
@@ -229,7 +221,7 @@ def _triton_fault(device: torch.device) -> str | None:
     try:
         form = importlib.import_module("toolkit.backbones.scan_triton")
         results = [_probe(form, device), _probe(scan_torch, device)]
-    except Exception as error:  # of any kind: imports, compilers, drivers
+    except Exception as error:  # imports, compilers and drivers raise anything
         return " ".join(f"{type(error).__name__}: {error}".split())[:200]
     wrong = [
         name

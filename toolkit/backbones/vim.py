@@ -1,11 +1,11 @@
 """Vision Mamba, "Vim" (Zhu et al. 2024, arXiv 2401.09417): a sequence of patches read in both directions.
 
-Written from the paper and the published checkpoint's names and shapes, so that no CUDA extension is
-needed and every projection is called as a module: adapters, 4-bit layers and hooks see it.  (The
-official code hands the bare weights to a fused kernel, under which LoRA layers get no gradient.)
+Written from the paper and the published checkpoint's names and shapes, so that no CUDA extension is needed
+and every projection is called as a module: adapters, 4-bit layers and hooks see it.  (The official code
+passes bare weights to a fused kernel, under which LoRA layers get no gradient.)
 
-The residual stream is one tensor, x + drop_path(mixer(norm(x))); the official pair (hidden, residual)
-has the same sum.
+The residual stream is one tensor, x + drop_path(mixer(norm(x))); the official pair (hidden, residual) has the
+same sum.
 
 Shapes: B images, L = M + 1 tokens (M patches and the class token), D channels, E = 2D inner channels,
 N states per channel, R = D/16 rank of the step size.
@@ -37,7 +37,7 @@ VIM_SMALL = Checkpoint(
 def vim_small(num_classes: int, pretrained: bool = False, **sizes) -> VisionMamba:
     """Vim-Small with the class token in the middle; 25,796,584 parameters with 1000 classes.
 
-    `sizes` replace arguments of `VisionMamba`, for small instances with random weights.
+    `sizes` replace arguments of `VisionMamba`, to build small instances with random weights.
     """
     sizes = {"img_size": 224, "patch_size": 16, "embed_dim": 384, "depth": 24, "d_state": 16} | sizes
     model = VisionMamba(num_classes=num_classes, **sizes)
@@ -50,8 +50,8 @@ def vim_small(num_classes: int, pretrained: bool = False, **sizes) -> VisionMamb
 def load_vim_weights(model: VisionMamba, path: Path, sha256: str | None = None) -> None:
     """Fill everything but the head from the checkpoint file `path`.
 
-    The position embedding is resampled to the model's grid of patches.  Raises `InputError` for a file
-    of another digest, an unreadable one, and one that does not fit.
+    The position embedding is resampled to the model's grid of patches.  Raises `InputError` for a file with
+    another digest, an unreadable one, and one that does not fit.
     """
     weights = read_weights(path, sha256)
     if "pos_embed" in weights:
@@ -60,10 +60,10 @@ def load_vim_weights(model: VisionMamba, path: Path, sha256: str | None = None) 
 
 
 def resize_position_embedding(embedding: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """(1, M + 1, D) for a square grid of M patches -> (1, h·w + 1, D) for `grid` = (h, w), bicubic.
+    """Resample (1, M + 1, D) for a square grid of M patches to (1, h·w + 1, D) for `grid` = (h, w), bicubic.
 
-    The class token's embedding stands in the middle, at M//2, of both.  What is of no square grid is
-    returned as it is.
+    The class token's embedding is in the middle of both, at M//2.  Embeddings of other grids are returned
+    unchanged.
     """
     patches = embedding.shape[1] - 1
     if patches == math.prod(grid) or math.isqrt(patches) ** 2 != patches:
@@ -74,17 +74,52 @@ def resize_position_embedding(embedding: torch.Tensor, grid: tuple[int, int]) ->
     return torch.cat([resized[:, :middle], token, resized[:, middle:]], dim=1)
 
 
-class VisionMamba(nn.Module):
+def image_config(size: tuple[int, int], crop_pct: float) -> dict:
+    """timm's `pretrained_cfg` of a model trained on ImageNet images of `size`, height and width."""
+    return {
+        "input_size": (3, *size),
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "interpolation": "bicubic",
+        "crop_pct": crop_pct,
+    }
+
+
+class ScanClassifier(nn.Module):
+    """timm's interface of a classifier; subclasses define `forward_features` and `forward_head`."""
+
+    num_features: int
+    undecayed = ("A_log", "A_b_log", "D", "D_b", "pos_embed", "cls_token")  # ends of parameter names
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the head by a new, random one."""
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes, device=next(self.parameters()).device)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters to which weight decay does not apply."""
+        return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in self.undecayed}
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self.forward_features(images))
+
+
+class VisionMamba(ScanClassifier):
     """Images (B, 3, `img_size`, `img_size`) -> logits (B, `num_classes`), with timm's interface.
 
-    `embed_dim` is D, `d_state` N, `depth` the number of blocks; `drop_path_rate` is the last block's, the
-    others' rise to it linearly.  No MLP, no attention.
+    `embed_dim` is D, `d_state` N, `depth` the number of blocks.  `drop_path_rate` is the last block's; rates
+    rise to it linearly.  There is no MLP and no attention.
     """
 
-    # What low-rank methods adapt, as a full match on module names: the projections (MambaPEFT, arXiv
-    # 2411.03855).  dt_proj's rank is that of an adapter already.
+    # Full match on the names of modules that low-rank methods adapt: the projections (MambaPEFT, arXiv
+    # 2411.03855).  dt_proj has the rank of an adapter already.
     lora_targets = r"layers\.\d+\.mixer\.(in_proj|out_proj|x_proj|x_proj_b)"
-    # What QLoRA stores in 4 bit: 82 % of the parameters.  x_proj makes the step size, which enters an exp.
+    # Those that QLoRA stores in 4 bit: 82 % of the parameters.  x_proj makes the step size, inside an exp.
     four_bit_targets = r"layers\.\d+\.mixer\.(in_proj|out_proj)"
 
     def __init__(
@@ -110,28 +145,7 @@ class VisionMamba(nn.Module):
         self.layers = nn.ModuleList(VimBlock(embed_dim, d_state, rate) for rate in rates)
         self.norm_f = nn.RMSNorm(embed_dim, eps=1e-5)
         self.reset_classifier(num_classes)
-        self.pretrained_cfg = {
-            "input_size": (3, *self.patch_embed.img_size),
-            "mean": IMAGENET_DEFAULT_MEAN,
-            "std": IMAGENET_DEFAULT_STD,
-            "interpolation": "bicubic",
-            "crop_pct": 0.875,
-        }
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the head by a new and random one."""
-        self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes, device=self.norm_f.weight.device)
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters to which weight decay does not apply."""
-        kinds = {"A_log", "A_b_log", "D", "D_b", "pos_embed", "cls_token"}
-        return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in kinds}
+        self.pretrained_cfg = image_config(self.patch_embed.img_size, crop_pct=0.875)
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
         """Normed tokens (B, L, D) of images (B, 3, H, W); the class token is number `middle`."""
@@ -145,9 +159,6 @@ class VisionMamba(nn.Module):
 
     def forward_head(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.head(tokens[:, self.middle])
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.forward_head(self.forward_features(images))
 
 
 class VimBlock(nn.Module):
@@ -166,7 +177,7 @@ class VimBlock(nn.Module):
 class BidirectionalMamba(nn.Module):
     """Vim's mixer (algorithm 1): the mean of two Mamba mixers, one of which reads from the end.
 
-    They share in_proj and out_proj; of all else each has its own, the second's named with `_b`.
+    They share in_proj and out_proj and nothing else; the second's parts are named with `_b`.
     Tokens (B, L, D) -> (B, L, D).
     """
 
@@ -203,7 +214,7 @@ class BidirectionalMamba(nn.Module):
 class CausalConv1d(nn.Conv1d):
     """Depthwise convolution of (B, E, L) whose output t sees inputs t-k+1 to t.
 
-    `reverse`: t to t+k-1, as if the sequence were flipped before and after; no copy is flipped.
+    `reverse`: inputs t to t+k-1, as if the sequence were flipped before and after, without such copies.
     """
 
     def __init__(self, channels: int, kernel_size: int, reverse: bool):
@@ -220,7 +231,7 @@ class CausalConv1d(nn.Conv1d):
 def selection(
     u: torch.Tensor, x_proj: nn.Module, dt_proj: nn.Module, A: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dt, A, B, C) of a scan of `u` (B, E, L): the selection of arXiv 2312.00752, algorithm 2.
+    """Compute (dt, A, B, C) of a scan of `u` (B, E, L): the selection of arXiv 2312.00752, algorithm 2.
 
     dt (B, E, L) is before the softplus; B and C are (B, N, L).
     """
@@ -231,12 +242,12 @@ def selection(
 
 
 def initial_A_log(channels: int, states: int) -> torch.Tensor:
-    """(channels, states): A starts as -1, -2, ..., -N in every channel (S4D-Real, arXiv 2312.00752, 3.6)."""
+    """Log of -A, (channels, states): A starts as -1, ..., -N in every channel (S4D-Real, ibid., sec. 3.6)."""
     return torch.arange(1, states + 1, dtype=torch.float32).log().repeat(channels, 1)
 
 
 def step_size_projection(rank: int, channels: int) -> nn.Linear:
-    """R -> E, with a bias whose softplus is log-uniform in [1e-3, 1e-1] (arXiv 2312.00752, section 3.6)."""
+    """A layer R -> E with a bias whose softplus is log-uniform in [1e-3, 1e-1] (ibid., sec. 3.6)."""
     projection = nn.Linear(rank, channels)
     nn.init.uniform_(projection.weight, -(rank**-0.5), rank**-0.5)
     step = torch.exp(torch.empty(channels).uniform_(math.log(1e-3), math.log(1e-1)))
