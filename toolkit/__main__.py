@@ -19,7 +19,7 @@ from toolkit.analysis.recommend import write_ranking
 from toolkit.analysis.report import write_report
 from toolkit.analysis.statistics import compare
 from toolkit.baselines.experiment import BaselineExperiment
-from toolkit.baselines.need import need_table
+from toolkit.baselines.memory_estimate import estimate_table
 from toolkit.batch.dry_run import dry_run, summary
 from toolkit.batch.sweep import DEFAULT_COMPARISON, execute_notebook, grid, run_experiments
 from toolkit.batch.sweep_file import check_count, preset, read_sweep
@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     values = {name: options[name] for name in both if name in options}
     try:
         if options["command"] == "baselines":
-            print(need_table(options["budget"]).round(2).to_string(index=False))
+            print(estimate_table(options["budget"]).round(2).to_string(index=False))
             return 0
         if options["command"] == "plan":
             print(_plan(Experiment(**values), options["num_classes"]))

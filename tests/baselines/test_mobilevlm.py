@@ -22,13 +22,13 @@ from tiny_models import tiny_mobilevlm
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
+from toolkit.baselines import generative
 from toolkit.baselines.mobilevlm import (
     PROJECTORS,
     MobileVLM,
     convert_config,
     convert_state_dict,
     load_mobilevlm,
-    prompt,
 )
 from toolkit.errors import InputError
 from toolkit.methods.low_rank import quantise
@@ -38,6 +38,7 @@ TEXTS = ["maple tree", "can", "candle", "What type of object is in this photo?"]
 QUESTION = TEXTS[-1]
 TOWER = "model.vision_tower.vision_tower.vision_model."
 PROJECTOR = "model.multi_modal_projector."
+prompt = generative.KINDS["mobilevlm"].prompt.format
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from toolkit.baselines.generative import KINDS
 from toolkit.errors import check_name
 
 _PROJECTOR_TYPES = {"mobilevlm": "ldpnet", "mobilevlm_v2": "ldpnetv2"}
@@ -41,11 +42,9 @@ def tiny_mobilevlm(kind: str, folder: Path, texts: Iterable[str]) -> Path:
         LlamaForCausalLM,
     )
 
-    from toolkit.baselines.mobilevlm import prompt
-
     check_name("kind of MobileVLM", kind, _PROJECTOR_TYPES)
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = _write_tokenizer(folder / "tokenizer.model", [*texts, prompt("")])
+    vocabulary = _write_tokenizer(folder / "tokenizer.model", [*texts, KINDS[kind].prompt.format("")])
     text = {
         "vocab_size": vocabulary,
         "hidden_size": _WIDTH,

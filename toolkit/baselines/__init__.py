@@ -5,21 +5,20 @@
 
 from toolkit.baselines.evaluate import evaluate_baseline, prepare, test
 from toolkit.baselines.experiment import BaselineExperiment
-from toolkit.baselines.need import FORMS, Need, need_table
+from toolkit.baselines.memory_estimate import MemoryEstimate, estimate_table
 from toolkit.baselines.prepared import Prepared
 from toolkit.baselines.record import record_of
 from toolkit.baselines.registry import BASELINES, PROTOCOLS, Baseline
 
 __all__ = [
     "BASELINES",
-    "FORMS",
     "PROTOCOLS",
     "Baseline",
     "BaselineExperiment",
-    "Need",
+    "MemoryEstimate",
     "Prepared",
+    "estimate_table",
     "evaluate_baseline",
-    "need_table",
     "prepare",
     "record_of",
     "test",

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms.v2 import functional as pictures
 
-from toolkit.baselines import contrastive, features, generative, need, probes, prompts
+from toolkit.baselines import contrastive, features, generative, memory_estimate, probes, prompts
 from toolkit.baselines.experiment import BaselineExperiment
 from toolkit.baselines.matching import GenerationClassifier
 from toolkit.baselines.prepared import Prepared
@@ -84,14 +84,14 @@ def form_and_batch(
         return first if auto else experiment.form, experiment.batch_size, None
     sizes = {"classes": len(classes), "image_size": experiment.image_size}
     if baseline_named(experiment.baseline).family == "generative":
-        sizes["class_tokens"] = sum(map(need.estimated_tokens, classes))
+        sizes["class_tokens"] = sum(map(memory_estimate.estimated_tokens, classes))
     name, budget, form = experiment.baseline, experiment.budget_bytes, experiment.form
     if auto:
-        form = need.first_form_that_fits(name, budget, experiment.device, **sizes)
+        form = memory_estimate.first_form_that_fits(name, budget, experiment.device, **sizes)
         if form == "nf4_pruned" and experiment.protocol == "generate":
             form = "nf4"  # answers need every token; the next line says what that takes
-    batch = need.largest_batch(name, form, budget, experiment.batch_size, **sizes)
-    return form, batch, need.need(name, form, batch_size=batch, **sizes).total_bytes
+    batch = memory_estimate.largest_batch(name, form, budget, experiment.batch_size, **sizes)
+    return form, batch, memory_estimate.estimate(name, form, batch_size=batch, **sizes).total_bytes
 
 
 def prepare(experiment: BaselineExperiment, splits: Splits, meter: Meter | None = None) -> Prepared:

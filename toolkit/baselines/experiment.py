@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from toolkit.baselines.need import FORMS
-from toolkit.baselines.registry import baseline_named
+from toolkit.baselines.registry import FORMS, baseline_named
 from toolkit.budget import format_bytes
 from toolkit.datasets import task_of
 from toolkit.errors import InputError, check_name

@@ -1,8 +1,8 @@
-"""Generative vision-language models behind one face: prompt in, states and logits out.
+"""Generative vision-language models behind one interface: prompt in, states and logits out.
 
-What differs between them is here: how a question is put, where an answer begins and ends, from which number
-positions are counted.  What is done with them is elsewhere: likelihoods of class names in `trie`, free
-answers in `matching`.
+The differences between them are here: how a question is put, where an answer begins and ends, from which
+number positions are counted.  The uses are elsewhere: likelihoods of class names in `trie`, free answers in
+`matching`.
 """
 
 from __future__ import annotations
@@ -23,18 +23,41 @@ from toolkit.methods.low_rank import BLOCK_SIZES, quantise
 
 @dataclass(frozen=True)
 class Kind:
-    """What a family of models agrees on."""
+    """The conventions of a family of models."""
 
     architecture: tuple[str, str]  # `model_type` of the whole configuration and of its text part
     style: str  # of the prompt: chat | paligemma | mobilevlm
+    # Asks the question `{}` about the image.  Chats have a template in their processor, in about these words.
+    prompt: str
     terminator: str  # the token that ends an answer
     space: str  # between prompt and answer
+    start: str = ""  # text that the processor puts in the place of the image's tokens
     first_position: int = 0
 
 
-_CHAT = {"style": "chat", "terminator": "<end_of_utterance>", "space": " "}
-_GEMMA = {"style": "paligemma", "terminator": "<eos>", "space": "", "first_position": 1}
-_VICUNA = {"style": "mobilevlm", "terminator": "</s>", "space": " "}
+_CHAT = {
+    "style": "chat",
+    "prompt": "<|im_start|>User:<image>{}<end_of_utterance>\nAssistant:",
+    "terminator": "<end_of_utterance>",
+    "space": " ",
+}
+_GEMMA = {
+    "style": "paligemma",
+    "prompt": "<image>answer en {}",
+    "terminator": "<eos>",
+    "space": "",
+    "start": "<bos>",
+    "first_position": 1,
+}
+_VICUNA = {
+    "style": "mobilevlm",
+    # The conversation of the models' training, asking for a short answer.
+    "prompt": "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions. "
+    "USER: <image>\n{}\nAnswer the question using a single word or phrase. ASSISTANT:",
+    "terminator": "</s>",
+    "space": " ",
+}
 KINDS = {
     "idefics3": Kind(("idefics3", "llama"), **_CHAT),
     "smolvlm": Kind(("smolvlm", "llama"), **_CHAT),
@@ -43,6 +66,12 @@ KINDS = {
     "mobilevlm": Kind(("mobilevlm", "llama"), **_VICUNA),
     "mobilevlm_v2": Kind(("mobilevlm", "llama"), **_VICUNA),
 }
+
+
+def prompt_text(kind: str, question: str) -> str:
+    """The prompt of `kind` without the image, for an estimate of its length."""
+    conventions = KINDS[kind]
+    return conventions.prompt.format(question).replace("<image>", conventions.start)
 
 
 def load(
@@ -54,20 +83,21 @@ def load(
     four_bit: bool = False,
     revision: str | None = None,
 ) -> VisionLanguageModel:
-    """The model of a local folder or a hub repository, with weights in `dtype`, frozen, on `device`.
+    """Load the model of a local folder or a hub repository: weights in `dtype`, frozen, on `device`.
 
-    `kind`: one of `KINDS`.  With `four_bit` the linear layers but the last are packed as NF4 before they
+    `kind`: one of `KINDS`.  With `four_bit` the linear layers except the last are packed as NF4 before they
     reach the device; embeddings, norms and arithmetic stay in `dtype`.  `revision`: a commit, branch or tag
     of the repository.
 
-    Raises `InputError` where the repository asks for consent, does not exist, has no such revision or
-    cannot be reached, or where its model is not of this kind.
+    Raises `InputError` if the repository asks for consent, does not exist, has no such revision or cannot be
+    reached, or if its model is not of this kind.
     """
     check_name("kind of vision-language model", kind, KINDS)
     source = str(source)
     _reach(source, revision)
     try:
         if KINDS[kind].style == "mobilevlm":
+            # Here, because it imports transformers, which takes seconds.
             from toolkit.baselines.mobilevlm import load_mobilevlm
 
             model, processor = load_mobilevlm(source, dtype=dtype, revision=revision)
@@ -92,7 +122,7 @@ def load(
 
 
 def _reach(source: str, revision: str | None) -> None:
-    """Ask the hub for the smallest file, so that what hinders the rest is known, by type, at once."""
+    """Fetch the smallest file from the hub, so that a problem is known at once, by its type."""
     if not Path(source).is_dir():
         with hub.reading(source, revision):
             huggingface_hub.hf_hub_download(source, "config.json", revision=revision)
@@ -113,13 +143,13 @@ def _from_pretrained(source: str, kind: str, dtype: torch.dtype, revision: str |
     processor = transformers.AutoProcessor.from_pretrained(source, **options)
     images = processor.image_processor
     if hasattr(images, "max_image_size"):
-        # SmolVLM's, of one tile: otherwise even a thumbnail is enlarged and cut into 17, each a pass of the
-        # vision tower.
+        # SmolVLM's, with one tile: otherwise even a thumbnail is enlarged and cut into 17 tiles, each a pass
+        # of the vision tower.
         images.size = images.max_image_size
     model, loading = transformers.AutoModelForImageTextToText.from_pretrained(
         source, **options, dtype=dtype, output_loading_info=True
     )
-    if loading["missing_keys"]:  # which would stay random
+    if loading["missing_keys"]:  # these weights would stay random
         raise InputError(
             f"the weights in {source} lack {sorted(loading['missing_keys'])[0]}; download them again."
         )
@@ -127,8 +157,11 @@ def _from_pretrained(source: str, kind: str, dtype: torch.dtype, revision: str |
 
 
 def packed_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers to pack, by name: all but the last, whose rows are tokens rather than features, and
-    those that no block size divides, as bitsandbytes unpacks these wrongly on the CPU."""
+    """The linear layers to pack, by name.
+
+    Not the last one, whose rows are tokens rather than features, nor those that no block size divides:
+    bitsandbytes unpacks these wrongly on the CPU.
+    """
     return {
         name: module
         for name, module in model.named_modules()
@@ -139,9 +172,9 @@ def packed_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 class VisionLanguageModel(nn.Module):
-    """A model of transformers with its processor, and what its kind agrees on.
+    """A model of transformers with its processor and the conventions of its kind.
 
-    `first_position`: number of the first position.  `terminator`: id of the token that ends an answer.
+    `terminator`: id of the token that ends an answer.
     """
 
     def __init__(self, model: nn.Module, processor, kind: str):
@@ -149,7 +182,7 @@ class VisionLanguageModel(nn.Module):
         self.model, self.processor, self.conventions = model, processor, KINDS[kind]
         self.first_position = self.conventions.first_position
         self.terminator = processor.tokenizer.convert_tokens_to_ids(self.conventions.terminator)
-        self.register_buffer("row_of_token", None)  # (vocabulary,) once it is pruned; -1: gone
+        self.register_buffer("row_of_token", None)  # (vocabulary,) once it is pruned; -1: removed
 
     @property
     def device(self) -> torch.device:
@@ -157,7 +190,7 @@ class VisionLanguageModel(nn.Module):
 
     @property
     def pruned(self) -> bool:
-        """Whether `prune_vocabulary` took tokens away."""
+        """Whether `prune_vocabulary` removed tokens."""
         return self.row_of_token is not None
 
     @property
@@ -167,12 +200,8 @@ class VisionLanguageModel(nn.Module):
 
     def prompt(self, question: str) -> str:
         """The text for the processor, with `<image>` where the image goes."""
-        if self.conventions.style == "paligemma":
-            return f"<image>answer en {question}"
-        if self.conventions.style == "mobilevlm":
-            from toolkit.baselines import mobilevlm
-
-            return mobilevlm.prompt(question)
+        if self.conventions.style != "chat":
+            return self.conventions.prompt.format(question)
         content = [{"type": "image"}, {"type": "text", "text": question}]
         messages = [{"role": "user", "content": content}]
         return self.processor.apply_chat_template(messages, add_generation_prompt=True)
@@ -183,7 +212,7 @@ class VisionLanguageModel(nn.Module):
         All tensors have a leading batch dimension; `input_ids` (B, prefix) are the same for all images.
         """
         text = [self.prompt(question)] * len(images)
-        if self.conventions.style == "chat":  # where a message can have several
+        if self.conventions.style == "chat":  # a message can have several images
             images = [[image] for image in images]
         inputs = self.processor(images=images, text=text, return_tensors="pt")
         inputs.pop("labels", None)  # PaliGemma's processor prepares for training
@@ -197,8 +226,8 @@ class VisionLanguageModel(nn.Module):
     def candidates(self, question: str, names: list[str]) -> list[list[int]]:
         """Token ids of each name as the answer to `question`, terminator included.
 
-        Raises `InputError` for no names, for a name without text, for two that are the same tokens, and
-        for one that the tokenizer merges with the end of the prompt, so that it does not follow it.
+        Raises `InputError` if there are no names, for a name without text, for two that are the same tokens,
+        and for one that the tokenizer merges with the end of the prompt.
         """
         if not names:
             raise InputError("there are no class names to choose among; give at least one.")
@@ -227,14 +256,14 @@ class VisionLanguageModel(nn.Module):
         return [list(ids) for ids in candidates]
 
     def used_tokens(self, question: str, names: list[str]) -> list[int]:
-        """Ids of all tokens that scoring these names needs, for `prune_vocabulary`."""
+        """Ids of all tokens that are needed to score these names, for `prune_vocabulary`."""
         prompt = self.null_inputs(question)["input_ids"].flatten().tolist()
         return sorted({*prompt, *(token for ids in self.candidates(question, names) for token in ids)})
 
     def _tail(self, question: str) -> str:
-        """The prompt after the image, where special tokens part it from what comes before."""
+        """The prompt after the image; special tokens separate it from the part before."""
         tail = self.prompt(question).rpartition("<image>")[2]
-        if self.conventions.style == "paligemma":  # what its processor adds
+        if self.conventions.style == "paligemma":  # added by its processor
             return f"{self.processor.tokenizer.bos_token}{tail}\n"
         return tail
 
@@ -242,12 +271,12 @@ class VisionLanguageModel(nn.Module):
         return self.processor.tokenizer.encode(text, add_special_tokens=False)
 
     def rows(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Rows of embedding and logits that stand for these token ids."""
+        """Rows of embedding and logits for these token ids."""
         return self.row_of_token[tokens.to(self.row_of_token.device)] if self.pruned else tokens
 
     def cast(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What the model takes: images in its type, tokens as rows."""
-        dtype = self.model.get_input_embeddings().weight.dtype  # which is never packed
+        """The model's arguments: images in its type, tokens as rows."""
+        dtype = self.model.get_input_embeddings().weight.dtype  # this weight is never packed
         cast = {
             name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()
         }
@@ -258,30 +287,35 @@ class VisionLanguageModel(nn.Module):
         return self.model.model(**self.cast(inputs), use_cache=True, **options)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., vocabulary) of the states `hidden` (..., width), in the model's type."""
-        return self._capped(self.model.get_output_embeddings()(hidden))
+        """Logits (..., vocabulary) of the states `hidden` (..., width), in the model's type."""
+        return capped(self.model.get_output_embeddings()(hidden), self._cap)
 
     def logits_of(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """float32 (B, n) of one token each (n,) after the states `hidden` (B, n, width).
+        """Logits float32 (B, n) of one token each (n,) after the states `hidden` (B, n, width).
 
-        In bfloat16 logits of 8 to 16 are 1/16 apart, which makes classes alike.
+        In bfloat16, logits between 8 and 16 are 1/16 apart, and classes would tie.
         """
         rows = self.model.get_output_embeddings().weight[self.rows(tokens).to(hidden.device)]
-        return self._capped((hidden.float() * rows.float()).sum(-1))
+        return capped((hidden.float() * rows.float()).sum(-1), self._cap)
 
-    def _capped(self, logits: torch.Tensor) -> torch.Tensor:
-        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
-        return logits if cap is None else cap * torch.tanh(logits / cap)  # Gemma 2
+    @property
+    def _cap(self) -> float | None:
+        return getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+
+
+def capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """`logits` bent to lie within ±`cap`, as Gemma 2 does; None: unchanged."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def prune_vocabulary(vlm: VisionLanguageModel, tokens: Iterable[int]) -> None:
     """Keep, in place, only these tokens' rows of embedding and logits (see `vlm.used_tokens`).
 
-    Of PaliGemma's 2.3 GB in four bits the embedding is 1.05 GB.  `vlm` goes on taking the tokenizer's ids.
-    Probabilities over the vocabulary are gone; those among siblings in a trie are exact.  On a device with
-    little memory, prune before moving to it.
+    The embedding takes 1.05 of PaliGemma's 2.3 GB in four bits.  `vlm` still takes the tokenizer's ids.
+    Probabilities over the vocabulary are lost; those among siblings in a trie are exact.  Prune before moving
+    the model to a device with little memory.
 
-    Raises `InputError` if it was done already.
+    Raises `InputError` if the vocabulary is pruned already.
     """
     if vlm.pruned:
         raise InputError("the vocabulary is pruned already; load the model again.")

@@ -301,18 +301,6 @@ def _square(image: Image.Image) -> Image.Image:
     return square
 
 
-def prompt(question: str) -> str:
-    """The conversation in which the models were trained, asking for a short answer.
-
-    An answer is tokenised as a text of its own, which puts the space before its first word.
-    """
-    return (
-        "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
-        "helpful, detailed, and polite answers to the user's questions. "
-        f"USER: <image>\n{question}\nAnswer the question using a single word or phrase. ASSISTANT:"
-    )
-
-
 def load_mobilevlm(
     source: str | Path, *, dtype: torch.dtype, revision: str | None = None
 ) -> tuple[MobileVLM, MobileVLMProcessor]:

@@ -13,6 +13,11 @@ PROTOCOLS = {
     "generative": ("likelihood", "generate"),
 }
 
+# How weights are held.  nf4: linear layers in four bits, the rest and all arithmetic in bf16; pruned: of
+# embedding and logits only the rows that prompt and class names use.
+FOUR_BIT_FORMS = ("nf4", "nf4_pruned")
+FORMS = ("fp32", "bf16", "fp16", *FOUR_BIT_FORMS)
+
 
 @dataclass(frozen=True)
 class Baseline:

@@ -19,14 +19,14 @@ from toolkit import InputError
 from toolkit.baselines.architectures import architecture
 from toolkit.baselines.contrastive import PROMPTS_AT_ONCE
 from toolkit.baselines.generative import load, packed_layers, prune_vocabulary
-from toolkit.baselines.need import (
-    contrastive_need,
+from toolkit.baselines.memory_estimate import (
+    contrastive_estimate,
+    estimate,
+    estimate_table,
     first_form_that_fits,
     fits,
-    generative_need,
+    generative_estimate,
     largest_batch,
-    need,
-    need_table,
     nf4_bytes,
     weights_bytes,
 )
@@ -173,7 +173,7 @@ def test_generative_peaks_are_those_of_real_runs(folder, kind, batch_size):
 
     image_id = vlm.model.config.image_token_id
     text_tokens = int((inputs["input_ids"][0] != image_id).sum())
-    predicted = generative_need(on_meta(vlm.model), "fp32", batch_size, text_tokens, len(trie.inner) - 1)
+    predicted = generative_estimate(on_meta(vlm.model), "fp32", batch_size, text_tokens, len(trie.inner) - 1)
     beside = real - predicted.weights_bytes
     assert predicted.total_bytes - predicted.weights_bytes == pytest.approx(beside, rel=0.1)
 
@@ -182,7 +182,7 @@ def test_generative_peaks_are_those_of_real_runs(folder, kind, batch_size):
 def test_contrastive_peaks_are_those_of_real_runs(tmp_path, kind, batch_size):
     folder = tiny_contrastive(tmp_path, NAMES, kind)
     model, _ = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
-    predicted = contrastive_need(copy.deepcopy(model).to("meta"), "fp32", batch_size, classes=10)
+    predicted = contrastive_estimate(copy.deepcopy(model).to("meta"), "fp32", batch_size, classes=10)
 
     images = torch.rand(batch_size, 3, *model.visual.image_size)
     classifying = peak_of(model.visual, [images], lambda: model.visual(images))
@@ -197,7 +197,7 @@ def test_feature_peaks_are_those_of_real_runs(demo_model):
     backbone.reset_classifier(0)
     images = torch.rand(16, 3, 32, 32)
     real = peak_of(backbone, [images], lambda: backbone(images))
-    assert need("demo_vit", "fp32", batch_size=16).total_bytes == pytest.approx(real, rel=0.02)
+    assert estimate("demo_vit", "fp32", batch_size=16).total_bytes == pytest.approx(real, rel=0.02)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ def test_the_smallest_smolvlm_fits_as_it_is():
 
 
 def test_what_does_not_fit_is_refused_with_its_need():
-    smallest = need("smolvlm_256m", "nf4_pruned").total_bytes
+    smallest = estimate("smolvlm_256m", "nf4_pruned").total_bytes
     message = rf"'smolvlm_256m' needs {smallest / 2**20:.1f} MiB .* nf4_pruned .* budget of 47.7 MiB; raise"
     with pytest.raises(InputError, match=message):
         first_form_that_fits("smolvlm_256m", "50MB", "cuda")
@@ -225,9 +225,9 @@ def test_what_does_not_fit_is_refused_with_its_need():
 
 def test_four_bits_are_for_generative_models():
     with pytest.raises(InputError, match="'nf4' is for generative baselines and 'demo_vit' is not"):
-        need("demo_vit", "nf4")
+        estimate("demo_vit", "nf4")
     with pytest.raises(InputError, match="Did you mean 'nf4_pruned'"):
-        need("demo_vit", "nf4_prune")
+        estimate("demo_vit", "nf4_prune")
 
 
 @settings(max_examples=20)
@@ -242,14 +242,14 @@ def test_more_memory_never_means_a_smaller_batch(budgets):
 
 
 def test_sizes_count():
-    assert need("dinov2_s", "bf16", image_size=448).total_bytes > need("dinov2_s", "bf16").total_bytes
-    few = need("smolvlm_256m", "bf16", classes=10)
-    assert few.cache_bytes < need("smolvlm_256m", "bf16").cache_bytes
-    assert few == need("smolvlm_256m", "bf16", class_tokens=20)
+    assert estimate("dinov2_s", "bf16", image_size=448).total_bytes > estimate("dinov2_s", "bf16").total_bytes
+    few = estimate("smolvlm_256m", "bf16", classes=10)
+    assert few.cache_bytes < estimate("smolvlm_256m", "bf16").cache_bytes
+    assert few == estimate("smolvlm_256m", "bf16", class_tokens=20)
 
 
 def test_the_table_has_every_form_and_adds_up():
-    table = need_table("100MB", ["demo_vit", "smolvlm_256m"])
+    table = estimate_table("100MB", ["demo_vit", "smolvlm_256m"])
     assert [*table.form] == ["fp32", "bf16", "fp16", "fp32", "bf16", "fp16", "nf4", "nf4_pruned"]
     np.testing.assert_allclose(table.weights_GB + table.cache_GB + table.activations_GB, table.total_GB)
     assert [*table.fits] == [*(table.total_GB <= 0.1)]

@@ -1,15 +1,13 @@
-"""How much device memory evaluating a baseline takes, told before anything is downloaded.
+"""How much device memory evaluating a baseline takes, before anything is downloaded.
 
-Weights are counted on the architecture (see `architectures`).  The rest is counted too: the passes of an
-evaluation run on fake tensors, which have shapes and storages but no memory and no arithmetic, while
-`TensorMemory` notes the highest moment.  Of a language model two blocks run; the others do the same and
-only add their keys and values.
+Weights are counted on the architecture (see `architectures`); for the rest, the passes of an evaluation run
+on fake tensors, which have shapes and storages but no memory and no arithmetic, while `TensorMemory` records
+the peak.  Of a language model two blocks run; the others do the same and only add their keys and values.
 
 Assumed: fused attention without a matrix of scores where the model allows it (Gemma 2 does not, and is
-counted with the matrix); prompts and class names as long as CLIP's tokenizer makes them, which open_clip
-carries, unless their lengths are given: others differ by some tokens.  Not counted: the features that a
-probe is fitted to, or kNN compares with; what CUDA takes for itself; and what the allocator loses between
-tensors.
+counted with the matrix); prompts and class names as long as CLIP's tokenizer, which comes with open_clip,
+makes them, unless their lengths are given: other tokenizers differ by some tokens.  Not counted: the features
+that a probe is fitted to, or kNN compares with; CUDA's own memory; the allocator's losses between tensors.
 """
 
 from __future__ import annotations
@@ -24,52 +22,40 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from toolkit.backbones import data_config
 from toolkit.baselines.architectures import FEATURES_PX, architecture
 from toolkit.baselines.contrastive import PROMPTS_AT_ONCE
-from toolkit.baselines.generative import packed_layers
+from toolkit.baselines.generative import capped, packed_layers, prompt_text
 from toolkit.baselines.prompts import question
-from toolkit.baselines.registry import BASELINES, baseline_named
+from toolkit.baselines.registry import BASELINES, FORMS, FOUR_BIT_FORMS, baseline_named
 from toolkit.baselines.trie import LOGITS_BYTES
 from toolkit.budget import TensorMemory, format_bytes, parse_bytes, tensors_of
 from toolkit.budget.memory import rounded
+from toolkit.budget.step import on_fake_tensors
 from toolkit.errors import InputError, check_name
 from toolkit.methods.low_rank import BLOCK_SIZES
 
-# How weights are held.  nf4: linear layers in four bits, the rest and all arithmetic in bf16; pruned: of
-# embedding and logits only the rows that prompt and class names use.
-FOUR_BIT_FORMS = ("nf4", "nf4_pruned")
-FORMS = ("fp32", "bf16", "fp16", *FOUR_BIT_FORMS)
 _PREFERENCE = {"cpu": ("fp32", "bf16", *FOUR_BIT_FORMS), "cuda": ("bf16", *FOUR_BIT_FORMS)}
-
 TOKENS_PER_CLASS = 2  # by CLIP's tokenizer the names of DTD have 1.96 on average, those of CIFAR-100 1.19
 _BLOCKS = 2  # Gemma 2 has two kinds of blocks in turn, the others one
 
-# Around the question, in words that are about as many tokens; images come on top.
-_PROMPTS = {
-    **dict.fromkeys(("idefics3", "smolvlm"), "<|im_start|>User:{}<end_of_utterance>\nAssistant:"),
-    **dict.fromkeys(("paligemma", "paligemma2"), "<bos>answer en {}\n"),
-}
-
 
 @dataclass(frozen=True)
-class Need:
-    """Bytes of device memory at the highest moment of an evaluation, by what they are for."""
+class MemoryEstimate:
+    """Peak device memory of an evaluation in bytes, by purpose."""
 
     weights_bytes: int  # parameters, buffers, scales of packed weights; a contrastive model's classifier
     cache_bytes: int  # keys and values of image, prompt and class names
-    activation_bytes: int  # the batch and all else, such as a packed weight that is unpacked to compute
+    activation_bytes: int  # the batch and the rest, such as a packed weight that is unpacked to compute
 
     @property
     def total_bytes(self) -> int:
-        """All of it."""
         return self.weights_bytes + self.cache_bytes + self.activation_bytes
 
 
 @functools.cache
-def need(
+def estimate(
     name: str,
     form: str,
     *,
@@ -78,8 +64,8 @@ def need(
     image_size: int = FEATURES_PX,
     prompt_tokens: int | None = None,
     class_tokens: int | None = None,
-) -> Need:
-    """What evaluating the baseline `name` takes with weights in `form` and `batch_size` images at a time.
+) -> MemoryEstimate:
+    """Memory for evaluating the baseline `name` with weights in `form` and `batch_size` images at a time.
 
     contrastive: the larger of two phases, the text tower that writes the classifier of `classes` columns
     and the image tower that uses it.  features: the backbone on images of `image_size` pixels a side.
@@ -95,42 +81,43 @@ def need(
         raise InputError(
             f"form {form!r} is for generative baselines and {name!r} is not one; use fp32, bf16 or fp16."
         )
-    if form == "fp16":  # takes the same, but not all kernels of the CPU have it
+    if form == "fp16":  # takes the same, but not all CPU kernels have it
         form = "bf16"
     model = architecture(name, image_size)
     if baseline.family == "contrastive":
-        return contrastive_need(model, form, batch_size, classes)
+        return contrastive_estimate(model, form, batch_size, classes)
     if baseline.family == "features":
-        return features_need(model, form, batch_size)
-    text = estimated_tokens(_prompt(baseline.kind)) if prompt_tokens is None else prompt_tokens
+        return features_estimate(model, form, batch_size)
+    if prompt_tokens is None:
+        prompt_tokens = estimated_tokens(prompt_text(baseline.kind, question("digits")))
     nodes = TOKENS_PER_CLASS * classes if class_tokens is None else class_tokens
-    return generative_need(model, form, batch_size, text, nodes)
+    return generative_estimate(model, form, batch_size, prompt_tokens, nodes)
 
 
 def fits(name: str, form: str, budget: int | str, **sizes: int) -> bool:
-    """Whether `need(name, form, **sizes)` is within `budget`, bytes or what `parse_bytes` takes."""
-    return need(name, form, **sizes).total_bytes <= parse_bytes(budget)
+    """Whether `estimate(name, form, **sizes)` is within `budget`, bytes or what `parse_bytes` reads."""
+    return estimate(name, form, **sizes).total_bytes <= parse_bytes(budget)
 
 
 def first_form_that_fits(name: str, budget: int | str, device_type: str, **sizes: int) -> str:
-    """The best form of the weights within `budget` on `device_type` cpu or cuda; `sizes` as of `need`.
+    """The best form of the weights within `budget` on `device_type` cpu or cuda; `sizes` as for `estimate`.
 
-    In turn: fp32 (on the CPU), bf16, and of generative models nf4 and nf4_pruned.  Raises `InputError`,
-    with the smallest need, where none fits.
+    In turn: fp32 (on the CPU), bf16, and for generative models nf4 and nf4_pruned.  Raises `InputError`,
+    with the smallest estimate, if none fits.
     """
     generative = baseline_named(name).family == "generative"
     forms = [form for form in _PREFERENCE[device_type] if generative or form not in FOUR_BIT_FORMS]
     for form in forms:
         if fits(name, form, budget, **sizes):
             return form
-    smallest = min(forms, key=lambda form: need(name, form, **sizes).total_bytes)
+    smallest = min(forms, key=lambda form: estimate(name, form, **sizes).total_bytes)
     raise _too_large(name, smallest, budget, sizes)
 
 
 def largest_batch(name: str, form: str, budget: int | str, at_most: int, **sizes: int) -> int:
-    """`at_most` images at a time, halved until they fit `budget`; `sizes` as of `need`, but `batch_size`.
+    """`at_most` images at a time, halved until they fit `budget`; `sizes` as for `estimate`.
 
-    Raises `InputError`, with the need, where not even one fits.
+    Raises `InputError`, with the estimate, if not even one image fits.
     """
     batch_size = at_most
     while not fits(name, form, budget, batch_size=batch_size, **sizes):
@@ -141,16 +128,16 @@ def largest_batch(name: str, form: str, budget: int | str, at_most: int, **sizes
 
 
 def _too_large(name: str, form: str, budget: int | str, sizes: dict[str, int]) -> InputError:
-    least = need(name, form, **sizes)
+    least = estimate(name, form, **sizes)
     whole, weights, limit = map(format_bytes, (least.total_bytes, least.weights_bytes, parse_bytes(budget)))
     return InputError(
         f"{name!r} needs {whole} of device memory with weights in {form} ({weights} of it), above the budget "
-        f"of {limit}; raise the budget or choose a smaller model: need_table() lists them."
+        f"of {limit}; raise the budget or choose a smaller model: `python -m toolkit baselines` lists them."
     )
 
 
-def need_table(budget: int | str = "2GB", names: Iterable[str] | None = None) -> pd.DataFrame:
-    """Needs of the baselines `names` (default: all), in all their forms, for one image at a time.
+def estimate_table(budget: int | str = "2GB", names: Iterable[str] | None = None) -> pd.DataFrame:
+    """Estimates for the baselines `names` (default: all), in all their forms, for one image at a time.
 
     GB are 10^9 bytes.  `fits`: within `budget`.
     """
@@ -161,7 +148,7 @@ def need_table(budget: int | str = "2GB", names: Iterable[str] | None = None) ->
         baseline = baseline_named(name)
         generative = baseline.family == "generative"
         for form in FORMS if generative else [form for form in FORMS if form not in FOUR_BIT_FORMS]:
-            one = need(name, form)
+            one = estimate(name, form)
             rows.append(
                 {
                     "baseline": name,
@@ -185,25 +172,17 @@ def estimated_tokens(text: str) -> int:
 
 @functools.cache
 def _clip_tokenizer():
-    import open_clip
+    import open_clip  # here, because it takes seconds to import
 
     return open_clip.SimpleTokenizer()
-
-
-def _prompt(kind: str) -> str:
-    if kind in _PROMPTS:
-        return _PROMPTS[kind].format(question("digits"))
-    from toolkit.baselines import mobilevlm
-
-    return mobilevlm.prompt(question("digits")).replace("<image>", "")
 
 
 def weights_bytes(model: nn.Module, form: str, kept_tokens: int | None = None) -> int:
     """Bytes of `model`'s parameters and buffers in `form`, each rounded up as the allocator does.
 
-    `kept_tokens`: rows that are left of embedding and logits where these are pruned.
+    `kept_tokens`: the rows of embedding and logits that are left if these are pruned.
     """
-    itemsize = _computes_in(form).itemsize
+    itemsize = _compute_dtype(form).itemsize
     packed = {layer.weight for layer in packed_layers(model).values()} if form in FOUR_BIT_FORMS else set()
     pruned = set()
     if kept_tokens is not None:
@@ -230,10 +209,10 @@ def nf4_bytes(weight: torch.Tensor) -> int:
 
 
 def _unpacked_bytes(weight: torch.Tensor) -> int:
-    """What a packed weight takes while its layer computes: itself in bf16 and its scales in float32.
+    """Bytes of a packed weight while its layer computes: itself in bf16 and its scales in float32.
 
-    Added to the highest moment, wherever that is, so that forms of four bits are predicted a little high;
-    on the CPU bitsandbytes does it inside one operator, where no counter sees it.
+    Added to the peak, wherever that is, so that 4-bit forms are estimated a little high; on the CPU
+    bitsandbytes unpacks inside one operator, where no counter sees it.
     """
     return rounded(2 * weight.numel()) + rounded(4 * weight.numel() // _block_size(weight))
 
@@ -242,24 +221,23 @@ def _block_size(weight: torch.Tensor) -> int:
     return next(size for size in BLOCK_SIZES if weight.shape[1] % size == 0)
 
 
-def _computes_in(form: str) -> torch.dtype:
+def _compute_dtype(form: str) -> torch.dtype:
     """The type of activations and of weights that are not packed."""
     return torch.float32 if form == "fp32" else torch.bfloat16
 
 
 @contextmanager
-def _on_fakes(
+def _counted(
     model: nn.Module, dtype: torch.dtype, instead: dict[nn.Module, nn.Module] | None = None
 ) -> Iterator[tuple[nn.Module, TensorMemory]]:
-    """A copy of `model` with fake tensors on the CPU, and a memory that counts all but its weights.
+    """A copy of `model` in `dtype` on fake tensors, and a memory that counts everything but its weights.
 
-    `instead`: parts of `model`, and what the copy has in their place.
+    `instead`: parts of `model` and their replacements in the copy.
     """
     replaced = {id(part): copy.deepcopy(other) for part, other in (instead or {}).items()}
     fake = copy.deepcopy(model, replaced).to(dtype)
     memory = TensorMemory(torch.device("cpu"))
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        fake.to_empty(device="cpu")
+    with on_fake_tensors(fake, ()), torch.no_grad():
         memory.track(tensors_of(fake))
         memory.allocated_bytes = memory.peak_bytes = 0
         with memory:
@@ -267,68 +245,73 @@ def _on_fakes(
 
 
 @functools.cache
-def features_need(model: nn.Module, form: str, batch_size: int) -> Need:
-    """`need` of a frozen backbone on images of its own size."""
-    dtype = _computes_in(form)
-    with _on_fakes(model, dtype) as (backbone, memory):
+def features_estimate(model: nn.Module, form: str, batch_size: int) -> MemoryEstimate:
+    """`estimate` for a frozen backbone on images of its own size."""
+    dtype = _compute_dtype(form)
+    with _counted(model, dtype) as (backbone, memory):
         images = torch.empty(batch_size, *data_config(model)["input_size"])
         backbone(images.to(dtype))
-    return Need(weights_bytes(model, form), 0, memory.peak_bytes)
+    return MemoryEstimate(weights_bytes(model, form), 0, memory.peak_bytes)
 
 
 @functools.cache
-def contrastive_need(model: nn.Module, form: str, batch_size: int, classes: int) -> Need:
-    """`need` of open_clip's `model`, of which one tower at a time is on the device."""
-    dtype = _computes_in(form)
-    with _on_fakes(model.visual, dtype) as (visual, memory):
+def contrastive_estimate(model: nn.Module, form: str, batch_size: int, classes: int) -> MemoryEstimate:
+    """`estimate` for open_clip's `model`, of which one tower at a time is on the device."""
+    dtype = _compute_dtype(form)
+    with _counted(model.visual, dtype) as (visual, memory):
         images = torch.empty(batch_size, 3, *model.visual.image_size)
         directions = F.normalize(visual(images.to(dtype)).float(), dim=-1)
     image_bytes = weights_bytes(model.visual, form)
     classifier_bytes = rounded(4 * directions.shape[1] * classes)
-    classifying = Need(image_bytes + classifier_bytes, 0, memory.peak_bytes)
-    with _on_fakes(model, dtype, {model.visual: nn.Identity()}) as (text, memory):
+    classifying = MemoryEstimate(image_bytes + classifier_bytes, 0, memory.peak_bytes)
+    with _counted(model, dtype, {model.visual: nn.Identity()}) as (text, memory):
         tokens = torch.empty(PROMPTS_AT_ONCE, model.context_length, dtype=torch.long)
         F.normalize(text.encode_text(tokens).float(), dim=-1)
-    writing = Need(weights_bytes(model, form) - image_bytes, 0, memory.peak_bytes)
+    writing = MemoryEstimate(weights_bytes(model, form) - image_bytes, 0, memory.peak_bytes)
     return max(writing, classifying, key=lambda phase: phase.total_bytes)
 
 
-def generative_need(model: nn.Module, form: str, batch_size: int, text_tokens: int, nodes: int) -> Need:
-    """`need` of a vision-language model of transformers with a trie of `nodes` inner nodes but the root."""
-    dtype = _computes_in(form)
+def generative_estimate(
+    model: nn.Module, form: str, batch_size: int, text_tokens: int, nodes: int
+) -> MemoryEstimate:
+    """`estimate` for a vision-language model of transformers; the trie has `nodes` inner nodes and a root."""
+    dtype = _compute_dtype(form)
     kept = text_tokens + nodes + 2 if form == "nf4_pruned" else None  # 2: the image's, the terminator
     vocabulary = kept or model.config.get_text_config().vocab_size
-    passes = _passes(model, dtype, batch_size, text_tokens, nodes)
+    peak, held, cache = _passes(model, dtype, batch_size, text_tokens, nodes)
     logits = _logits_bytes(model, dtype, batch_size, 1 + nodes, vocabulary)
-    activations = max(passes.peak_bytes, passes.held_bytes + logits) - passes.cache_bytes
+    activations = max(peak, held + logits) - cache
     if form in FOUR_BIT_FORMS:
         activations += max(_unpacked_bytes(layer.weight) for layer in packed_layers(model).values())
-    return Need(weights_bytes(model, form, kept), passes.cache_bytes, activations)
-
-
-@dataclass(frozen=True)
-class _Passes:
-    """Bytes beside the weights, from the images to the last states of the trie's nodes."""
-
-    peak_bytes: int
-    held_bytes: int  # at the end
-    cache_bytes: int  # of these
+    return MemoryEstimate(weights_bytes(model, form, kept), cache, activations)
 
 
 @functools.cache
-def _passes(model: nn.Module, dtype: torch.dtype, batch_size: int, text_tokens: int, nodes: int) -> _Passes:
-    """The passes of `trie.score_trie`; every tensor lives as long as there."""
+def _passes(
+    model: nn.Module, dtype: torch.dtype, batch_size: int, text_tokens: int, nodes: int
+) -> tuple[int, int, int]:
+    """Run the passes of `trie.score_trie`, up to the last states of the trie's nodes.
+
+    Returns bytes without weights: the peak, those held at the end, and those of the cache among them.  Every
+    tensor lives as long as it does there.
+    """
     base, blocks, side = model.model, model.get_decoder().layers, model.config.vision_config.image_size
-    tower = (base.vision_model if _is_smol(base) else base.vision_tower).encoder.layers
+    is_smol = hasattr(base, "connector")  # SmolVLM 1 and 2
+    tower = (base.vision_model if is_smol else base.vision_tower).encoder.layers
     few = {blocks: blocks[:_BLOCKS], tower: nn.ModuleList([tower[0]] * len(tower))}
     more = len(blocks) / len(few[blocks]) - 1  # caches of the blocks that do not run, per cache that is made
-    with _on_fakes(base, dtype, few) as (base, memory):
+    image_tokens = base.image_seq_len if is_smol else _image_tokens(model.config)
+    with _counted(base, dtype, few) as (base, memory):
         images = torch.empty(batch_size, 3, side, side)
         mask = torch.empty(batch_size, side, side, dtype=torch.long)  # of SmolVLM's processor
         cast = images.to(dtype)
-        ids = torch.empty(batch_size, text_tokens + _image_tokens(model), dtype=torch.long)
+        ids = torch.empty(batch_size, text_tokens + image_tokens, dtype=torch.long)
         embedded = base.get_input_embeddings()(ids)
-        outputs, features = _image_features(base, cast, mask)
+        if is_smol:
+            outputs, features = _smol_features(base, cast, mask)
+        else:
+            outputs = base.get_image_features(cast)  # outlives the passes, as in the model
+            features = torch.cat([*outputs.pooler_output])  # (all tokens, width)
         image_peak = memory.peak_bytes
 
         memory.reset_peak()
@@ -353,28 +336,22 @@ def _passes(model: nn.Module, dtype: torch.dtype, batch_size: int, text_tokens: 
         cache = _cache_bytes(after)
         nodes_peak, held = memory.peak_bytes + more * cache, memory.allocated_bytes + more * cache
         del outputs, features, hidden  # not before
-    return _Passes(int(max(image_peak, prompt_peak, nodes_peak)), int(held), int(cache + more * cache))
+    return int(max(image_peak, prompt_peak, nodes_peak)), int(held), int(cache + more * cache)
 
 
-def _is_smol(base: nn.Module) -> bool:
-    return hasattr(base, "connector")
+def _image_tokens(config) -> int:
+    """Tokens per image of PaliGemma and of MobileVLM."""
+    paligemma = config.model_type == "paligemma"
+    return config.text_config.num_image_tokens if paligemma else config.image_seq_length
 
 
-def _image_tokens(model: nn.Module) -> int:
-    if _is_smol(model.model):
-        return model.model.image_seq_len
-    if model.config.model_type == "paligemma":
-        return model.config.text_config.num_image_tokens
-    return model.config.image_seq_length
+def _smol_features(base: nn.Module, images: torch.Tensor, mask: torch.Tensor) -> tuple:
+    """States of SmolVLM's image tower, which outlive the passes, and its tokens (all, width).
 
-
-def _image_features(base: nn.Module, images: torch.Tensor, mask: torch.Tensor) -> tuple:
-    """What the image tower returns, which outlives the passes, and its tokens (all, width)."""
-    if not _is_smol(base):
-        outputs = base.get_image_features(images)
-        return outputs, torch.cat([*outputs.pooler_output])
-    # The model's own way asks which tiles are empty, and whether the mask of patches hides any, which fakes
-    # cannot tell.  None and no: it copies all tiles and their masks, and attention goes without a mask.
+    The model's own path asks which tiles are empty, and whether the mask of patches hides any, which depends
+    on values.  Here no tile is empty and nothing is hidden: all tiles and masks are copied, and attention
+    runs without a mask.
+    """
     tower, images, mask = base.vision_model, images.clone(), mask.clone()
     side = images.shape[-1] // tower.patch_size
     states = tower.embeddings(images, torch.empty(len(images), side, side, dtype=torch.bool))
@@ -390,20 +367,16 @@ def _cache_bytes(outputs) -> int:
 
 @functools.cache
 def _logits_bytes(model: nn.Module, dtype: torch.dtype, batch_size: int, states: int, vocabulary: int) -> int:
-    """The highest moment of `trie`'s chunks of logits, beside the states (B, states, width)."""
+    """Peak bytes of `trie`'s chunks of logits, on top of the states (B, states, width)."""
     text = model.config.get_text_config()
-    cap = getattr(text, "final_logit_softcapping", None)
+    cap = getattr(text, "final_logit_softcapping", None)  # Gemma 2
     head = nn.Linear(text.hidden_size, vocabulary, bias=False, device="meta")
     step = max(1, LOGITS_BYTES // (4 * batch_size * vocabulary))
-    with _on_fakes(head, dtype) as (head, memory):
+    with _counted(head, dtype) as (head, memory):
         hidden = torch.empty(batch_size, states, text.hidden_size, dtype=dtype)
         memory.reset_peak()
         held = memory.allocated_bytes
         for start in range(0, states, step):
-            logits = _capped(head(hidden[:, start : start + step]), cap).float()
+            logits = capped(head(hidden[:, start : start + step]), cap).float()
             logits.logsumexp(-1)
         return memory.peak_bytes - held
-
-
-def _capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
-    return logits if cap is None else cap * torch.tanh(logits / cap)
