@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from toolkit.budget import Checkpointing, TensorMemory, device_memory
-from toolkit.budget.step import on_fake_tensors
+from toolkit.budget.step import on_fake_tensors, optimizer_like, run_step
 from toolkit.measure.memory import MemoryTrace, memory_of_step
 from toolkit.methods.galore import GaLore
 
@@ -14,15 +14,10 @@ CPU = torch.device("cpu")
 
 def trace_step(model, batch):
     """Trace of one AdamW step, and its memory counter."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     memory = TensorMemory(CPU)
     memory.track([*model.parameters(), *model.buffers(), *batch])
-    with memory, MemoryTrace(memory, model) as trace:
-        images, labels = batch
-        nn.functional.cross_entropy(model(images), labels).backward()
-        trace.start_optimizer()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    trace = MemoryTrace(memory, model)
+    run_step(model, batch, None, optimizer_like("adamw", model)(model), "fp32", memory, trace)
     return trace.segments, memory
 
 

@@ -423,16 +423,10 @@ def _random_numbers_of(state: tuple[torch.device, torch.Tensor] | None) -> Itera
         yield
         return
     device, then = state
-    if device.type == "cuda":
-        now = torch.cuda.get_rng_state(device)
-        torch.cuda.set_rng_state(then, device)
-    else:
-        now = torch.get_rng_state()
-        torch.set_rng_state(then)
-    try:
-        yield
-    finally:
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(now, device)
+    on_cuda = device.type == "cuda"
+    with torch.random.fork_rng([device] if on_cuda else []):
+        if on_cuda:
+            torch.cuda.set_rng_state(then, device)
         else:
-            torch.set_rng_state(now)
+            torch.set_rng_state(then)
+        yield
