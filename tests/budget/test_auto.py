@@ -14,7 +14,7 @@ from toolkit.errors import InputError
 
 
 def peak_of_steps(model, optimizer, forward, steps=2):
-    """Peak bytes of the last of some training steps; `forward()` gives the loss and what the loop holds."""
+    """Peak bytes of the last of some training steps; `forward()` returns the loss and held tensors."""
     memory = TensorMemory(torch.device("cpu"))
     memory.track([*model.parameters(), *model.buffers()])
     memory.track(value for state in optimizer.state.values() for value in state.values())
@@ -102,7 +102,7 @@ def test_gradients_accumulate_over_two_passes(demo_model, batch):
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), plain.parameters()))
 
 
-def test_evaluation_is_left_alone_and_fewer_samples_need_no_new_plan(demo_model, batch):
+def test_evaluation_is_not_changed_and_fewer_samples_need_no_new_plan(demo_model, batch):
     model = demo_model("full")
     x, y = batch
     with toolkit.auto_checkpoint(model, "14MB", batch) as handle:
@@ -114,7 +114,7 @@ def test_evaluation_is_left_alone_and_fewer_samples_need_no_new_plan(demo_model,
         assert handle.replans == 0
 
 
-def test_another_shape_mode_or_precision_is_planned_anew(demo_model, batch):
+def test_another_shape_mode_or_precision_gets_a_new_plan(demo_model, batch):
     model = demo_model("full")
     x, _ = batch
     with toolkit.auto_checkpoint(model, "40MB", batch) as handle:
@@ -143,7 +143,7 @@ def test_a_peak_above_the_prediction_makes_the_plan_tighter(demo_model, batch):
             handle.tighten(10**6)
 
 
-def test_a_budget_that_cannot_be_held_leaves_the_model_as_it_was(demo_model, batch):
+def test_an_infeasible_budget_leaves_the_model_unchanged(demo_model, batch):
     model = demo_model("lora")
     with pytest.raises(InputError, match=r"smallest peak for batch 32 is .* MiB"):
         toolkit.auto_checkpoint(model, "1MB", batch)
@@ -165,8 +165,8 @@ def test_a_compiled_model_and_one_under_ddp_train_the_same(demo_model, batch):
         torch.distributed.destroy_process_group()
 
 
-def test_a_plan_holds_no_batch():
-    """On a GPU it would stay there beside the loop's own."""
+def test_a_plan_does_not_keep_the_batch_alive():
+    """On a GPU it would take memory in addition to the loop's own batch."""
     model, memory = (
         nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)),
         TensorMemory(torch.device("cpu")),

@@ -35,7 +35,7 @@ def test_adapters_do_not_change_the_blocks(demo_model):
     assert [name.removeprefix("base_model.model.") for name in wrapped] == list(plain)
 
 
-def test_lora_inside_a_sequential_is_no_block():
+def test_a_lora_layer_inside_a_sequential_is_not_a_block():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -62,7 +62,7 @@ class _Residual(nn.Module):
         return x + self.mlp(x)
 
 
-def test_nothing_repeats():
+def test_models_without_repeated_modules_are_refused():
     with pytest.raises(InputError, match="no repeated"):
         find_blocks(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)))
 

@@ -87,7 +87,7 @@ def test_batch_norm_statistics_are_updated_once(name):
     assert all(torch.equal(gradients[name], p.grad) for name, p in static.named_parameters())
 
 
-def test_blocks_that_are_a_small_part_are_pointed_out():
+def test_blocks_that_are_a_small_part_of_the_model_cause_a_warning():
     model = nn.Sequential(nn.Linear(64, 64), nn.Sequential(_Small(), _Small()))
     with pytest.warns(UserWarning, match=r"2 blocks found in Sequential hold 3 %"):
         Checkpointing(model, "static", memory=TensorMemory(CPU), budget_bytes=1).remove()
@@ -147,7 +147,7 @@ def test_peak_is_the_same_to_the_byte_every_time(demo_model, batch):
     assert len(peaks) == 1
 
 
-def test_frozen_backbone_keeps_nothing_so_nothing_is_saved(demo_model, batch):
+def test_checkpointing_saves_nothing_below_a_frozen_backbone(demo_model, batch):
     assert step(demo_model("linear"), batch, "none")[2] == step(demo_model("linear"), batch, "static")[2]
 
 
@@ -158,7 +158,7 @@ def test_nothing_is_checkpointed_without_gradients(demo_model, batch):
         assert wrapper.checkpointed == set()
 
 
-def test_remove_leaves_the_model_as_it_was(demo_model, batch):
+def test_remove_restores_the_model(demo_model, batch):
     model = demo_model()
     before = {name: set(vars(module)) for name, module in model.named_modules()}
     with Checkpointing(model, "static", memory=TensorMemory(CPU), budget_bytes=1):

@@ -84,7 +84,7 @@ def test_a_frozen_norm_gives_the_same_bits_and_keeps_no_input(make, shape, train
 
 
 def saved_tensors(model, x, lean):
-    """What autograd packs in a forward pass."""
+    """The tensors that autograd saves in a forward pass."""
     packed = []
     forms = LeanForms(model) if lean else None
     with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):

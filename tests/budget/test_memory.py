@@ -78,7 +78,7 @@ def test_a_training_step_by_hand():
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3000)), max_size=30))
-def test_law_allocated_is_the_sum_of_the_living(actions):
+def test_law_allocated_bytes_are_the_sum_of_live_tensors(actions):
     """Allocate into and drop from six slots in any order."""
     memory, slots, peak = TensorMemory(CPU), {}, 0
     for slot, size in actions:

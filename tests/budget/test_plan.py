@@ -204,7 +204,7 @@ class Passing(nn.Module):
         return x + self.layer(x.sum(1, keepdim=True)).relu()
 
 
-def test_what_only_a_recomputation_would_read_is_not_held_without_one():
+def test_tensors_that_only_recomputation_reads_are_not_held_without_it():
     def build():
         torch.manual_seed(0)
         return nn.Sequential(
@@ -271,7 +271,7 @@ def test_an_infeasible_budget_names_the_smallest(pair):
 
 
 @pytest.mark.parametrize("build", [vit, demo])
-def test_the_budget_that_the_message_names_can_be_held(build, pair):
+def test_the_budget_named_in_the_message_is_feasible(build, pair):
     """A person types what the message says."""
     planner = Planner(build(), pair)
     with pytest.raises(InputError) as error:
@@ -280,7 +280,7 @@ def test_the_budget_that_the_message_names_can_be_held(build, pair):
     assert plan(build(), named, pair).fits
 
 
-def test_a_reserve_is_no_part_of_what_tensors_may_take(pair):
+def test_a_reserve_is_subtracted_from_the_budget_of_tensors(pair):
     planner = Planner(vit(), pair)
     smallest = planner.smallest_bytes()
     made = planner.plan(smallest + 10**6, 10**6)
@@ -292,7 +292,7 @@ def test_a_reserve_is_no_part_of_what_tensors_may_take(pair):
 
 @pytest.mark.parametrize("build", [vit])
 @pytest.mark.parametrize("strategy", ["none", "static", "threshold"])
-def test_other_strategies_are_predicted_as_they_are(build, strategy, batch):
+def test_other_strategies_are_predicted_exactly(build, strategy, batch):
     budget = int(0.6 * measured_peak(build(), batch))
     made = plan(build(), budget, batch, strategy=strategy)
     model = build()
@@ -314,7 +314,7 @@ def test_other_strategies_are_predicted_as_they_are(build, strategy, batch):
     assert made.strategy == strategy and made.fits == (memory.peak_bytes <= budget)
 
 
-def test_planning_leaves_the_model_as_it_was(demo_model, batch):
+def test_planning_leaves_the_model_unchanged(demo_model, batch):
     model = demo_model("lora")
     state = {name: (id(p), p.clone(), p.grad) for name, p in model.named_parameters()}
     attributes = {name: set(vars(module)) for name, module in model.named_modules()}
@@ -327,14 +327,14 @@ def test_planning_leaves_the_model_as_it_was(demo_model, batch):
     assert torch.equal(torch.get_rng_state(), random) and model.training
 
 
-def test_running_statistics_do_not_move_while_planning(batch):
+def test_planning_does_not_change_running_statistics(batch):
     model = resnet()
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     Planner(model, batch).plan(HUGE)
     assert all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())
 
 
-def test_micro_batches_hold_a_budget_that_the_whole_batch_cannot(batch):
+def test_micro_batches_fit_a_budget_that_the_whole_batch_exceeds(batch):
     planner = Planner(demo(), batch)
     budget = int(0.9 * planner.smallest_bytes())
     with pytest.raises(InputError, match="micro-batches"):
@@ -365,7 +365,7 @@ def test_batch_norm_in_evaluation_does_not_couple_samples():
     assert made.sliced and not made.notes
 
 
-def test_the_smallest_peak_is_a_budget_that_can_be_held():
+def test_the_smallest_peak_is_a_feasible_budget():
     """For small models too, where rounding counts."""
     torch.manual_seed(0)
     options = [(16, nn.GELU, "", 0.0, False), (16, nn.GELU, "", 0.0, True), (200, nn.GELU, "", 0.0, True)]
@@ -432,14 +432,14 @@ def test_the_state_of_the_optimizer_is_counted(demo_model, batch, optimizer, ten
         assert made.fixed["batch"] == sum(-(-t.nbytes // 512) * 512 for t in batch)
 
 
-def test_an_optimizer_of_the_model_is_left_as_it_was(demo_model, batch):
+def test_planning_does_not_change_an_optimizer_of_the_model(demo_model, batch):
     model = demo_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     plan(model, HUGE, batch, optimizer=optimizer)
     assert not optimizer.state and all(p.grad is None for p in model.parameters())
 
 
-def test_the_explanation_names_what_matters(batch):
+def test_the_explanation_names_budget_peak_and_levels(batch):
     planner = Planner(vit(), batch)
     made = planner.plan(planner.smallest_bytes())
     text = made.explain()
@@ -459,7 +459,7 @@ def test_blocks_can_be_named(batch):
     assert list(made.levels) == names
 
 
-def test_other_losses_and_inputs(batch):
+def test_other_losses_and_inputs_are_planned_exactly(batch):
     x, _ = batch
     assert plan(vit(), HUGE, x).peak_bytes > 0
     assert plan(vit(), HUGE, {"x": x}).peak_bytes > 0
@@ -486,13 +486,13 @@ def foreign():
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_named(case, batch):
+def test_bad_input_is_named_in_the_message(case, batch):
     message, call = BAD[case]
     with pytest.raises(InputError, match=message):
         call(vit(depth=2), batch)
 
 
-def test_a_batch_norm_that_cannot_run_one_sample_does_not_hide_that_the_budget_is_too_small(pair):
+def test_a_model_that_cannot_run_one_sample_still_gets_the_message_about_its_budget(pair):
     """While it looks for a batch that fits, the planner must not fall over one that cannot run."""
     with pytest.raises(InputError, match="cannot be held"):
         plan(resnet(), 10**6, pair)
@@ -506,12 +506,12 @@ def test_blocks_that_allocate_nothing_are_planned():
     assert made.peak_bytes == measured_peak(model, batch)
 
 
-def test_nothing_to_train_is_named(batch):
+def test_a_model_without_trained_parameters_is_refused(batch):
     with pytest.raises(InputError):
         plan(vit().requires_grad_(False), HUGE, batch)
 
 
-def test_an_optimizer_of_eight_bits_is_planned_for(demo_model, batch):
+def test_an_eight_bit_optimizer_is_planned_exactly(demo_model, batch):
     """Its state is a quarter; bitsandbytes' tables of numbers are made when the optimizer is."""
     import bitsandbytes
 
@@ -543,7 +543,7 @@ with_workspace.register_fake(torch.empty_like)
 with_workspace.register_autograd(lambda ctx, grad: grad * 2)
 
 
-def test_what_an_operator_takes_for_itself_counts_when_it_runs_again_too(monkeypatch):
+def test_workspaces_of_operators_count_in_recomputation_too(monkeypatch):
     operator = torch.ops.toolkit_tests.with_workspace.default
 
     class Block(nn.Module):
@@ -573,7 +573,7 @@ def test_what_an_operator_takes_for_itself_counts_when_it_runs_again_too(monkeyp
 
 
 @pytest.mark.parametrize("strategy", ["none", "static", "planned"])
-def test_what_the_loop_holds_counts_under_every_strategy(demo_model, batch, strategy):
+def test_held_bytes_count_under_every_strategy(demo_model, batch, strategy):
     peaks = [
         toolkit.plan(demo_model("lora"), "1GB", batch, strategy=strategy, held_bytes=held).peak_bytes
         for held in (0, 10_240)

@@ -22,7 +22,7 @@ aten = torch.ops.aten
 
 
 def everything(decision):
-    """A `decide` that gives one answer."""
+    """A `decide` that always returns one answer."""
     return lambda op, contents: [decision] * len(contents)
 
 
@@ -56,7 +56,7 @@ def differing(one, other):
 
 
 def memory_of(model, x):
-    """The model and its input are counted from the start: a view of a parameter is no new memory."""
+    """The model and its input are counted from the start, so a view of a parameter adds nothing."""
     memory = TensorMemory(CPU)
     memory.track([*model.parameters(), *model.buffers(), x])
     return memory
@@ -161,7 +161,7 @@ class ManyOperators(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """Its operator gives an empty workspace where gradients are disabled."""
+    """Its operator returns an empty workspace if gradients are disabled."""
 
     def __init__(self):
         super().__init__()
@@ -205,7 +205,7 @@ MODELS = {
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", MODELS)
-def test_nothing_that_comes_out_depends_on_what_is_kept(name, precision):
+def test_results_do_not_depend_on_the_kept_tensors(name, precision):
     """Loss, output, all gradients, running statistics and the random numbers that follow, to the bit."""
     build, x = MODELS[name]
     try:
@@ -290,7 +290,7 @@ def test_attention_runs_again_once_for_both_of_its_outputs():
     assert attention and set(attention.values()) == {3}
 
 
-def test_nothing_cached_runs_again_twice():
+def test_cached_tensors_are_recomputed_once():
     for build, x in (MODELS["vit"], MODELS["resnet"], MODELS["twice"]):
         torch.manual_seed(0)
         model = build().train()
@@ -302,8 +302,8 @@ def test_nothing_cached_runs_again_twice():
         assert again and {key: n for key, n in again.items() if n > forward.all[key]} == {}
 
 
-def test_what_backward_does_not_ask_for_is_not_computed_again():
-    """Of x + fc2(gelu(fc1(norm(x)))) backward needs neither fc2's product nor the sum."""
+def test_tensors_that_backward_does_not_need_are_not_recomputed():
+    """The backward pass of x + fc2(gelu(fc1(norm(x)))) needs neither fc2's product nor the sum."""
     norm, fc1, fc2 = nn.LayerNorm(12), nn.Linear(12, 20), nn.Linear(20, 12)
     for decision, gelus in ((DROP, 1), (CACHE, 1)):
         with Counted() as counted:
@@ -318,7 +318,7 @@ def test_what_backward_does_not_ask_for_is_not_computed_again():
         assert 1 <= again["addmm"] <= 2
 
 
-def test_what_is_kept_is_not_computed_again():
+def test_kept_tensors_are_not_recomputed():
     torch.manual_seed(0)
     model = noisy_vit().train()
     with Counted() as counted:
@@ -328,7 +328,7 @@ def test_what_is_kept_is_not_computed_again():
     assert counted.again == {}
 
 
-def test_no_gradient_nothing_held():
+def test_nothing_is_held_without_gradients():
     model = vit().eval()
     memory = memory_of(model, IMAGES)
     start = memory.allocated_bytes
@@ -415,7 +415,7 @@ def test_a_second_backward_of_a_retained_graph_gives_the_same_gradients(decision
 
 
 @pytest.mark.parametrize("decision", [DROP, CACHE, KEEP])
-def test_gradients_of_gradients(decision):
+def test_gradients_of_gradients_are_exact(decision):
     def penalty(decide):
         torch.manual_seed(0)
         model, x = CustomTwice(), ROWS.clone().requires_grad_()
@@ -433,7 +433,7 @@ class CustomTwice(nn.Sequential):
         super().__init__(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12), nn.Softplus())
 
 
-def test_gradients_of_a_part_of_the_parameters():
+def test_gradients_of_some_parameters_are_exact():
     torch.manual_seed(0)
     model = vit().train()
     wanted = list(model.blocks[1].parameters())
@@ -445,7 +445,7 @@ def test_gradients_of_a_part_of_the_parameters():
 
 @pytest.mark.parametrize("changed", ["first.weight", "second.weight", "x"])
 @pytest.mark.parametrize("decision", [DROP, CACHE])
-def test_what_backward_needs_must_not_change_in_place_before_it(decision, changed):
+def test_changing_a_needed_tensor_in_place_before_backward_is_an_error(decision, changed):
     """The plain model raises; so has the tape, and not give other gradients."""
 
     class Two(nn.Module):
@@ -467,7 +467,7 @@ def test_what_backward_needs_must_not_change_in_place_before_it(decision, change
 
 
 @pytest.mark.parametrize("decision", [DROP, CACHE, KEEP])
-def test_an_activation_changed_in_place_after_it_was_saved_gives_no_wrong_gradient(decision):
+def test_an_activation_changed_in_place_after_it_was_saved_never_causes_a_wrong_gradient(decision):
     """Autograd finds this mistake in a model, and the tape may not hide it: an error, or what is right."""
 
     def gradient(decide):
@@ -509,7 +509,7 @@ def test_a_kept_tensor_that_is_overwritten_through_another_type_is_not_used_agai
         assert torch.equal(plain, gradient(keep_products))
 
 
-def test_two_tapes_at_a_time():
+def test_two_tapes_can_be_active_at_once():
     """Two forward passes before the first backward pass."""
     torch.manual_seed(0)
     model = vit().train()

@@ -146,12 +146,12 @@ def test_a_real_step_has_the_same_flops(name):
     assert (counter.flops.forward, counter.flops.backward) == (2 * forward, 2 * backward)
 
 
-def test_the_first_layer_owes_its_input_nothing():
+def test_the_first_layer_has_no_input_gradient():
     count = flops(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1)), torch.randn(1, 3, 10, 10))
     assert count.backward == 2 * 64 * (8 * 27 + 2 * 64)
 
 
-def test_nothing_below_the_first_trained_layer_is_differentiated():
+def test_layers_below_the_first_trained_one_have_no_backward_flops():
     net = nn.Sequential(nn.Linear(10, 10), nn.ReLU(), nn.Linear(10, 10), nn.ReLU(), nn.Linear(10, 5))
     net[:3].requires_grad_(False)
     count = flops(net, torch.randn(4, 10))
@@ -193,7 +193,7 @@ def test_norms_by_hand(name):
     [("resnet18", 10.72), ("mobilenetv2_100", 1.87), ("mobilenetv3_large_100", 1.36)],
 )
 def test_full_fine_tuning_step_of_the_edge_networks(name, published_gflop):
-    """The figures that a groups-aware recount of arXiv 2507.23536's models gives; batch 1, 224 px."""
+    """The figures of a groups-aware recount of arXiv 2507.23536's models; batch 1, 224 px."""
     model = timm.create_model(name).train()
     count = flops(model, torch.randn(1, 3, 224, 224))
     assert count.total / 1e9 == pytest.approx(published_gflop, rel=0.01)
@@ -218,7 +218,7 @@ class Checkpointed(nn.Module):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_recomputation_is_counted_apart(reentrant):
+def test_recomputation_is_counted_separately(reentrant):
     """torch's own checkpoint stops before the last product, whose output backward does not need; the
     reentrant one repeats everything."""
     body = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
@@ -281,7 +281,7 @@ def test_counting_leaves_no_trace(demo_model, batch):
         assert model(torch.randn(1, 3, 224, 224)).isfinite().all(), "no fake tensor was left in a cache"
 
 
-def test_batches_come_in_several_forms():
+def test_batches_may_be_tensors_pairs_and_dicts():
     net = nn.Linear(4, 2)
     x = torch.randn(3, 4)
     expected = flops(net, x)
@@ -295,7 +295,7 @@ def test_batches_come_in_several_forms():
     assert flops(Product(), ((x, torch.randn(4, 5)), torch.zeros(3))).forward == 2 * 3 * 4 * 5
 
 
-def test_a_path_that_depends_on_values_is_an_error_with_a_way_out():
+def test_a_path_that_depends_on_values_is_an_error_that_names_the_alternative():
     class Picky(nn.Linear):
         def forward(self, x):
             return super().forward(x) if x.sum().item() > 0 else x
@@ -304,13 +304,13 @@ def test_a_path_that_depends_on_values_is_an_error_with_a_way_out():
         flops(Picky(4, 4), torch.randn(2, 4))
 
 
-def test_own_formulas_go_first():
+def test_given_formulas_replace_built_in_ones():
     with FlopCounter({"aten.addmm": lambda *arguments, out_val: 7}) as counter:
         nn.Linear(3, 3)(torch.randn(2, 3))
     assert counter.flops.by_operator == {"forward": {"aten.addmm": 7}}
 
 
-def test_inference_mode_hides_nothing():
+def test_inference_mode_is_counted_too():
     net = nn.Sequential(nn.Conv2d(3, 8, 3, groups=1), nn.Flatten(), nn.Linear(8 * 36, 10)).eval()
     with torch.inference_mode(), FlopCounter() as counter:
         net(torch.randn(2, 3, 8, 8))
@@ -318,7 +318,7 @@ def test_inference_mode_hides_nothing():
 
 
 @pytest.mark.parametrize("layer", [nn.MultiheadAttention, nn.TransformerEncoderLayer])
-def test_fused_attention_of_inference_is_taken_apart(layer):
+def test_fused_attention_in_evaluation_is_decomposed(layer):
     net = layer(16, 4, batch_first=True).eval()
     x = torch.randn(2, 10, 16)
     inputs = (x, x, x) if layer is nn.MultiheadAttention else (x,)
@@ -400,7 +400,7 @@ def test_selective_scan_by_counting_every_operation(batch, channels, length, sta
 
 
 def test_scan_operators_are_counted_by_their_shapes():
-    """Whatever they repeat inside."""
+    """Work that a kernel repeats internally does not count."""
 
     class Layer(nn.Module):
         def __init__(self):

@@ -88,8 +88,8 @@ def test_frozen_parameters_have_no_gradients(demo_model, batch):
     assert 0 < memory.category_peaks["gradients"] < memory.category_peaks["parameters"] / 4
 
 
-def test_gradients_of_a_fused_optimizer_are_counted_in_both_shapes():
-    """One layer's whole gradient at a time, beside the projected ones; the projectors are the optimizer's."""
+def test_gradients_of_a_fused_optimizer_are_counted_whole_and_projected():
+    """One layer's whole gradient at a time, and the projected ones; the projectors are the optimizer's."""
     model = nn.Sequential(*(nn.Linear(128, 128, bias=False) for _ in range(8)))
     x, size, projected = torch.randn(4, 128), 4 * 128 * 128, 4 * 4 * 128
     memory = memory_of_step(model, x, None, lambda m: GaLore(m.parameters(), rank=4, gap=1))

@@ -63,7 +63,7 @@ def test_counter_and_polling_are_compared():
     assert window.samples == pytest.approx(602, abs=1) and window.max_gap_seconds == pytest.approx(0.1)
 
 
-def test_a_counter_that_lies_is_suspected():
+def test_a_counter_that_disagrees_with_power_is_flagged():
     clock = VirtualClock()
     gpu = SimulatedGpu(clock, [(0, 200.0)])
     honest = gpu.counter_joules
@@ -147,7 +147,7 @@ def test_law_no_failure_becomes_a_zero(reason, first, number, latency, resets_at
         assert window.energy_joules > 0
 
 
-def test_a_reset_of_the_counter_is_bridged_and_said():
+def test_a_reset_of_the_counter_is_bridged_and_flagged():
     clock = VirtualClock()
     gpu = SimulatedGpu(clock, [(0, 150.0)], resets_at=30.0)
     meter = meter_of(gpu)
@@ -157,7 +157,7 @@ def test_a_reset_of_the_counter_is_bridged_and_said():
     assert window.energy_joules == pytest.approx(9000, rel=0.005)
 
 
-def test_a_counter_that_never_moves_is_not_believed():
+def test_a_counter_that_never_moves_is_not_used():
     clock = VirtualClock()
     gpu = SimulatedGpu(clock, [(0, 150.0)])
     gpu.counter_joules = lambda: 7.0
@@ -167,7 +167,7 @@ def test_a_counter_that_never_moves_is_not_believed():
     assert "counter_stuck" in window.flags and window.energy_joules == pytest.approx(3000, rel=0.01)
 
 
-def test_too_short_to_resolve_is_null_but_not_lost_in_a_sum():
+def test_windows_too_short_to_resolve_are_null_but_count_in_a_sum():
     clock = VirtualClock()
     gpu = SimulatedGpu(clock, [(0, 100.0)])
     meter = meter_of(gpu)
@@ -182,7 +182,7 @@ def test_too_short_to_resolve_is_null_but_not_lost_in_a_sum():
     assert whole.energy_joules == pytest.approx(3000, rel=0.05)
 
 
-def test_sum_of_windows_lacks_what_one_of_them_lacks():
+def test_a_sum_lacks_the_figures_that_one_window_lacks():
     known = Window("a", seconds=1.0, energy_joules=5.0, source="nvml_counter", quantisation_joules=0.5)
     unknown = Window("b", seconds=2.0, reason="NVML: GPU is lost")
     whole = total([known, unknown])
@@ -193,8 +193,8 @@ def test_sum_of_windows_lacks_what_one_of_them_lacks():
     assert both.energy_joules == 10 and both.quantisation_joules == pytest.approx(0.5 * math.sqrt(2))
 
 
-def test_sums_of_sums_are_sums():
-    """What a resumed run does: windows that the counter could not resolve must not take others along."""
+def test_sums_of_sums_equal_the_sum():
+    """As in a resumed run: windows that the counter could not resolve must not void the others."""
     clock = VirtualClock()
     gpu = SimulatedGpu(clock, [(0, 150.0)])
     meter = meter_of(gpu)
@@ -298,7 +298,7 @@ def test_others_on_the_gpu_are_flagged_in_every_window():
     assert "shared_gpu" in inner.flags and "shared_gpu" in outer.flags
 
 
-def test_idle_power_gives_net_energy_beside_gross():
+def test_idle_power_adds_net_energy_to_gross_energy():
     clock = VirtualClock()
     gpu = SimulatedGpu(clock, [(0, 30.0), (10, 180.0)])
     meter = meter_of(gpu)
@@ -316,7 +316,7 @@ def test_idle_power_gives_net_energy_beside_gross():
     assert total(windows).net_joules == pytest.approx(1500, rel=0.05), "steps without a tick idle too"
 
 
-def test_an_open_window_tells_what_it_has_so_far():
+def test_an_open_window_reports_its_figures_so_far():
     clock = VirtualClock()
     meter = meter_of(SimulatedGpu(clock, [(0, 100.0)]))
     with meter.window("train") as window:
@@ -328,7 +328,7 @@ def test_an_open_window_tells_what_it_has_so_far():
     assert meter.so_far(window) is window
 
 
-def test_without_a_gpu_energy_is_null_with_a_reason_and_time_is_there():
+def test_without_a_gpu_energy_is_null_with_a_reason_and_time_is_measured():
     started = time.perf_counter()
     meter = Meter("cpu")
     assert time.perf_counter() - started < 0.5
@@ -357,7 +357,7 @@ def test_an_exception_closes_its_windows():
         pass
 
 
-def test_the_device_is_awaited_at_the_edges_only(monkeypatch):
+def test_windows_wait_for_the_device_only_at_their_edges(monkeypatch):
     waited = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waited.append(device))
     clock = VirtualClock()
@@ -401,16 +401,16 @@ def powercap(tmp_path):
     return write
 
 
-def test_cpu_energy_is_the_packages_and_survives_a_wrap(powercap):
+def test_cpu_energy_sums_packages_and_survives_a_counter_wrap(powercap):
     rapl = Rapl(powercap(10_000_000, 999_000_000))
     meter = Meter("cpu", cpu=rapl)
     with meter.window("train") as window:
-        powercap(12_000_000, 1_000_000)  # the second passed 1000 J and began anew
+        powercap(12_000_000, 1_000_000)  # the second counter passed 1000 J and wrapped
     assert window.cpu_joules == pytest.approx(2 + 2)
     assert window.energy_joules is None, "CPU energy never stands in for the GPU's"
 
 
-def test_cpu_energy_that_vanishes_is_null_with_a_reason(powercap):
+def test_cpu_energy_that_becomes_unreadable_is_null_with_a_reason(powercap):
     folder = powercap(0, 0)
     meter = Meter("cpu", cpu=Rapl(folder))
     with meter.window("train") as window:
@@ -418,7 +418,7 @@ def test_cpu_energy_that_vanishes_is_null_with_a_reason(powercap):
     assert window.cpu_joules is None and "RAPL" in window.cpu_reason
 
 
-def test_no_readable_rapl_says_so(tmp_path):
+def test_unreadable_rapl_is_reported(tmp_path):
     with pytest.raises(SensorError, match="no CPU package"):
         Rapl(tmp_path)
     meter = Meter("cpu")

@@ -1,4 +1,4 @@
-"""The real pynvml, end to end, against a C library that stands in for the driver's."""
+"""The real pynvml, end to end, with a C library in place of the driver's."""
 
 import json
 import os
@@ -53,7 +53,7 @@ print(json.dumps(told))
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory) -> dict:
-    """What a process saw that found a fake libnvidia-ml.so.1."""
+    """The output of a process that found a fake libnvidia-ml.so.1."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None or not sys.platform.startswith("linux"):
         pytest.skip("no C compiler to build the fake driver library with")
@@ -98,7 +98,7 @@ def test_a_gpu_lost_in_the_middle_is_null_with_its_reason(told):
     assert window["seconds"] == pytest.approx(2.0, abs=0.5)
 
 
-def test_what_the_driver_tells_of_the_device(told):
+def test_driver_and_device_properties_are_read(told):
     assert told["device"] == ["Simulated Square Wave", "000.00", 250.0, 500 * 2**20]
     assert told["device in a container"] == told["device"], "the host's process ids are not ours"
 
@@ -107,6 +107,6 @@ def test_an_unknown_uuid_is_an_error_with_a_reason(told):
     assert told["unknown"].startswith("NVML:")
 
 
-def test_without_such_a_gpu_the_reason_says_so():
+def test_the_reason_names_a_missing_gpu():
     with pytest.raises(SensorError, match="NVML"):
         Nvml("GPU-simulated")

@@ -36,7 +36,7 @@ def test_units_move_a_score_by_constants():
     assert [in_gib - base, in_ms - base, as_fraction - base] == pytest.approx([7.526, -7.5, -80], abs=1e-3)
 
 
-def test_own_exponents():
+def test_exponents_can_be_given():
     same = toolkit.netscore({"params_m": 0.5, "macs_g": 0.5}, 89.7, **VIT_SMALL)
     assert same == toolkit.netscore("NS", 89.7, **VIT_SMALL)
     assert toolkit.netscore({}, 10) == pytest.approx(40)
@@ -44,7 +44,7 @@ def test_own_exponents():
 
 @pytest.mark.parametrize("kind", NETSCORES)
 @pytest.mark.parametrize("bad", [None, 0, -1.0, math.nan, math.inf])
-def test_no_score_without_positive_figures_and_the_reason_names_them(kind, bad):
+def test_missing_or_non_positive_figures_give_no_score_but_a_reason(kind, bad):
     for name in NETSCORES[kind]:
         costs = VIT_SMALL | {name: bad}
         assert toolkit.netscore(kind, 89.7, **costs) is None
@@ -90,7 +90,7 @@ points = st.lists(st.tuples(st.floats(1, 100), st.floats(1, 100), st.floats(1, 1
 
 
 @given(points, st.floats(1e-3, 1e3))
-def test_law_ranks_and_hypervolume_do_not_know_units(rows, unit):
+def test_law_ranks_and_hypervolume_do_not_depend_on_units(rows, unit):
     accuracy, memory, seconds = (np.array(column) for column in zip(*rows))
     costs = np.column_stack([memory, seconds])
     scaled = costs * [unit, 1]
@@ -117,7 +117,7 @@ def test_law_pareto_ranks(rows):
 
 
 @given(points)
-def test_law_only_the_front_and_nothing_else_makes_the_hypervolume(rows):
+def test_law_the_hypervolume_depends_on_the_front_alone(rows):
     accuracy, *costs = (np.array(column) for column in zip(*rows))
     costs = np.column_stack(costs)
     front = pareto_rank(accuracy, costs) == 1
@@ -139,7 +139,7 @@ def test_hypervolume_by_hand_and_by_sampling():
     assert hypervolume(accuracy, costs, [1, 1, 1]) == pytest.approx(dominated.mean(), abs=0.005)
 
 
-def test_what_cannot_be_ranked_is_an_error():
+def test_points_that_cannot_be_ranked_are_an_error():
     with pytest.raises(InputError, match="missing figure"):
         pareto_rank([90, 80], [[1, math.nan], [1, 2]])
     with pytest.raises(InputError, match="a row for each"):

@@ -79,7 +79,7 @@ def test_an_adapted_convolution_is_that_of_peft(
 
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_only_what_is_asked_for_gets_a_gradient(part, kernel):
+def test_only_requested_gradients_are_computed(part, kernel):
     model = adapted(nn.Conv2d(3, 4, kernel))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part in name)
@@ -214,7 +214,7 @@ FALLBACKS = {
 
 
 @pytest.mark.parametrize("case", FALLBACKS)
-def test_what_the_lean_form_does_not_cover_runs_as_in_peft(case):
+def test_layers_that_no_lean_form_covers_run_as_in_peft(case):
     layer, options, change = FALLBACKS[case]
     options = dict(options)
     x = torch.randn(options.pop("image", (2, 4, 7, 7)))
@@ -331,7 +331,7 @@ def check_plans(method, batch, name=None):
 
 
 @pytest.mark.parametrize("method", ["lora", "bitfit"])
-def test_a_plan_of_a_cnn_says_its_peak_and_changes_no_gradient(method):
+def test_a_plan_of_a_cnn_predicts_its_peak_and_changes_no_gradient(method):
     gradients, again, made = check_plans(method, images(16))
     assert_close(again, gradients, 1e-5 if any(option.slices > 1 for option in made.options) else 0)
 
@@ -339,5 +339,5 @@ def test_a_plan_of_a_cnn_says_its_peak_and_changes_no_gradient(method):
 @pytest.mark.long
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", [None, "resnet10t", "mobilenetv3_small_050"])
-def test_a_plan_of_any_cnn_says_its_peak(name, method):
+def test_a_plan_of_any_cnn_predicts_its_peak(name, method):
     check_plans(method, images(64 if name else 16), name)

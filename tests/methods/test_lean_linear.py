@@ -165,7 +165,7 @@ def test_a_trained_bias_gets_its_gradient():
     assert lean[name].any() and worst_error(lean, stock) < 1e-12
 
 
-def test_only_what_is_asked_for_gets_a_gradient():
+def test_only_requested_gradients_are_computed():
     model = peft_model()
     for name, parameter in model.named_parameters():
         if "first.lora_A" in name or "second.lora_B" in name:
@@ -174,7 +174,7 @@ def test_only_what_is_asked_for_gets_a_gradient():
     assert len(lean) == 4 and worst_error(lean, stock) < 1e-6
 
 
-def test_what_is_saved_and_merged_is_unchanged(batch):
+def test_saved_and_merged_weights_are_those_of_peft(batch):
     model = adapted_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     forms = LeanForms(model)
@@ -202,7 +202,7 @@ def test_remove_restores_the_forward_of_peft():
     forms.remove()
 
 
-def test_lean_twice_is_lean_once():
+def test_applying_lean_forms_twice_changes_nothing():
     model = peft_model().double()
     stock = step(model, ROWS.double(), lean=False)[0]
     outer = LeanForms(model)
@@ -252,7 +252,7 @@ FALLBACKS = {
 
 @pytest.mark.parametrize("case", FALLBACKS)
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
-def test_what_the_lean_form_does_not_cover_runs_as_in_peft(case):
+def test_layers_that_no_lean_form_covers_run_as_in_peft(case):
     options, change = FALLBACKS[case]
     model = peft_model(**options)
     if change is not None:
@@ -274,7 +274,7 @@ def uses_lean_when_plain():
     return uses_lean(model, ROWS)
 
 
-def test_disabling_for_a_while_is_noticed():
+def test_temporarily_disabled_adapters_are_respected():
     model = peft_model()
     plain = TwoLinears()
     weights = {name.replace("base_layer.", ""): v for name, v in model.get_base_model().state_dict().items()}
