@@ -12,12 +12,12 @@ import torch
 from matplotlib import pyplot as plt
 
 import toolkit
-from toolkit.analysis.statistics import compare
+from toolkit import plots
+from toolkit.analysis import compare, means
 from toolkit.baselines import prompts
 from toolkit.batch.dry_run import dry_run
 from toolkit.datasets import DATASETS, Dataset, Policy, Prompt, Splits, in_memory, register_dataset
 from toolkit.measure.quantities import METRICS, Quantity, register, register_metric
-from toolkit.plots import runs as plots
 from toolkit.training.result import FitResult
 
 TOY = dict(method="linear", checkpointing="none", epochs=2, batch_size=16, lr=0.01, device="cpu")
@@ -64,7 +64,7 @@ def test_a_new_data_set_is_one_entry(stripes_registered, tmp_path):
     assert frame.dataset.tolist() == ["stripes"] and frame.status.tolist() == ["ok"]
     assert frame.test_top1_pct[0] > 80
     assert len(compare(frame)) == 1
-    plots.accuracy_against(frame, "memory")
+    plots.accuracy_against(means(frame), "memory")
     plt.close("all")
     assert toolkit.load_dataset("stripes").policy == Policy(flip=True)
     assert prompts.templates("stripes") == ["{} stripes"]
@@ -100,6 +100,10 @@ def test_a_new_metric_is_one_function_and_one_row(rank_registered, tmp_path):
     record = json.loads(Path(frame.folder[0], "record.json").read_text())
     [row] = record["curves"]["history"]
     assert 1 <= row["val_rank"] == record["quality"]["val_rank"] <= 10
+    assert compare(frame, "test_rank")["test mean rank"].tolist() == [f"{frame.test_rank[0]:.2f}"]
+    figure = plots.accuracy_against(means(frame, "test_rank"), "memory", score="test_rank")
+    assert figure.axes[0].get_ylabel() == "test mean rank"
+    plt.close("all")
 
 
 def test_a_metric_that_was_not_measured_has_its_reason(rank_registered, demo_model, few_digits):

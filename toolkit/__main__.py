@@ -15,13 +15,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from toolkit.analysis.recommend import write_ranking
-from toolkit.analysis.report import write_report
-from toolkit.analysis.statistics import compare
+from toolkit.analysis import as_text, compare, ranking_table, write_ranking
 from toolkit.baselines.experiment import BaselineExperiment
 from toolkit.baselines.memory_estimate import estimate_table
 from toolkit.batch.dry_run import dry_run, summary
-from toolkit.batch.sweep import DEFAULT_COMPARISON, execute_notebook, grid, run_experiments
+from toolkit.batch.report import write_report
+from toolkit.batch.sweep import DEFAULT_COMPARISON, grid, run_experiments
 from toolkit.batch.sweep_file import check_count, preset, read_sweep
 from toolkit.budget import format_bytes
 from toolkit.errors import InputError
@@ -109,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if options["command"] == "ranking":
             table = write_ranking(runs, (options["output"] or runs / "ranking.md").resolve())
-            print(table.text.to_string(index=False))
+            print(as_text(ranking_table(table)).to_string(index=False))
             return 0
         figures = options["figures"] or (runs if values else FIGURES)
         kind = BaselineExperiment if "baseline" in values else Experiment
@@ -178,21 +177,17 @@ def _dry_run(experiments: list[Parameters], runs: Path) -> str:
 
 
 def _run(experiments: list[Parameters], runs: Path, figures: Path | None, options: dict) -> int:
-    """Run, compare and report; into `figures`, if any, go those of the notebook `compare`."""
+    """Run, compare and report; `figures`: a folder for the pictures of these experiments."""
     failed = run_experiments(experiments, runs, workers=options["workers"], scheduler=options["scheduler"])
     ids = [experiment.id for experiment in experiments]
     records = load_records(runs)
     records = records[records.experiment_id.isin(ids)]
-    try:
-        print(compare(records).to_string(index=False))
-    except InputError as error:  # a sweep that went on after an update: the report keeps them apart
-        print(f"not compared: {error}")
+    print(compare(records).to_string(index=False))
+    if not (records.status == "ok").any():
         figures = None
-    if figures and records[records.status == "ok"].get("test_top1_pct", pd.Series()).notna().any():
-        parameters = {"runs": str(runs), "figures": str(figures), "experiment_ids": ",".join(ids)}
-        execute_notebook("compare", runs / "compare.ipynb", parameters)
-        print(f"figures  {figures}, made by {runs / 'compare.ipynb'}")
-    print(f"report   {write_report(runs, runs / 'report.html')}")
+    print(f"report   {write_report(runs, runs / 'report.html', figures, ids)}")
+    if figures:
+        print(f"figures  {figures}")
     print(f"records  {runs}/*/record.json, with the executed notebook of each run beside it")
     if failed:
         print(f"{len(failed)} of {len(experiments)} runs failed; the same command tries them again")

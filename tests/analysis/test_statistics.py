@@ -3,22 +3,25 @@
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
+from toolkit.analysis import compare
 from toolkit.analysis.statistics import (
-    ALIKE,
-    compare,
+    change,
+    differences,
+    holm,
+    interval,
     mean_and_interval,
-    paired_differences,
-    refuse_mixed,
+    means,
     standing,
 )
 from toolkit.errors import InputError
 
 
 def runs(**columns) -> pd.DataFrame:
-    """Two methods, three seeds each; lora is 2 points below full in every seed."""
+    """Two methods, three seeds each; lora is about 2 points below full in every seed."""
     frame = pd.DataFrame(
         {
             "dataset": "digits", "backbone": "demo_vit", "method": ["full"] * 3 + ["lora"] * 3,
@@ -41,8 +44,10 @@ def test_interval_against_a_textbook_value():
 
 
 def test_one_value_has_no_interval_and_missing_is_never_zero():
-    assert mean_and_interval(pd.Series([5.0])) == (5.0, None, 1)
-    assert mean_and_interval(pd.Series([], dtype=float)) == (None, None, 0)
+    mean, half, n = mean_and_interval(pd.Series([5.0]))
+    assert (mean, n) == (5.0, 1) and np.isnan(half)
+    mean, half, n = mean_and_interval(pd.Series([None], dtype=object))
+    assert np.isnan(mean) and np.isnan(half) and n == 0
     mean, _, n = mean_and_interval(pd.Series([100, None, 100]))
     assert (mean, n) == (100.0, 2)
 
@@ -75,52 +80,37 @@ def test_comparison_table():
     )
     table = compare(frame).set_index("method")
     assert list(table.columns[:3]) == ["dataset", "backbone", "checkpointing"]
-    assert table.loc["full", "test top-1 %"] == "91.00 ± 12.71"
-    assert table.loc["full", "n"] == 2 and table.loc["full", "not ok"] == "oom"
-    assert table.loc["full", "in budget"] == "no"
-    assert table.loc["lora", "test top-1 %"] == "95.00", "one seed, no interval"
-    assert table.loc["lora", "peak MiB"] == "1.00"
+    assert table.loc["full", "test accuracy (%)"] == "91.00 ± 12.71"
+    assert table.loc["full", "n"] == "2" and table.loc["full", "not ok"] == "oom"
+    assert table.loc["full", "within budget"] == "no"
+    assert table.loc["lora", "test accuracy (%)"] == "95.00", "one seed, no interval"
+    assert table.loc["lora", "peak memory (MiB)"] == "1.00"
 
 
-@pytest.mark.parametrize("name", ["lr", "budget", "test_sha256"])
-def test_only_runs_that_differ_in_nothing_but_the_seed_are_averaged(name):
-    frame = runs(method="lora", seed=[0, 1, 2] * 2, **{name: ["a"] * 3 + ["b"] * 3})
-    table = compare(frame)
-    assert table[name].tolist() == ["a", "b"] and table.n.tolist() == [3, 3]
+@pytest.mark.parametrize(("name", "values"), [("lr", (0.1, 0.2)), ("test_sha256", ("a", "b"))])
+def test_only_runs_that_differ_in_nothing_but_the_seed_are_averaged(name, values):
+    frame = runs(method="lora", seed=[0, 1, 2] * 2, **{name: [values[0]] * 3 + [values[1]] * 3})
+    table = means(frame)
+    assert table[name].tolist() == list(values) and table.n.tolist() == [3, 3]
 
 
-def test_joules_of_a_simulated_gpu_are_not_printed_as_measurements():
-    assert set(compare(runs())["adapt J"]) == {"100 ± 0"}
-    assert set(compare(runs(energy_source="fake"))["adapt J"]) == {"simulated"}
-    assert set(compare(runs(train_energy_joules=None, energy_source="none"))["adapt J"]) == {"–"}
+def test_a_parameter_that_follows_from_another_is_not_shown():
+    assert "lr" not in means(runs(lr=[1e-3] * 3 + [3e-3] * 3))
 
 
-def test_every_mixed_set_is_refused_unless_told_to_mix():
-    """50 sets, each with one run that was measured in another way."""
-    rng = np.random.default_rng(0)
-    for number in range(50):
-        name = ALIKE[number % len(ALIKE)]
+@pytest.mark.parametrize("name", ["env_hash", "memory_source", "energy_source"])
+def test_runs_that_were_not_measured_alike_are_never_averaged_or_paired(name):
+    for place in range(3):
         frame = runs()
         frame[name] = frame[name].astype(object)
-        frame.loc[rng.integers(len(frame)), name] = "another"
-        with pytest.raises(InputError, match=name):
-            compare(frame)
-        with pytest.raises(InputError, match="mix=True"):
-            paired_differences(frame, "test_top1_pct", {"method": "full"})
-        assert len(compare(frame, mix=True)) == 2
+        frame.loc[place, name] = "another"
+        table = means(frame)
+        assert sorted(table.n) == [1, 2, 3] and set(table.environment) == {"E1", "E2"}
+        assert differences(frame, "score_pct", {"method": "full"}).n.tolist() == [2]
 
 
-def test_what_is_alike_is_not_refused():
-    refuse_mixed(runs())
-    refuse_mixed(runs(env_hash=["a"] * 3 + ["b"] * 3))  # two methods on two machines: no mean is mixed
-    refuse_mixed(runs(energy_source=["nvml_counter", "none", "nvml_counter"] * 2))  # one without a meter
-    refuse_mixed(runs(status=["ok", "ok", "failed"] * 2, env_hash=["a", "a", "b"] * 2))
-
-
-def test_the_refusal_says_what_differs():
-    frame = runs(env_hash=["a", "b", "a"] * 2, version_torch=["2.14.1", "2.11.0", "2.14.1"] * 2)
-    with pytest.raises(InputError, match=r"none differ in env_hash: a, b \(version_torch\)"):
-        refuse_mixed(frame)
+def test_runs_without_a_meter_are_alike():
+    assert set(means(runs(energy_source=["nvml_counter", "none", "nvml_counter"] * 2)).environment) == {"E1"}
 
 
 def test_standing_of_methods():
@@ -133,97 +123,67 @@ def test_standing_of_methods():
     )
     worse = frame[3:].assign(method="bitfit", train_peak_bytes=3.0, test_top1_pct=80.0, train_seconds=2.0)
     table = standing(pd.concat([frame, worse], ignore_index=True)).set_index("method")
-    assert table["Pareto rank"].to_dict() == {"bitfit": 2, "lora": 1, "full": 1}
-    assert table.loc["lora", "NS-M"] == "74.00 ± 2.48" and table.loc["lora", "NS-E"] == "–"
+    assert table.pareto_rank.to_dict() == {"bitfit": 2, "lora": 1, "full": 1}
+    assert table.loc["lora", "ns_m_training"] == 74 and pd.isna(table.loc["lora", "ns_e_training"])
     accuracy = (88.1 + 92.0 + 95.9) / 300
     expected = 100 * accuracy * (1 - 2 / 4.4) * (1 - 1 / 2.2)
-    assert table.loc["lora", "dominated %"] == pytest.approx(expected, abs=0.05)
+    assert table.loc["lora", "dominated_pct"] == pytest.approx(expected, abs=0.05)
 
 
 def test_standing_needs_the_same_figures_of_all():
-    lacking = runs(train_energy_joules=[100.0] * 3 + [None] * 3)
-    table = standing(lacking).set_index("method")
-    assert table.loc["full", "Pareto rank"] == 1 and pd.isna(table.loc["lora", "Pareto rank"])
-    assert standing(runs(status="oom"))["Pareto rank"].isna().all()
-    simulated = runs(energy_source="fake", ns_e_training=60.0, train_energy_joules=[1.0] * 3 + [9.0] * 3)
-    table = standing(simulated).set_index("method")
-    assert set(table["NS-E"]) == {"–"} and table.loc["lora", "Pareto rank"] == 2, "memory and time are real"
+    table = standing(runs(train_energy_joules=[100.0] * 3 + [None] * 3)).set_index("method")
+    assert table.loc["full", "pareto_rank"] == 1 and pd.isna(table.loc["lora", "pareto_rank"])
+    assert standing(runs(status="oom")).pareto_rank.isna().all()
 
 
-def test_standing_ranks_within_a_data_set():
-    textures = runs(dataset="textures", test_top1_pct=runs().test_top1_pct - 30, train_sha256="other")
-    table = standing(pd.concat([runs(train_sha256="one"), textures], ignore_index=True))
-    assert table.groupby("dataset")["Pareto rank"].min().to_dict() == {"digits": 1, "textures": 1}
-
-
-def test_rivals_must_be_measured_alike():
+def test_standing_ranks_within_a_data_set_and_an_environment():
     """A 3060 is slower than an H100 whatever the method."""
-    frame = runs(env_hash=["a"] * 3 + ["b"] * 3, train_seconds=[10.0] * 3 + [100.0] * 3)
-    with pytest.raises(InputError, match="env_hash"):
-        standing(frame)
-    with pytest.raises(InputError, match="env_hash"):
-        paired_differences(frame, "train_seconds", {"method": "full"})
-    assert len(standing(frame, mix=True)) == len(compare(frame)) == 2
-    assert len(standing(runs(budget_mode=["native"] * 3 + ["simulated"] * 3))) == 2, "budgets may compete"
+    textures = runs(dataset="textures", test_top1_pct=runs().test_top1_pct - 30, train_sha256="other")
+    slower = runs(env_hash="b", train_seconds=100.0, train_sha256="one")
+    frame = pd.concat([runs(train_sha256="one"), textures, slower], ignore_index=True)
+    table = standing(frame)
+    assert len(table) == 6 and set(table.groupby(["dataset", "environment"]).pareto_rank.min()) == {1}
 
 
 def test_differences_are_paired_by_seed():
     """Seeds spread by 4 points, the difference by 0.1: pairing finds it, two intervals would not."""
-    table = paired_differences(runs(), "test_top1_pct", {"method": "full"}).set_index("method")
-    lora = table.loc["lora"]
-    assert lora["mean"] == pytest.approx(-2.0) and lora.n == 3
-    assert lora.half_width == pytest.approx(4.3027 * 0.1 / 3**0.5, rel=1e-3) and not lora.tied
-    assert table.loc["full", "mean"] == 0 and table.loc["full", "tied"]
+    (lora,) = differences(runs(), "score_pct", {"method": "full"}).to_dict("records")
+    assert lora["method"] == "lora" and lora["mean"] == pytest.approx(-2.0) and lora["n"] == 3
+    assert lora["half_width"] == pytest.approx(4.3027 * 0.1 / 3**0.5, rel=1e-3) and lora["p"] < 0.01
     _, spread, _ = mean_and_interval(runs().test_top1_pct[:3])
     assert spread > 2, "which is why"
 
 
 def test_every_method_has_its_own_learning_rate():
-    table = paired_differences(runs(lr=[1e-3] * 3 + [3e-3] * 3), "test_top1_pct", {"method": "full"})
-    lora = table.set_index("method").loc["lora"]
-    assert lora.n == 3 and lora["mean"] == pytest.approx(-2.0)
-    both = runs(lr=[1e-3] * 3 + [3e-3] * 3, seed=[0, 1, 2] * 2)
-    again = both.assign(lr=1e-2, test_top1_pct=both.test_top1_pct - 1)
-    table = paired_differences(
-        pd.concat([both, again], ignore_index=True), "test_top1_pct", {"method": "full"}
-    )
-    assert table.set_index(["method", "lr"]).loc[("lora", 1e-2)]["mean"] == pytest.approx(-2.0)
+    frame = runs(lr=[1e-3] * 3 + [3e-3] * 3)
+    assert differences(frame, "score_pct", {"method": "full"}).n.tolist() == [3]
+    again = frame.assign(lr=1e-2, test_top1_pct=frame.test_top1_pct - 1)
+    table = differences(pd.concat([frame, again], ignore_index=True), "score_pct", {"method": "full"})
+    assert table.set_index("lr").loc[1e-2, "mean"] == pytest.approx(-2.0)
 
 
 def test_other_data_make_no_pair():
     frame = runs(train_sha256=["x"] * 3 + ["y"] * 3)
-    table = paired_differences(frame, "test_top1_pct", {"method": "full"}).set_index("method")
-    assert table.loc["lora", "n"] == 0 and pd.isna(table.loc["lora", "mean"])
-
-
-def test_joules_of_a_simulated_gpu_are_not_compared():
-    with pytest.raises(InputError, match="no finished run"):
-        paired_differences(runs(energy_source="fake"), "train_energy_joules", {"method": "full"})
+    assert differences(frame, "score_pct", {"method": "full"}).empty
 
 
 def test_a_seed_without_partner_is_left_out_and_one_pair_has_no_interval():
     frame = runs(status=["ok", "oom", "oom", "ok", "ok", "ok"])
-    lora = paired_differences(frame, "test_top1_pct", {"method": "full"}).set_index("method").loc["lora"]
-    assert lora.n == 1 and lora["mean"] == pytest.approx(-1.9)
-    assert pd.isna(lora.half_width) and lora.tied is None
+    (lora,) = differences(frame, "score_pct", {"method": "full"}).to_dict("records")
+    assert lora["n"] == 1 and lora["mean"] == pytest.approx(-1.9)
+    assert np.isnan(lora["half_width"]) and np.isnan(lora["p"])
 
 
-@pytest.mark.parametrize(
-    ("value", "against", "message"),
-    [
-        ("speed", {"method": "full"}, "no column 'speed'"),
-        ("test_top1_pct", {"methods": "full"}, "no column 'methods'"),
-        ("test_top1_pct", {"method": "bitfit"}, "no finished run has"),
-    ],
-)
-def test_what_cannot_be_paired_is_an_error(value, against, message):
-    with pytest.raises(InputError, match=message):
-        paired_differences(runs(), value, against)
+def test_bad_questions_are_refused():
+    for value, against in (("speed", {"method": "full"}), ("score_pct", {"methods": "full"})):
+        with pytest.raises(InputError, match="no column"):
+            differences(runs(), value, against)
     with pytest.raises(InputError, match="seed occurs twice"):
-        paired_differences(runs(seed=0), "test_top1_pct", {"method": "full"})
+        differences(runs(seed=0), "score_pct", {"method": "full"})
+    assert differences(runs(), "score_pct", {"method": "bitfit"}).empty
 
 
-def test_partners_need_not_share_what_their_method_does_not_have():
+def test_partners_need_not_share_options_that_only_one_method_has():
     lora = runs()[3:]
     frame = pd.concat(
         [
@@ -233,9 +193,42 @@ def test_partners_need_not_share_what_their_method_does_not_have():
         ],
         ignore_index=True,
     )
-    table = paired_differences(frame, "test_top1_pct", {"method": "full"})
-    rows = table[table.method == "lora"].set_index("lora_rank")
-    assert rows.n.to_dict() == {4: 3, 16: 3} and rows["mean"].tolist() == pytest.approx([-2.0, -2.0])
+    table = differences(frame, "score_pct", {"method": "full"}).set_index("lora_rank")
+    assert table.n.to_dict() == {4: 3, 16: 3} and table["mean"].tolist() == pytest.approx([-2.0, -2.0])
     # Two ranks among the partners: none of them is the one to compare with.
-    table = paired_differences(frame, "test_top1_pct", {"method": "lora"}).set_index("method")
-    assert table.n["full"] == 0
+    assert differences(frame, "score_pct", {"method": "lora"}).empty
+
+
+def test_costs_are_compared_as_ratios_by_a_paired_t_test():
+    energies = [1000.0, 1010.0, 1020.0, 900.0, 930.0, 1000.0]
+    (row,) = differences(runs(train_energy_joules=energies), "adapt_joules", {"method": "full"}).to_dict(
+        "records"
+    )
+    expected = scipy.stats.ttest_rel(np.log(energies[3:]), np.log(energies[:3]))
+    assert row["p"] == pytest.approx(expected.pvalue)
+    ratio = scipy.stats.gmean(np.divide(energies[3:], energies[:3]))
+    assert change("adapt_joules", row["mean"]) == pytest.approx(100 * (ratio - 1))
+
+
+def test_pairs_that_all_agree_leave_nothing_to_test():
+    frame = runs(test_top1_pct=[90.0, 94.0, 98.0, 89.0, 93.0, 97.0])
+    (row,) = differences(frame, "score_pct", {"method": "full"}).to_dict("records")
+    assert row["mean"] == pytest.approx(-1.0) and np.isnan(row["p"])
+    assert interval("score_pct", -1.0, 0.0) == "−1.00 [=]"
+    assert interval("adapt_seconds", np.log(2), np.nan, " %") == "+100.0 %"
+    assert interval("adapt_seconds", 0.0, np.nan) == "0.0"
+
+
+def test_holm_of_a_textbook():
+    """p = 0.01, 0.04, 0.03, 0.005 become 0.03, 0.06, 0.06, 0.02; what is missing does not count."""
+    p = pd.Series([0.01, 0.04, np.nan, 0.03, 0.005], index=list("abcde"))
+    assert holm(p).drop("c").to_dict() == pytest.approx({"a": 0.03, "b": 0.06, "d": 0.06, "e": 0.02})
+    assert np.isnan(holm(p)["c"])
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
+def test_law_holm_raises_keeps_the_order_and_is_below_bonferroni(values):
+    p = pd.Series(values)
+    adjusted = holm(p)
+    assert (adjusted >= p).all() and (adjusted <= (p * len(p)).clip(upper=1) + 1e-12).all()
+    assert adjusted[p.sort_values().index].is_monotonic_increasing

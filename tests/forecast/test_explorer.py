@@ -19,6 +19,7 @@ from papermill.iorw import read_yaml_file
 
 import toolkit
 from toolkit import cache as explorer_cache
+from toolkit import plots
 from toolkit.budget import plan
 from toolkit.errors import InputError
 from toolkit.experiment import Experiment
@@ -27,7 +28,6 @@ from toolkit.forecast import explorer as explorer_module
 from toolkit.forecast import forecasts as forecast_module
 from toolkit.forecast.explorer import Explorer
 from toolkit.methods import set_train_mode
-from toolkit.plots import step as plots_budget
 from toolkit.training.loop import held_bytes
 from toolkit.widgets import BudgetExplorer
 
@@ -220,14 +220,15 @@ def test_images_that_fit_are_read_off_the_peaks(explorer, monkeypatch):
     frame = pd.DataFrame([("none", *row) for row in peaks], columns=["strategy", "images", "peak_bytes"])
     monkeypatch.setattr(Explorer, "batch_sizes", lambda self: frame)
     assert list(explorer.images_that_fit().loc["none"]) == [0, 6, 21, 41]
-    figure = plots_budget.batch_sizes_against_memory(frame)
+    figure = plots.batch_sizes_against_memory(frame)
     assert figure.axes[0].get_legend_handles_labels()[1] == ["none"]
     plt.close(figure)
 
 
 def test_static_twin_shows_the_same(explorer):
     stop = explorer.stops[5]
-    figure, picture = explorer.figure(stop), explorer.picture(stop)
+    picture = explorer.picture(stop)
+    figure = plots.step_figure(picture, explorer.kinds)
     above, below = figure.axes
     line = above.get_lines()[0].get_ydata() * 2**20
     assert line.max() == picture.memory_bytes.max() == explorer.plan(stop).peak_bytes
@@ -239,14 +240,8 @@ def test_static_twin_shows_the_same(explorer):
 
 def test_long_steps_keep_their_peaks():
     values = np.random.default_rng(0).integers(0, 10**9, 4001)
-    few = plots_budget._few(values)
+    few = explorer_module._few(values)
     assert len(few) <= 1500 and few.max() == values.max() and few[0] == values[:2].max()
-
-
-def test_module_names_in_pictures_are_short_and_text():
-    assert plots_budget._short(["a.blocks.0", "a.blocks.1"]) == ["0", "1"]
-    assert plots_budget._short(["s.1.blocks.0", "s.2.blocks.0"]) == ["1.blocks.0", "2.blocks.0"]
-    assert plots_budget._short(["$x$"]) == [r"\$x\$"]
 
 
 def test_fields_are_profiled_in_place(shown):
@@ -290,7 +285,6 @@ def test_slider_changes_picture_and_table(shown):
     shown.update(stops[-1])
     shown.update(stops[0])
     assert shown.picture.value == first
-    assert "this plan" in shown.legend.value and "recompute" in shown.legend.value
     assert plt.get_fignums() == open_figures
 
 

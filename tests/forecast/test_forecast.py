@@ -23,7 +23,7 @@ from toolkit.forecast import forecasts as module
 from toolkit.forecast.forecasts import Forecast, forecast, forecasts, what_fits
 from toolkit.forecast.steps import Step, step_of
 from toolkit.measure.environment import device_name
-from toolkit.plots.forecast import plot_what_fits
+from toolkit.plots import smallest_budgets
 from toolkit.training.loop import held_bytes
 from toolkit.training.record import SCHEMA_VERSION, RunRecord, run_folder
 
@@ -348,7 +348,7 @@ def test_what_fits_and_its_picture(kept, built):
         assert row.card == next(card for card, limit in limits.items() if row.smallest_bytes <= limit)
     wrong = frame[frame.backbone == "a$b$c"]
     assert wrong.smallest_bytes.isna().all() and wrong.reason.str.contains("unknown backbone").all()
-    figure = plot_what_fits(frame)
+    figure = smallest_budgets(frame)
     figure.canvas.draw()
     left, right = figure.axes
     words = [text.get_text() for text in right.texts]

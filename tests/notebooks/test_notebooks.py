@@ -42,16 +42,16 @@ def nbval(folder, *names, timeout=600):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_finetune_baselines_and_compare_pass_nbval(tmp_path):
-    """Compare on the records that the others left."""
-    nbval(tmp_path, "finetune", "foundation_baselines", "compare", "results_browser", "report")
+def test_finetune_baselines_and_results_pass_nbval(tmp_path):
+    """Results are those of the records that the others left."""
+    nbval(tmp_path, "finetune", "foundation_baselines", "7_results")
     records = toolkit.load_records(tmp_path).set_index("phase")
     assert list(records.status) == ["ok", "ok"] and set(records.index) == {"training", "inference"}
     assert records.test_top1_pct["training"] > 85 and records.test_top1_pct["inference"] > 85
 
 
 def test_audit_passes_nbval(tmp_path):
-    nbval(tmp_path, "audit_published_numbers", timeout=180)
+    nbval(tmp_path, "8_audit", timeout=180)
 
 
 def test_checkpointing_runs_on_the_demo_backbone(tmp_path):
@@ -83,9 +83,9 @@ def test_grid_and_search_run_small(tmp_path):
     assert len(toolkit.load_records(tmp_path / "runs")) == 1
 
 
-def test_edge_cnn_runs_without_any_finished_run(tmp_path):
+def test_small_devices_runs_without_any_finished_run(tmp_path):
     parameters = {"published_claims": False, "methods": "norm", "batch_sizes": "1", "runs": str(tmp_path)}
-    execute_notebook("edge_cnn", tmp_path / "edge.ipynb", parameters)
+    execute_notebook("5_small_devices", tmp_path / "edge.ipynb", parameters)
 
 
 @pytest.mark.parametrize(

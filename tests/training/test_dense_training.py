@@ -3,23 +3,19 @@
 import math
 from dataclasses import replace
 
-import pandas as pd
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import Subset
 
 import toolkit
-from toolkit.analysis.report import read_runs, results
-from toolkit.analysis.statistics import compare
+from toolkit.analysis import compare
 from toolkit.batch.dry_run import dry_run
 from toolkit.datasets import loader, task_of
 from toolkit.datasets.tasks import IGNORED, TASKS, score_in, split_targets
-from toolkit.errors import InputError
 from toolkit.forecast.forecasts import forecast
 from toolkit.methods import adapt
 from toolkit.model import build_model
-from toolkit.plots import runs as plots
 from toolkit.training import loop as training
 from toolkit.training.feature_cache import cached_features
 
@@ -87,9 +83,7 @@ def test_segmentation_is_planned_and_measured(few, tmp_path, method):
     assert record.quality["test_miou_pct"] == evaluation.score_pct and record.scores["ns"] is not None
     assert "test_top1_pct" not in record.quality and "test_miou_pct" not in record.missing
     record.save(tmp_path / "run")
-    assert compare(toolkit.load_records(tmp_path))["test mIoU %"][0] == f"{evaluation.score_pct:.2f}"
-    table = results(read_runs(tmp_path))
-    assert table.text["mean IoU (%)"][0] == f"{evaluation.score_pct:.2f}"
+    assert compare(toolkit.load_records(tmp_path))["test mean IoU (%)"][0] == f"{evaluation.score_pct:.2f}"
 
 
 def test_micro_batches_train_a_segmentation_alike(few):
@@ -181,12 +175,6 @@ def test_features_of_other_images_are_not_taken(few_digits, tmp_path):
         for splits in (some, few_digits)
     ]
     assert [len(features.train) for features in found] == [8, len(few_digits.train)]
-
-
-def test_dense_runs_have_no_accuracy_to_draw():
-    frame = pd.DataFrame({"status": ["ok"], "test_top1_pct": [None], "phase": ["training"]})
-    with pytest.raises(InputError, match="dense_prediction"):
-        plots.accuracy_against(frame, "memory")
 
 
 def test_a_killed_run_of_cached_features_goes_on_bit_for_bit(few_digits, tmp_path, monkeypatch):

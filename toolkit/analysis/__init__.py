@@ -1,1 +1,49 @@
-"""What finished runs show: tables, statistics, verdicts on published claims."""
+"""What finished runs show: tables, statistics, verdicts on published claims.
+
+From the bottom: `statistics` (means, intervals, paired differences), `tables` (formats), `results` (one
+function per table), `recommend` (which method for a device), `claims` with one file for each paper.
+"""
+
+from toolkit.analysis.recommend import ranking, ranking_table, recommend, write_ranking
+from toolkit.analysis.results import (
+    budgets,
+    compare,
+    data_sets,
+    effects,
+    effects_table,
+    environments,
+    failures,
+    missing,
+    read,
+    runs_of,
+    what_ran,
+)
+from toolkit.analysis.statistics import COSTS, adaptation, differences, mean_and_interval, means, standing
+from toolkit.analysis.tables import as_text, show, write_table
+
+__all__ = [
+    "COSTS",
+    "adaptation",
+    "as_text",
+    "budgets",
+    "compare",
+    "data_sets",
+    "differences",
+    "effects",
+    "effects_table",
+    "environments",
+    "failures",
+    "mean_and_interval",
+    "means",
+    "missing",
+    "ranking",
+    "ranking_table",
+    "read",
+    "recommend",
+    "runs_of",
+    "show",
+    "standing",
+    "what_ran",
+    "write_ranking",
+    "write_table",
+]

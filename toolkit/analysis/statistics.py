@@ -1,271 +1,303 @@
-"""Means, intervals and differences over seeds; what must not be averaged is refused."""
+"""Means over seeds with intervals, differences paired by seed, and which runs may be compared at all.
+
+Runs of one *environment* (same machine, versions, settings and sources of their figures) were measured alike.
+Nothing here averages, ranks or pairs runs of different environments or of different data.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 
+import numpy as np
 import pandas as pd
 import scipy.stats
 
 from toolkit.baselines.experiment import BaselineExperiment
 from toolkit.baselines.registry import PROTOCOLS
 from toolkit.budget import STRATEGIES
+from toolkit.datasets.tasks import TASKS
 from toolkit.errors import InputError, check_name
 from toolkit.experiment import Experiment
+from toolkit.measure.quantities import QUANTITIES, Quantity, register
 from toolkit.measure.scores import hypervolume, pareto_rank
-from toolkit.methods import METHODS, options_not_of
-from toolkit.training.record import SIMULATED
+from toolkit.methods import METHODS
 
-_FIELDS = [*dataclasses.fields(Experiment), *dataclasses.fields(BaselineExperiment)]
-# `baseline` and `protocol` stand under `backbone` and `method` in every record.
-PARAMETERS = list(dict.fromkeys(f.name for f in _FIELDS if f.name not in ("seed", "baseline", "protocol")))
-# Runs of one experiment that differ here were not measured alike.
-ALIKE = ["env_hash", "memory_source", "budget_mode", "energy_source", "alloc_conf"]
 DATA = ["train_sha256", "test_sha256"]
 SHOWN = ["dataset", "backbone", "method", "checkpointing"]
+SCORES = [f"test_{task.metric}" for task in TASKS.values()]
+COSTS = {"memory": "peak_bytes", "time": "adapt_seconds", "energy": "adapt_joules"}  # columns of `adaptation`
+register(Quantity("score_pct", "test score", "%", better="more"))  # of the data set's task, see `adaptation`
+FIGURES = ["mean", "half_width", "n", "p"]  # of `differences`
+ROUNDING = 1e-9  # half width of an interval that is nothing but rounding of equal numbers
 
 
-def mean_and_interval(values: pd.Series) -> tuple[float | None, float | None, int]:
+def parameters() -> list[str]:
+    """Columns of records that hold parameters of experiments, but for the seed."""
+    names = [f.name for kind in (Experiment, BaselineExperiment) for f in dataclasses.fields(kind)]
+    # Records hold a baseline and its protocol under `backbone` and `method`.
+    hidden = ("seed", "baseline", "protocol", "budget")
+    return ["budget_bytes", *(name for name in dict.fromkeys(names) if name not in hidden)]
+
+
+# --- which runs belong together ---
+
+
+def with_environments(records: pd.DataFrame) -> pd.DataFrame:
+    """`records` with a column `environment`: E1, E2, ..., the one with most runs first.
+
+    A run that could not measure memory or energy (source "none") goes with those of its machine that could.
+    """
+    if "environment" in records or records.empty:
+        return records
+    kind = _column(records, "env_hash").fillna("").astype(str)
+    for name in ("memory_source", "energy_source"):
+        known = _column(records, name)
+        known = known.where(known != "none")
+        kind = kind + "|" + known.fillna(known.groupby(kind).transform("first")).fillna("").astype(str)
+    counts = kind.value_counts()
+    order = sorted(counts.index, key=lambda name: (-counts[name], name))
+    return records.assign(environment=kind.map({name: f"E{i}" for i, name in enumerate(order, start=1)}))
+
+
+def adaptation(records: pd.DataFrame) -> pd.DataFrame:
+    """`records` with `peak_bytes`, `adapt_seconds` and `adapt_joules`: what it took to get the model.
+
+    For a fine-tuned model these are training's, with the time and energy of computing cached features.  For a
+    baseline they are those before the first test image (text classifier, features and probe, choice of a
+    scoring rule), and the highest peak of all.  `score_pct` is the test score of the data set's task.
+    """
+    records = records.assign(phase=_column(records, "phase").fillna("training"))
+    baseline = records.phase == "inference"
+    features_seconds = _numbers(records, "features_seconds").fillna(0)
+    features_joules = _numbers(records, "features_energy_joules").where(features_seconds > 0, 0)
+    train_seconds = _numbers(records, "train_seconds") + features_seconds
+    train_joules = _numbers(records, "train_energy_joules") + features_joules
+    highest = np.fmax(_numbers(records, "prepare_peak_bytes"), _numbers(records, "test_peak_bytes"))
+    score = pd.Series(np.nan, index=records.index)
+    for name in SCORES:
+        score = score.fillna(_numbers(records, name))
+    return records.assign(
+        score_pct=score,
+        peak_bytes=_numbers(records, "train_peak_bytes").where(~baseline, highest),
+        adapt_seconds=train_seconds.where(~baseline, _numbers(records, "prepare_seconds")),
+        adapt_joules=train_joules.where(~baseline, _numbers(records, "prepare_joules")),
+    )
+
+
+def _column(records: pd.DataFrame, name: str) -> pd.Series:
+    """A column of `records`; missing values if there is none."""
+    return records[name] if name in records else pd.Series(None, index=records.index, dtype=object)
+
+
+def _numbers(records: pd.DataFrame, name: str) -> pd.Series:
+    return pd.to_numeric(_column(records, name)).astype(float)
+
+
+def groups(records: pd.DataFrame) -> Iterator[tuple[dict, pd.DataFrame]]:
+    """Groups of runs that differ only in their seed, with what tells them apart; methods in their order.
+
+    What tells them apart: `SHOWN`, environment, budget, and parameters that vary among runs that share these.
+    A learning rate that follows from the method is not among them.
+    """
+    records = with_environments(records)
+    if records.empty:
+        return
+    phases = _column(records, "phase").fillna("training")
+    always = [*SHOWN, "environment", *(["budget_bytes"] if "budget_bytes" in records else [])]
+    vary = [name for name in (*parameters(), *DATA) if name in records and name not in always]
+    vary = [name for name in vary if (records[name].groupby(phases).nunique(dropna=False) > 1).any()]
+    settings = records.groupby(always, dropna=False)
+    told = [name for name in vary if (settings[name].nunique(dropna=False) > 1).any()]
+    records = records.sort_values([*always, *vary], kind="stable", key=_in_order)
+    for _, group in records.groupby([*always, *vary], sort=False, dropna=False):
+        yield group[[*always, *told]].iloc[0].to_dict(), group
+
+
+def _in_order(column: pd.Series) -> pd.Series:
+    """Sort keys of a column: methods, protocols and strategies as in their tables, others by value."""
+    if column.name in ("method", "checkpointing"):
+        protocols = [protocol for family in PROTOCOLS.values() for protocol in family]
+        order = {name: place for place, name in enumerate((*METHODS, *protocols, *STRATEGIES))}
+        return column.map(lambda name: order.get(name, len(order)))
+    return column.astype(str) if column.dtype == object else column
+
+
+# --- means ---
+
+
+def mean_and_interval(values: pd.Series) -> tuple[float, float, int]:
     """Mean, half width of the 95 % Student-t interval, and n of the values that exist.
 
-    Missing values are left out, never taken as 0; below two values there is no interval.
+    Missing values are left out, never taken as 0.  The mean of nothing is NaN, and so is the half width of
+    fewer than two values.
     """
-    values = values.dropna().astype(float)
+    values = pd.to_numeric(values).dropna().astype(float)
     n = len(values)
-    if n == 0:
-        return None, None, 0
-    if n == 1:
-        return float(values.iloc[0]), None, 1
-    return float(values.mean()), float(scipy.stats.t.ppf(0.975, n - 1) * values.sem()), n
+    half_width = float(scipy.stats.t.ppf(0.975, n - 1) * values.sem()) if n > 1 else math.nan
+    return float(values.mean()) if n else math.nan, half_width, n
 
 
-def refuse_mixed(frame: pd.DataFrame, *, rivals: bool = False) -> None:
-    """Raise `InputError` if runs that would be averaged were not measured alike (`ALIKE`).
+def means(records: pd.DataFrame, *quantities: str) -> pd.DataFrame:
+    """One row per group of runs that differ in nothing but the seed (see `groups`).
 
-    Those are runs that differ in nothing but the seed; with `rivals` also all runs on the same data, which
-    may differ in their budget mode.  A run that could not measure (null, or energy source "none") does
-    not clash with one that did.
+    Columns: what tells the groups apart; `n` runs that ended ok, and `not_ok`, how others ended;
+    `within_budget` (all of them) and `params_trainable`; and of each quantity its mean, `_half_width` and
+    `_n` (see `mean_and_interval`).  Quantities are the test scores that the runs have, `score_pct`, `COSTS`,
+    and the columns named in `quantities`.
     """
-    if rivals:
-        refuse_mixed(frame)
-    by = [name for name in (("dataset", *DATA) if rivals else (*PARAMETERS, *DATA)) if name in frame]
-    alike = [name for name in ALIKE if name in frame and not (rivals and name == "budget_mode")]
-    for _, group in frame[frame.status == "ok"].groupby(by, dropna=False, sort=False):
-        for name in alike:
-            values = group[name].fillna("default") if name == "alloc_conf" else group[name].dropna()
-            found = [value for value in values.unique() if value != "none"]
-            if len(found) > 1:
-                what = ", ".join(f"{n} {group[n].iloc[0]}" for n in by if n in SHOWN)
-                raise InputError(
-                    f"runs of {what} differ in {name}: {', '.join(map(str, found))}"
-                    f"{_what_differs(group) if name == 'env_hash' else ''}. They are different measurements: "
-                    "select one of them, use another folder, or in Python pass mix=True."
-                )
-
-
-def _what_differs(group: pd.DataFrame) -> str:
-    names = [name for name in group if name.startswith(("version_", "device_", "cpu_", "driver", "code_"))]
-    differing = [name for name in [*names, "threads"] if name in group and group[name].nunique() > 1]
-    return f" ({', '.join(differing)})" if differing else ""
-
-
-def compare(frame: pd.DataFrame, *, mix: bool = False) -> pd.DataFrame:
-    """One row per group of runs that differ only in seed: mean, interval and n, as text for people.
-
-    Columns name the parameters in `SHOWN` and any other, or data hash, that varies among runs of one
-    phase.  Peak, seconds and joules are of training, and of a baseline of all that takes the place of it
-    (see `adaptation`).  Runs that did not end `ok` count under `not ok` and in no mean.  Raises
-    `InputError` where runs were not measured alike (`refuse_mixed`) unless `mix`.
-    """
-    if not mix:
-        refuse_mixed(frame)
+    records = adaptation(with_environments(records)) if len(records) else records
+    scores = [name for name in SCORES if name in records and records[name].notna().any()]
     rows = []
-    for row, group in groups(frame):
-        ok = adaptation(without_simulated(group[group.status == "ok"]))
-        row["test top-1 %"] = _text(ok.get("test_top1_pct"), 1, 2)
-        for title, column in {"test mIoU %": "test_miou_pct", "test mAP %": "test_map_pct"}.items():
-            if column in frame and frame[column].notna().any():
-                row[title] = _text(ok[column], 1, 2)
-        row["peak MiB"] = _text(ok.get("peak_bytes"), 2**20, 2)
-        row["in budget"] = "" if ok.empty else "yes" if ok.within_budget.astype(bool).all() else "no"
-        row["adapt s"] = _text(ok.get("adapt_seconds"), 1, 1)
-        row["adapt J"] = _energy(ok)
-        row["trainable"] = "" if ok.empty else f"{int(ok.params_trainable.iloc[0]):,}"
-        row["n"] = len(ok)
-        row["not ok"] = ", ".join(group.status[group.status != "ok"])
+    for key, group in groups(records):
+        ok = group[group.status == "ok"]
+        row = key | {"n": len(ok), "not_ok": ", ".join(group.status[group.status != "ok"])}
+        if len(ok):
+            row["within_budget"] = bool(_column(ok, "within_budget").eq(True).all())
+            row["params_trainable"] = _column(ok, "params_trainable").iloc[0]
+        for name in dict.fromkeys((*scores, "score_pct", *COSTS.values(), *quantities)):
+            mean, half_width, n = mean_and_interval(_column(ok, name))
+            row |= {name: mean, f"{name}_half_width": half_width, f"{name}_n": n}
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def adaptation(frame: pd.DataFrame) -> pd.DataFrame:
-    """`frame` with `peak_bytes`, `adapt_seconds`, `adapt_joules`: what it took to get the classifier.
-
-    Of a fine-tuned model these are training's, with the time and energy of computing cached features; of a
-    baseline those before the first test image (text classifier, features and probe, choice of a scoring rule)
-    and the highest moment of all.
-    """
-
-    def column(name: str) -> pd.Series:
-        return frame[name] if name in frame else pd.Series(index=frame.index, dtype=float)
-
-    features_seconds = column("features_seconds").fillna(0)
-    features_joules = column("features_energy_joules").where(features_seconds > 0, 0)
-    highest = pd.concat([column("prepare_peak_bytes"), column("test_peak_bytes")], axis=1).max(axis=1)
-    prepared = _phase(frame) == "inference"
-    return frame.assign(
-        phase=_phase(frame),
-        peak_bytes=column("train_peak_bytes").where(~prepared, highest),
-        adapt_seconds=(column("train_seconds") + features_seconds).where(
-            ~prepared, column("prepare_seconds")
-        ),
-        adapt_joules=(column("train_energy_joules") + features_joules).where(
-            ~prepared, column("prepare_joules")
-        ),
-    )
-
-
-def _phase(frame: pd.DataFrame) -> pd.Series:
-    """Phase of each run; a frame without is of fine-tuned models."""
-    if "phase" not in frame:
-        return pd.Series("training", index=frame.index)
-    return frame.phase.fillna("training")
-
-
-# By phase: scores, and the costs that ranks are of.
-SCORES = {
-    phase: {
-        "NS": "ns", "NS-E": f"ns_e_{phase}", "NS-M": f"ns_m_{phase}", "NS#": f"ns_sharp_{phase}"
-    }
+# By phase: the NetScores, and the costs that ranks are made of.
+NETSCORES = {
+    phase: ["ns", f"ns_e_{phase}", f"ns_m_{phase}", f"ns_sharp_{phase}"]
     for phase in ("training", "inference")
-}  # fmt: skip
-COSTS = {
+}
+RANKED = {
     "training": ["train_peak_bytes", "train_energy_joules", "train_seconds"],
     "inference": ["test_peak_bytes", "test_energy_joules", "test_seconds"],
 }
 
 
-def standing(frame: pd.DataFrame, phase: str = "training", *, mix: bool = False) -> pd.DataFrame:
-    """Scores of the groups of `compare`: NetScores with a phase's costs, and what no unit can move.
+def standing(records: pd.DataFrame, phase: str = "training") -> pd.DataFrame:
+    """Means of the NetScores with a phase's costs, and two ranks that do not depend on units.
 
-    `phase`: "training", or "inference", which baselines have too.  NetScores are means over seeds of each
-    run's score, with intervals.  `Pareto rank` and `dominated %` (the group's hypervolume in the box up to
-    1.1 times the worst costs) are of mean accuracy, peak memory, energy and time, among the groups of one
-    data set; a cost that no run has is left out.  A group
-    without a finished run, or without a cost that others have, has neither.  Raises as `compare`, and
-    where groups that would be ranked together were not measured alike.
+    `phase`: "training", or "inference", which baselines have too.  `pareto_rank` and `dominated_pct` (the
+    group's hypervolume in the box up to 1.1 times the worst costs) are of mean score, peak memory, energy and
+    time, among the groups of one data set and environment; a cost that no run has is left out.  A group
+    without a finished run, or without a cost that others have, has neither.
     """
-    if not mix:
-        refuse_mixed(frame, rivals=True)
-    wanted = ("test_top1_pct", *COSTS[check_name("phase", phase, COSTS)])
-    rows, points = [], []
-    for row, group in groups(frame):
-        ok = without_simulated(group[group.status == "ok"])
-        rows.append(row | {kind: _text(ok.get(column), 1, 2) for kind, column in SCORES[phase].items()})
-        means = {name: mean_and_interval(ok[name])[0] for name in wanted if name in ok}
-        points.append(pd.Series(means, dtype=float))
-    table, points = pd.DataFrame(rows), pd.DataFrame(points)
-    table["Pareto rank"], table["dominated %"] = pd.NA, pd.NA
-    for _, rivals in points.groupby([table[name] for name in ("dataset", *DATA) if name in table]):
-        whole = rivals.dropna(axis="columns", how="all").dropna()
-        if whole.empty or "test_top1_pct" not in whole or len(whole.columns) == 1:
+    costs = RANKED[check_name("phase", phase, RANKED)]
+    table = means(records, *NETSCORES[phase], *costs)
+    if table.empty:
+        return table
+    table["pareto_rank"], table["dominated_pct"] = pd.NA, np.nan
+    by = [name for name in ("dataset", "environment", *DATA) if name in table]
+    for _, rivals in table.groupby(by, dropna=False):
+        points = rivals[["score_pct", *costs]].dropna(axis="columns", how="all").dropna()
+        if points.empty or "score_pct" not in points or len(points.columns) == 1:
             continue
-        accuracy, costs = whole.test_top1_pct, whole.drop(columns="test_top1_pct")
-        worst = 1.1 * costs.max()
-        table.loc[whole.index, "Pareto rank"] = pareto_rank(accuracy, costs)
-        table.loc[whole.index, "dominated %"] = [
-            round(100 * hypervolume(accuracy[[i]], costs.loc[[i]], worst), 1) for i in whole.index
-        ]
-    return table
+        scores, costs_of = points.score_pct, points.drop(columns="score_pct")
+        worst = 1.1 * costs_of.max()
+        table.loc[points.index, "pareto_rank"] = pareto_rank(scores, costs_of)
+        for row in points.index:
+            volume = hypervolume(scores[[row]], costs_of.loc[[row]], worst)
+            table.loc[row, "dominated_pct"] = round(100 * volume, 1)
+    keys = [name for name in table.columns if name in (*SHOWN, "environment", *parameters(), *DATA)]
+    shown = [name for name in table if name.startswith(tuple(NETSCORES[phase]))]
+    return table[[*keys, "n", *shown, "pareto_rank", "dominated_pct"]]
 
 
-def groups(frame: pd.DataFrame) -> Iterator[tuple[dict, pd.DataFrame]]:
-    """Groups of runs that differ only in seed, with what they share; methods and strategies in order."""
-    phases = _phase(frame)
-    vary = [
-        name for name in PARAMETERS if name in frame and (frame[name].groupby(phases).nunique() > 1).any()
-    ]
-    vary += [name for name in DATA if name in frame and frame[name].nunique() > 1]
-    by = [*SHOWN, *(name for name in vary if name not in SHOWN)]
-    protocols = [protocol for family in PROTOCOLS.values() for protocol in family]
-    order = {name: position for position, name in enumerate((*METHODS, *protocols, *STRATEGIES))}
-    frame = frame.sort_values(
-        by, kind="stable", key=lambda column: column.map(lambda value: order.get(value, value))
-    )
-    for key, group in frame.groupby(by, sort=False, dropna=False):
-        yield dict(zip(by, key)), group
+# --- paired differences ---
 
 
-def _energy(ok: pd.DataFrame) -> str:
-    simulated = "energy_source" in ok and (ok.energy_source == "fake").any()
-    return "simulated" if simulated else _text(ok.get("adapt_joules"), 1, 0)
+def differences(records: pd.DataFrame, quantity: str, against: Mapping[str, object]) -> pd.DataFrame:
+    """How the runs of each group differ in `quantity` from the runs that `against` names, paired by seed.
 
+    `against`: column -> value, such as `{"method": "full"}`.  The partner of a run has these values, its
+    environment, seed and data, and its other parameters, except for what is a matter of the method and has
+    one value among the partners: an option that only one of the two methods has, the policy of batch norms,
+    and the learning rate if each group of `against` has one.
 
-def without_simulated(frame: pd.DataFrame) -> pd.DataFrame:
-    """Nulls for what a simulated GPU said: it is no measurement."""
-    if "energy_source" not in frame or not (frame.energy_source == "fake").any():
-        return frame
-    frame = frame.copy()
-    columns = [name for name in SIMULATED if name in frame]
-    frame[columns] = frame[columns].astype(object).where(frame.energy_source != "fake", None)
-    return frame
-
-
-def _text(values: pd.Series | None, unit: float, digits: int) -> str:
-    mean, half_width, n = (None, None, 0) if values is None else mean_and_interval(values / unit)
-    if n == 0:
-        return "–"
-    return f"{mean:.{digits}f}" if half_width is None else f"{mean:.{digits}f} ± {half_width:.{digits}f}"
-
-
-def _not_shared(first: str, second: str) -> set[str]:
-    """Parameters that cannot be alike in runs of these two methods, or need not be."""
-    if not {first, second} <= set(METHODS):
-        return set()
-    alike = set() if first == second else {"batch_norm"}  # "auto" is not the same in all
-    return options_not_of(first) | options_not_of(second) | alike
-
-
-def paired_differences(
-    frame: pd.DataFrame, value: str, against: Mapping[str, object], *, mix: bool = False
-) -> pd.DataFrame:
-    """Difference in `value` of every group from the group `against` names, paired by seed.
-
-    `against`: column -> value, such as `{"method": "full", "checkpointing": "none"}`.  The partner of a
-    run has these values, its seed and data, and its other parameters, save what has one value among the
-    partners and is a matter of a method: the policy of batch norms, an option that one of the two methods
-    does not have, and the learning rate if there is one for each of `against`.  Columns: `SHOWN`, what else
-    varies, `mean`, `half_width` (95 % Student-t), `n` pairs, `tied`: the interval contains 0 (None below two
-    pairs).  Raises `InputError` for an unknown column, where there is no such group, a seed occurs twice,
-    or runs that would be compared were not measured alike (unless `mix`).
+    Columns: what tells the groups apart; `mean` and `half_width` (95 %) of scores in points, of costs as
+    logarithms of ratios (`change` translates); `n` pairs; `p` of a two-sided t-test, missing below two pairs
+    and where all pairs agree.  Empty if there is nothing to pair.  Raises `InputError` for a repeated seed.
     """
-    for name in (value, *against):
-        if name not in frame:
+    ok = adaptation(with_environments(records[records.status == "ok"])) if len(records) else records
+    for name in (quantity, *against):
+        if len(ok) and name not in ok:
             raise InputError(f"the records have no column {name!r}.")
-    if not mix:
-        refuse_mixed(frame, rivals=True)
-    ok = without_simulated(frame[frame.status == "ok"])
-    ok = ok[ok[value].notna()]
-    ok = ok[_phase(ok) == "training"]  # a baseline's seed is of other things
-    by = list(dict.fromkeys([*SHOWN, *(n for n in (*PARAMETERS, *DATA) if n in ok and ok[n].nunique() > 1)]))
+    if len(ok):
+        ok = ok[(ok.phase == "training") & ok[quantity].notna()]  # a baseline's seed means something else
+    if ok.empty or not (partners := (ok[list(against)] == pd.Series(against)).all(axis=1)).any():
+        return pd.DataFrame(columns=[*SHOWN, "environment", *FIGURES])
+    values = pd.to_numeric(ok[quantity]).astype(float)
+    ok["_value"] = np.log(values.where(values > 0)) if _is_cost(quantity) else values
+    by = [*SHOWN, "environment"]
+    by += [n for n in (*parameters(), *DATA) if n in ok and n not in by and ok[n].nunique(dropna=False) > 1]
     if ok.duplicated([*by, "seed"]).any():
         raise InputError("a seed occurs twice in a group; select one run of each.")
-    partners = ok[(ok[list(against)] == pd.Series(against)).all(axis=1)]
-    if partners.empty:
-        raise InputError(f"no finished run has {dict(against)}.")
-    own_lr = "lr" in by and (ok.groupby(list(against)).lr.nunique() == 1).all()
-    pairs = []
+    one_lr = "lr" in by and (ok.groupby(list(against)).lr.nunique() == 1).all()
+    parts = []
     for method, runs in ok.groupby("method", sort=False):
-        own = _not_shared(method, against["method"]) if "method" in against else set()
-        own = {name for name in own & set(by) if partners[name].nunique(dropna=False) == 1}
-        own |= {"lr"} if own_lr else set()
-        key = [name for name in by if name not in against and name not in own] + ["seed"]
-        pairs.append(runs.join(partners.set_index(key)[value].rename("_partner"), on=key))
-    pairs = pd.concat(pairs).loc[ok.index]
-    pairs["_difference"] = pairs[value].astype(float) - pairs["_partner"].astype(float)
+        own = _own_options(method, against["method"]) if "method" in against else set()
+        own = {name for name in own & set(by) if ok.loc[partners, name].nunique(dropna=False) == 1}
+        own |= {"lr"} if one_lr else set()
+        key = [name for name in by if name not in own and name not in against] + ["seed"]
+        found = ok[partners].set_index(key)["_value"].rename("_partner")
+        parts.append(runs.join(found, on=key))
+    pairs = pd.concat(parts).loc[ok.index]
+    pairs["_difference"] = pairs["_value"] - pairs["_partner"]
     rows = []
-    for group_key, group in pairs.groupby(by, sort=False):
+    for key, group in groups(pairs[~partners].drop(columns="_value")):
         mean, half_width, n = mean_and_interval(group["_difference"])
-        tied = None if half_width is None else abs(mean) <= half_width
-        rows.append(dict(zip(by, group_key)) | dict(mean=mean, half_width=half_width, n=n, tied=tied))
-    return pd.DataFrame(rows)
+        if n:
+            figures = (mean, half_width, n, _p(mean, half_width, n))
+            rows.append(key | dict(zip(FIGURES, figures)))
+    return pd.DataFrame(rows, columns=None if rows else [*SHOWN, "environment", *FIGURES])
+
+
+def _own_options(method: str, other: str) -> set[str]:
+    """Parameters that need not be alike in runs of two methods."""
+    if method == other or not {method, other} <= set(METHODS):
+        return set()
+    options = {name: {*m.options, *m.optimizer_options} for name, m in METHODS.items()}
+    shared = options[method] & options[other]
+    return set().union(*options.values()) - shared | {"batch_norm"}  # "auto" differs between methods
+
+
+def _is_cost(quantity: str) -> bool:
+    return QUANTITIES[quantity].better == "less"
+
+
+def _p(mean: float, half_width: float, n: int) -> float:
+    if n < 2 or half_width <= ROUNDING:
+        return math.nan
+    t = mean / half_width * scipy.stats.t.ppf(0.975, n - 1)
+    return float(2 * scipy.stats.t.sf(abs(t), n - 1))
+
+
+def change(quantity: str, value: float) -> float:
+    """A mean or an end of an interval of `differences`, in points (scores) or per cent (costs)."""
+    return 100 * math.expm1(value) if _is_cost(quantity) else value
+
+
+def holm(p: pd.Series) -> pd.Series:
+    """Holm's adjustment for testing all of `p` at once: below 0.05, at most one in 20 such sets errs.
+
+    Missing values stay missing and do not count.
+    """
+    known = p.dropna().sort_values()
+    adjusted = (known * np.arange(len(known), 0, -1)).cummax().clip(upper=1.0)
+    return adjusted.reindex(p.index)
+
+
+def interval(quantity: str, mean: float, half_width: float, unit: str = "") -> str:
+    """A difference and its interval as text: `−2.1 [−3.0, −1.2]`, or `−2.1 [=]` if all pairs agree."""
+    middle = _signed(quantity, mean) + unit
+    if math.isnan(half_width):
+        return middle
+    if half_width <= ROUNDING:
+        return f"{middle} [=]"
+    return f"{middle} [{_signed(quantity, mean - half_width)}, {_signed(quantity, mean + half_width)}]"
+
+
+def _signed(quantity: str, value: float) -> str:
+    digits = 1 if _is_cost(quantity) else 2
+    rounded = round(change(quantity, value), digits) + 0.0  # no −0.0
+    return f"{rounded:+.{digits}f}".replace("-", "−") if rounded else f"{0:.{digits}f}"

@@ -1,78 +1,89 @@
-"""A table for people and for programs: text, CSV, LaTeX, Markdown and, in a notebook, HTML.
-
-Names, errors and paths are other people's text: control characters are written out (`visible`), and each
-format escapes the rest.
-"""
+"""Tables for people (text with units and intervals) and for programs (plain numbers); pandas writes both."""
 
 from __future__ import annotations
 
 import html
 import re
-from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
+from pandas.io.formats.style import Styler
 
-FORMULA = tuple("=+-@＝＋－＠")  # what spreadsheets take for the beginning of one
-INVISIBLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table for people, and the same with plain numbers for programs."""
-
-    name: str  # of its files
-    text: pd.DataFrame
-    numbers: tuple[str, ...] = ()  # columns of `text` that are set flush right
-    values: pd.DataFrame | None = None  # for the CSV; None: `text`
-    notes: tuple[str, ...] = ()  # what [a], [b], ... in cells mean
-    links: tuple[str, ...] = ()  # file that the last column of each row leads to; empty: none
-
-    @property
-    def lines(self) -> list[str]:
-        """The notes with their letters."""
-        return [f"{letter(number)} {note}" for number, note in enumerate(self.notes)]
-
-    def csv(self) -> str:
-        """RFC 4180; text that a spreadsheet would take for a formula has an apostrophe before it."""
-        frame = self.text if self.values is None else self.values
-        return frame.map(_no_formula).rename(columns=_no_formula).to_csv(index=False, lineterminator="\r\n")
-
-    def latex(self) -> str:
-        """A `tabular` in the style of booktabs, notes as comments below."""
-        layout = "".join("r" if column in self.numbers else "l" for column in self.text)
-        table = self.text.to_latex(index=False, escape=True, column_format=layout)
-        # After the end of a row, a bracket or star would be its argument.
-        return re.sub(r"^(?=[\[*])", "{}", table, flags=re.M) + "".join(f"% {line}\n" for line in self.lines)
-
-    def markdown(self) -> str:
-        """A pipe table, notes below."""
-        rule = ["--:" if column in self.numbers else "---" for column in self.text]
-        rows = [[_markdown(cell) for cell in row] for row in (self.text.columns, *self.text.to_numpy())]
-        lines = [f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:])]
-        return "\n".join([*lines, *(f"\n{_markdown(line)}" for line in self.lines), ""])
-
-    def _repr_html_(self) -> str:
-        notes = "".join(f"<p>{html.escape(line)}</p>" for line in self.lines)
-        return self.text.to_html(index=False, border=0) + notes
+from toolkit.budget import format_bytes
+from toolkit.files import write_atomically
+from toolkit.measure.quantities import QUANTITIES, Quantity
 
 
-def letter(number: int) -> str:
-    """[a], [b], ... of the notes 0, 1, ..."""
-    return f"[{'abcdefghijklmnopqrstuvwxyz'[number % 26]}{number // 26 or ''}]"
+def as_text(frame: pd.DataFrame) -> pd.DataFrame:
+    """`frame` for people: quantities in their units, means as `mean ± half width`, "–" for what is missing.
+
+    A mean of fewer runs than `n` says so.
+    """
+    means = [name.removesuffix("_half_width") for name in frame if name.endswith("_half_width")]
+    hidden = {f"{name}{end}" for name in means for end in ("_half_width", "_n")}
+    columns = {}
+    for name in [name for name in frame if name not in hidden]:
+        quantity = QUANTITIES.get(name)
+        if name in means:
+            columns[quantity.title] = [_mean(quantity, row) for row in frame.to_dict("records")]
+        elif name == "budget_bytes":
+            columns["budget"] = [_missing(value) or format_bytes(value) for value in frame[name]]
+        elif quantity is not None and _is_number(frame[name]):
+            columns[quantity.title] = frame[name].map(quantity.text)
+        else:
+            title = quantity.title if quantity else name.replace("_pct", " (%)").replace("_", " ")
+            columns[title] = [_missing(value) or _cell(value) for value in frame[name]]
+    return pd.DataFrame(columns, index=frame.index, dtype=object)
 
 
-def _no_formula(value: object) -> object:
-    if not isinstance(value, str) or not value.startswith(FORMULA):
-        return value
-    return value if re.fullmatch(r"[+-]?\d+(\.\d+)?(e[+-]?\d+)?", value) else f"'{value}"
+def _is_number(column: pd.Series) -> bool:
+    return pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
 
 
-def _markdown(text: str) -> str:
-    """Escaped, but for the points and signs of numbers."""
-    text = re.sub(r"([\\`*_{}\[\]()#|!~$:@^=])", r"\\\1", html.escape(text, quote=False))
-    return re.sub(r"(?<!\d)[.+-]", r"\\\g<0>", text)
+def _mean(quantity: Quantity, row: dict) -> str:
+    half_width, n = row[f"{quantity.name}_half_width"], row[f"{quantity.name}_n"]
+    text = quantity.text(row[quantity.name])
+    if n > 1:
+        text += f" ± {quantity.text(half_width)}"
+    return f"{text} (n = {n})" if 0 < n < row["n"] else text
 
 
-def visible(text: str) -> str:
-    """`text` on one line: control characters, direction marks and lone surrogates as Python writes them."""
-    return INVISIBLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+def _missing(value: object) -> str:
+    return "–" if pd.isna(value) else ""
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,.6g}" if isinstance(value, float) else str(value)
+
+
+def show(frame: pd.DataFrame) -> Styler:
+    """`as_text` for a notebook: without an index, with all rows, and with names shown as text."""
+    return as_text(frame).style.hide(axis="index").format(escape="html").format_index(escape="html", axis=1)
+
+
+def write_table(frame: pd.DataFrame, path: Path, shown: pd.DataFrame | None = None) -> None:
+    """Write `frame` as `path` with .csv (plain numbers), .tex (booktabs) and .md (both as people read it).
+
+    `shown`: what people read, if it is not all of `frame`.
+    """
+    text = as_text(frame if shown is None else shown)
+    formats = {
+        ".csv": frame.to_csv(index=False),
+        ".tex": text.to_latex(index=False, escape=True) if len(text.columns) else "",
+        ".md": markdown(text),
+    }
+    for ending, content in formats.items():
+        write_atomically(path.with_name(path.name + ending), content.encode())
+
+
+def markdown(text: pd.DataFrame) -> str:
+    """A pipe table; `DataFrame.to_markdown` needs another package and does not escape names."""
+    lines = [list(text.columns), ["---"] * len(text.columns), *text.to_numpy().tolist()]
+    cells = [[_escaped(cell) if line is not lines[1] else cell for cell in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
+
+
+def _escaped(cell: str) -> str:
+    return re.sub(r"([\\`*_\[\]|])", r"\\\1", html.escape(cell, quote=False)).replace("\n", " ")

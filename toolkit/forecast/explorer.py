@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 import shlex
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import yaml
-from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from toolkit import cache as explorer_cache
@@ -25,10 +25,65 @@ from toolkit.errors import InputError
 from toolkit.experiment import Experiment
 from toolkit.files import CACHE, NOTEBOOKS, write_atomically
 from toolkit.forecast.forecasts import Forecast, TrainingStep
-from toolkit.plots.step import MARKS, BlockUse, StepPicture, kinds_of, picture_of, step_figure
 
 ANSWERS = CACHE / "explorer"
 STOPS = 40  # of the slider
+MARKS = tuple(gigabytes * 10**9 for gigabytes in (2, 4, 6, 8))  # memory of common cards
+_MOMENTS = 1500  # that a picture has pixels for
+
+
+@dataclass(frozen=True)
+class BlockUse:
+    """What one block does in a planned step."""
+
+    name: str
+    kind: str  # keep, recompute norms and cheap operators, ...
+    kept_bytes: int  # for the backward pass
+    recompute_pct: float  # of the block's own FLOPs
+    slices: int  # that its batch runs in
+
+
+@dataclass(frozen=True)
+class StepPicture:
+    """What the picture of a planned step shows."""
+
+    budget_bytes: int
+    fixed_bytes: int  # weights, batch, optimizer state
+    memory_bytes: np.ndarray  # highest at each moment
+    without_bytes: np.ndarray  # of the step that recomputes nothing; empty if it has other moments
+    blocks: tuple[BlockUse, ...]
+
+
+def picture_of(plan: Plan, without: Plan | None = None) -> StepPicture:
+    """What to show of `plan`; `without`: the plan of the same step that recomputes nothing."""
+    rows = [(name, option) for name, option in zip(plan.segments, plan.options) if name]
+    blocks = []
+    for name, option in rows:
+        kind = plan.levels[name].split(" (")[0].split(", in ")[0]
+        flops = sum(op.flops for op in option.segment.ops)
+        recompute_pct = 100 * option.level.flops / flops if option.level.flops else 0.0
+        blocks.append(BlockUse(name, kind, option.kept, recompute_pct, option.slices))
+    comparable = without is not None and len(without.memory) == len(plan.memory)
+    return StepPicture(
+        plan.budget_bytes - plan.reserve_bytes,
+        sum(plan.fixed.get(kind, 0) for kind in ("weights", "batch", "optimizer")),
+        _few(plan.memory),
+        _few(without.memory) if comparable else np.empty(0, np.int64),
+        tuple(blocks),
+    )
+
+
+def _few(values: np.ndarray) -> np.ndarray:
+    """Not more values than a picture can show, each the highest of its neighbours."""
+    if len(values) <= _MOMENTS:
+        return values
+    return np.maximum.reduceat(values, np.linspace(0, len(values), _MOMENTS, endpoint=False).astype(int))
+
+
+def kinds_of(pictures: Sequence[StepPicture]) -> list[str]:
+    """All that blocks do in these pictures, from keeping all to computing most again."""
+    kinds = {block.kind for picture in pictures for block in picture.blocks}
+    return sorted(kinds, key=lambda kind: (kind != "keep", len(kind)))
 
 
 class Explorer:
@@ -117,10 +172,6 @@ class Explorer:
     def kinds(self) -> list[str]:
         """All that blocks do in the pictures so far, those of all stops among them."""
         return kinds_of([picture for _, picture in self._answers.values()])
-
-    def figure(self, budget: int | str) -> Figure:
-        """`picture` as a figure."""
-        return step_figure(self.picture(budget), self.kinds)
 
     def write(self, budget: int | str, path: Path) -> str:
         """Write the experiment with this budget to `path`; returns the command that runs it.

@@ -1,4 +1,4 @@
-"""Figures of dense predictions: picture, truth and prediction side by side, one image a row."""
+"""Figures that show images: predictions beside the truth, examples of a data set, confusion matrices."""
 
 from __future__ import annotations
 
@@ -6,164 +6,200 @@ from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import seaborn as sns
 import torch
+import torchvision
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from torch import nn
+from torch.utils.data import Dataset
 
 from toolkit.backbones import data_config
 from toolkit.datasets import Splits, loader
 from toolkit.datasets.tasks import IGNORED
-from toolkit.plots.text import plain
+from toolkit.plots.style import plain, styled
+from toolkit.training.evaluation import Evaluation
 
-COLUMNS = ("picture", "truth", "prediction")
-IGNORED_COLOUR = (1.0, 1.0, 1.0)
-LEAST_SCORE = 0.5  # of a predicted box that is drawn
+LEAST_SCORE = 0.5  # predicted boxes below it are not drawn
 MOST_NAMED = 24  # classes in a legend
-OPACITY = 0.65  # of a class's colour over the picture
+OPACITY = 0.65  # of a class's colour over the image
+
+
+def test_pictures(evaluation: Evaluation, model: nn.Module, splits: Splits) -> Figure:
+    """What a test looks like: the confusion matrix of a classifier, predictions of a dense model."""
+    if splits.task == "classification":
+        return confusion_matrix(evaluation, splits.classes)
+    return test_examples(model, splits)
 
 
 @torch.no_grad()
 def test_examples(model: nn.Module, splits: Splits, count: int = 4) -> Figure:
-    """The first `count` test images with their truth and what `model` says of them."""
+    """The first `count` test images with their truth and the prediction of `model`."""
     config = data_config(model)
     images, targets = next(iter(loader(splits.test, config, splits.policy, batch_size=count, workers=0)))
     model.eval()
     outputs = model(images.to(next(model.parameters()).device))
-    grid = segmentation_grid if splits.task == "segmentation" else detection_grid
-    return grid(images, targets, outputs, splits.classes, config)
+    mean, std = (torch.tensor(config[key]).reshape(-1, 1, 1) for key in ("mean", "std"))
+    pictures = (images * std + mean).clamp(0, 1)
+    if splits.task == "segmentation":
+        return dense_grid(pictures, targets, splits.classes, outputs.argmax(1).cpu())
+    found = [{name: values.cpu() for name, values in output.items()} for output in outputs]
+    return dense_grid(pictures, [_true_boxes(boxes) for boxes in targets["boxes"]], splits.classes, found)
 
 
-def segmentation_grid(
-    images: torch.Tensor,
-    targets: torch.Tensor,
-    predictions: torch.Tensor,
+def examples(splits: Splits, count: int = 4) -> Figure:
+    """The first training images of a data set for dense prediction with their truth."""
+    rows = [splits.train[row] for row in range(count)]
+    images = torch.stack([image for image, _ in rows]) / 255
+    targets = [target for _, target in rows]
+    if splits.task == "detection":
+        targets = [_true_boxes(target["boxes"]) for target in targets]
+    return dense_grid(images, targets, splits.classes)
+
+
+def _true_boxes(boxes: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Boxes (M, 5) of a data set, whose last column is the class or -1, in the form of predictions."""
+    boxes = boxes[boxes[:, 4] >= 0]
+    return {"boxes": boxes[:, :4], "labels": boxes[:, 4].int()}
+
+
+@styled
+def dense_grid(
+    images: torch.Tensor,  # float (B, 3, H, W), 0 to 1
+    targets: Sequence,  # per image: classes, int (H, W), or a dict of boxes (n, 4) and labels (n,)
     classes: Sequence[str],
-    config: dict,
+    predictions: Sequence | None = None,  # the same; boxes also have scores (n,)
 ) -> Figure:
-    """Each image, its mask over it, and the predicted mask with its share of right pixels.
+    """Image, truth and, if there is one, prediction side by side, one image a row.
 
-    `images`: float (B, 3, H, W), normalised as `config` says; `targets`: int (B, H, W), and `predictions`:
-    logits (B, K, H, W) or classes (B, H, W).  Ignored pixels are white and count for nothing.
+    Ignored pixels are white.  Predicted boxes are drawn from a score of one half.
     """
-    if predictions.ndim == 4:
-        predictions = predictions.argmax(1)
-    targets, predictions = targets.cpu().numpy(), predictions.cpu().numpy()
-    shown = sorted({*np.unique(targets), *np.unique(predictions)} - {IGNORED})
-    colours = _colours(shown, len(classes))
-    figure, rows = _rows(len(images))
-    for axes, image, target, predicted in zip(rows, pictures(images, config), targets, predictions):
-        known = target != IGNORED
-        axes[0].imshow(image)
-        for panel, mask in zip(axes[1:], (target, np.where(known, predicted, IGNORED))):
-            panel.imshow((1 - OPACITY) * image + OPACITY * _painted(mask, colours))
-        right = (
-            f"{100 * (predicted == target)[known].mean():.0f} % right" if known.any() else "nothing to score"
-        )
-        axes[2].set_xlabel(right, fontsize=9)
-    _legend(figure, colours, classes, IGNORED_COLOUR if (targets == IGNORED).any() else None)
-    return figure
-
-
-def detection_grid(
-    images: torch.Tensor,
-    targets: dict[str, torch.Tensor],
-    predictions: Sequence[dict[str, torch.Tensor]],
-    classes: Sequence[str],
-    config: dict,
-) -> Figure:
-    """Each image, its true boxes, and the predicted ones of a score of at least one half.
-
-    `images`: float (B, 3, H, W), normalised as `config` says; `targets`: `"boxes"` (B, M, 5) as `loader`
-    gives them; `predictions`: one dict per image, boxes (n, 4), scores (n,) and labels (n,).
-    """
-    true = [boxes[boxes[:, 4] >= 0] for boxes in targets["boxes"].cpu()]
-    found = [_confident(prediction) for prediction in predictions]
-    shown = sorted(
-        {int(label) for boxes in true for label in boxes[:, 4]} | {int(b[4]) for f in found for b in f}
+    titles = ("image", "truth") if predictions is None else ("image", "truth", "prediction")
+    size = (2.85 * len(titles), 2.3 * len(images) + 0.5)
+    figure, rows = plt.subplots(len(images), len(titles), figsize=size, layout="constrained", squeeze=False)
+    shown = _labels_in([*targets, *(() if predictions is None else predictions)])
+    few = sns.color_palette("tab10")  # a class has the same colour in all figures, if there are few
+    colours = (
+        {n: few[n] for n in shown} if len(classes) <= 10 else dict(zip(shown, sns.husl_palette(len(shown))))
     )
-    colours = _colours(shown, len(classes))
-    figure, rows = _rows(len(images))
-    for axes, image, truth, boxes, prediction in zip(
-        rows, pictures(images, config), true, found, predictions
-    ):
-        for panel in axes:
+    for row, panels in enumerate(rows):
+        image = images[row].permute(1, 2, 0).numpy()
+        for panel in panels:
+            panel.set(xticks=[], yticks=[])
+            panel.grid(False)
             panel.imshow(image)
-        for box in truth.tolist():
-            _draw_box(axes[1], box, classes, colours)
-        for box in boxes:
-            _draw_box(axes[2], box, classes, colours)
-        left_out = len(prediction["scores"]) - len(boxes)
-        axes[2].set_xlabel(f"{left_out} more below {LEAST_SCORE}" if left_out else "", fontsize=9)
-    _legend(figure, colours, classes, None)
-    return figure
-
-
-def pictures(images: torch.Tensor, config: dict) -> np.ndarray:
-    """Normalised images as float (B, H, W, 3) from 0 to 1."""
-    mean, std = (torch.tensor(config[key]).reshape(1, -1, 1, 1) for key in ("mean", "std"))
-    return (images.detach().cpu().float() * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-
-
-def _confident(prediction: dict[str, torch.Tensor]) -> list[list[float]]:
-    """x1, y1, x2, y2, class and score of the boxes that are drawn, the surest last, on top."""
-    columns = (prediction["boxes"], prediction["labels"][:, None], prediction["scores"][:, None])
-    boxes = torch.cat([column.detach().cpu().float() for column in columns], dim=1)
-    boxes = boxes[boxes[:, 5] >= LEAST_SCORE]
-    return boxes[boxes[:, 5].argsort()].tolist()
-
-
-def _colours(shown: Sequence[int], num_classes: int) -> dict[int, tuple[float, float, float]]:
-    """Of each class that is shown: its own, if there are few, so that figures agree."""
-    if num_classes <= 10:
-        return {label: sns.color_palette("tab10")[label] for label in map(int, shown)}
-    return dict(zip(map(int, shown), sns.husl_palette(len(shown))))
-
-
-def _painted(mask: np.ndarray, colours: dict[int, tuple]) -> np.ndarray:
-    """The colour (H, W, 3) of each pixel's class."""
-    table = np.ones((256, 3))
-    table[IGNORED] = IGNORED_COLOUR
-    for label, colour in colours.items():
-        table[label] = colour
-    return table[mask]
-
-
-def _rows(count: int) -> tuple[Figure, np.ndarray]:
-    figure, rows = plt.subplots(
-        count, 3, figsize=(8.5, 2.3 * count + 0.5), layout="constrained", squeeze=False
-    )
-    for axes in rows.flat:
-        axes.set(xticks=[], yticks=[])
-        axes.grid(False)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
-    for axes, title in zip(rows[0], COLUMNS):
-        axes.set_title(title)
-    return figure, rows
-
-
-def _draw_box(axes: Axes, box: list[float], classes: Sequence[str], colours: dict[int, tuple]) -> None:
-    x1, y1, x2, y2, label, *score = box
-    colour = colours[int(label)]
-    # Pixel centres are at whole numbers: the image's edge is at -0.5.
-    axes.add_patch(
-        Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=2)
-    )
-    said = " ".join([plain(classes[int(label)]), *(f"{value:.2f}" for value in score)])
-    axes.text(
-        max(x1, 0) - 0.5, y1 - 0.5, said, fontsize=7, color="white", verticalalignment="bottom",
-        bbox={"facecolor": colour, "edgecolor": "none", "pad": 1},
-    )  # fmt: skip
-
-
-def _legend(figure: Figure, colours: dict[int, tuple], classes: Sequence[str], ignored: tuple | None) -> None:
+        found = [targets[row]] if predictions is None else [targets[row], predictions[row]]
+        for title, panel, one in zip(titles[1:], panels[1:], found):
+            if isinstance(one, dict):
+                _draw_boxes(panel, one, classes, colours)
+                continue
+            known = targets[row] != IGNORED
+            _draw_mask(panel, image, one.where(known, IGNORED), colours)
+            if title == "prediction" and known.any():
+                right = 100 * (one == targets[row])[known].float().mean()
+                panel.set_xlabel(f"{right:.0f} % right", fontsize=9)
+    for panel, title in zip(rows[0], titles):
+        panel.set_title(title)
     handles = [Patch(color=colour, label=plain(classes[label])) for label, colour in colours.items()]
     if len(handles) > MOST_NAMED:
-        more = len(handles) - MOST_NAMED
-        handles = [*handles[:MOST_NAMED], Patch(facecolor="none", label=f"and {more} more")]
-    if ignored is not None:
-        handles.append(Patch(facecolor=ignored, edgecolor="grey", label="ignored"))
+        more = Patch(facecolor="none", label=f"and {len(handles) - MOST_NAMED} more")
+        handles = [*handles[:MOST_NAMED], more]
     figure.legend(handles=handles, loc="outside right upper", fontsize=9)
+    return figure
+
+
+def _labels_in(found: Sequence) -> list[int]:
+    """All classes in masks or boxes, sorted."""
+    labels = [one["labels"] if isinstance(one, dict) else one for one in found]
+    return sorted({int(label) for one in labels for label in one.unique()} - {IGNORED})
+
+
+def _draw_mask(panel: Axes, image: np.ndarray, mask: torch.Tensor, colours: dict[int, tuple]) -> None:
+    """Paint each pixel of `image` (H, W, 3) in the colour of its class; ignored ones are white."""
+    table = np.ones((256, 3))
+    for label, colour in colours.items():
+        table[label] = colour
+    panel.imshow((1 - OPACITY) * image + OPACITY * table[mask.numpy()])
+
+
+def _draw_boxes(panel: Axes, found: dict, classes: Sequence[str], colours: dict[int, tuple]) -> None:
+    scores = found["scores"] if "scores" in found else torch.ones(len(found["boxes"]))
+    for place in scores.argsort().tolist():  # the most certain last, on top
+        score = float(scores[place])
+        if score < LEAST_SCORE:
+            continue
+        label = int(found["labels"][place])
+        x1, y1, x2, y2 = found["boxes"][place].tolist()
+        # Pixel centres are at whole numbers: the image's edge is at -0.5.
+        box = Rectangle(
+            (x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, edgecolor=colours[label], linewidth=2
+        )
+        panel.add_patch(box)
+        text = plain(classes[label]) + (f" {score:.2f}" if "scores" in found else "")
+        frame = {"facecolor": colours[label], "edgecolor": "none", "pad": 1}
+        panel.text(max(x1, 0) - 0.5, y1 - 0.5, text, fontsize=7, color="white", va="bottom", bbox=frame)
+    left_out = int((scores < LEAST_SCORE).sum())
+    panel.set_xlabel(f"{left_out} more below {LEAST_SCORE}" if left_out else "", fontsize=9)
+
+
+@styled
+def confusion_matrix(evaluation: Evaluation, classes: list[str]) -> Figure:
+    """True against predicted class on the evaluated split; rows sum to 1."""
+    side = 5 if len(classes) <= 10 else 7
+    figure, axes = plt.subplots(figsize=(side + 1, side), layout="constrained")
+    pairs = pd.crosstab(evaluation.labels.numpy(), evaluation.predictions.numpy(), normalize="index")
+    names = False if len(classes) > 20 else [plain(name) for name in classes]
+    sns.heatmap(
+        pairs.reindex(index=range(len(classes)), columns=range(len(classes)), fill_value=0.0),
+        vmin=0, vmax=1, cmap="Blues", square=True, annot=len(classes) <= 10, fmt=".2f",
+        annot_kws={"fontsize": 8}, xticklabels=names, yticklabels=names, ax=axes,
+    )  # fmt: skip
+    axes.set(xlabel="predicted", ylabel="true")
+    return figure
+
+
+@styled
+def gallery(split: Dataset, evaluation: Evaluation, classes: list[str], count: int = 12) -> Figure:
+    """Images of `split` with the predicted class and its confidence; up to half of them are mistakes.
+
+    A mistake is marked by ✗ and the true class.  The most confident of each kind are shown, or the first
+    where there are no confidences.
+    """
+    right = evaluation.predictions == evaluation.labels
+    confidences = evaluation.confidences
+    order = torch.arange(len(right))
+    if confidences is not None:
+        order = confidences.argsort(descending=True, stable=True)
+    wrong = order[~right[order]][: count // 2]
+    shown = torch.cat([order[right[order]][: count - len(wrong)], wrong]).tolist()
+    names = [plain(name) for name in [*classes, "no class"]]  # "no class": an unmatched answer
+    columns = min(6, max(1, len(shown)))
+    rows = -(-len(shown) // columns)
+    size = (1.9 * columns, 2.4 * rows)
+    figure, panels = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for panel in panels.flat:
+        panel.set_axis_off()
+    for panel, row in zip(panels.flat, shown):
+        image, label = split[row]
+        predicted = names[evaluation.predictions[row]]
+        share = "" if confidences is None else f"{100 * confidences[row]:.0f} %"
+        title = f"{predicted}\n{share}" if right[row] else f"✗ {predicted} {share}\ntrue: {names[label]}"
+        panel.imshow(image.permute(1, 2, 0))
+        panel.set_title(title, fontsize=9, color="black" if right[row] else "#b30000")
+    return figure
+
+
+@styled
+def image_grid(split: Dataset, per_class: int, classes: int) -> Figure:
+    """The first `per_class` images of `classes` classes, spread over all of them; one class a row."""
+    labels = np.array([split[row][1] for row in range(len(split))])
+    shown = np.unique(labels)[np.linspace(0, len(np.unique(labels)) - 1, classes).astype(int)]
+    rows = [np.flatnonzero(labels == label)[:per_class] for label in shown]
+    pictures = [split[row][0] for row in np.concatenate(rows)]
+    grid = torchvision.utils.make_grid(pictures, nrow=2 * per_class, padding=2, pad_value=255)
+    figure, axes = plt.subplots(figsize=(10, 10 * grid.shape[1] / grid.shape[2]), layout="constrained")
+    axes.imshow(grid.permute(1, 2, 0))
+    axes.set_axis_off()
+    return figure

@@ -1,206 +1,167 @@
-"""Figures.  Each function draws one and returns it; `save` writes it for the README or a report."""
+"""Figures of runs: their learning curves, and what accuracy costs; frames come from `toolkit.analysis`."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-import torch
-import torchvision
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import nn
-from torch.utils.data import Dataset
+from matplotlib.ticker import LogLocator, NullFormatter
 
-from toolkit.analysis.statistics import adaptation
-from toolkit.datasets import Splits
+from toolkit.analysis.statistics import COSTS, SCORES, parameters
+from toolkit.budget import STRATEGIES
 from toolkit.datasets.tasks import score_in
-from toolkit.errors import InputError
-from toolkit.files import FIGURES
 from toolkit.measure.quantities import QUANTITIES
+from toolkit.measure.scores import pareto_rank
 from toolkit.methods import METHODS
-from toolkit.plots.images import test_examples
-from toolkit.plots.pareto import COSTS
-from toolkit.plots.text import plain
-from toolkit.training.evaluation import Evaluation
-
-sns.set_theme(style="whitegrid", context="notebook", palette="colorblind")
-STRATEGY_MARKERS = {"none": "o", "static": "s", "threshold": "^", "planned": "D"}
-
-
-def save(figure: Figure, name: str, folder: Path = FIGURES) -> Path:
-    """Write `figure` as `name`.png."""
-    path = Path(folder) / f"{name}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, bbox_inches="tight", metadata={"Software": None})
-    return path
+from toolkit.plots.style import (
+    BASELINE_MARKER,
+    STRATEGY_MARKERS,
+    grid_of,
+    legend_outside,
+    method_colour,
+    note,
+    plain,
+    styled,
+)
 
 
-def learning_curves(history: list[dict]) -> Figure:
-    """Loss and score of training and validation, by epoch, as far as a run has them."""
-    frame = pd.DataFrame(history)
+@styled
+def learning_curves(histories: Sequence[dict] | Mapping[str, Sequence[dict]]) -> Figure:
+    """Loss and score by epoch: training solid, validation dashed.
+
+    `histories`: rows of `FitResult.history`, of one run or by name of several; empty ones are left out.
+    """
+    runs = histories if isinstance(histories, Mapping) else {"": histories}
+    runs = {name: history for name, history in runs.items() if history}
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
-    labels = []
-    for part, name in (("train", "training"), ("val", "validation")):
-        if f"{part}_loss" in frame:
-            left.plot(frame.epoch, frame[f"{part}_loss"], marker="o", label=name)
-        if found := score_in(history[-1], part):
-            labels.append(QUANTITIES[found[0]].title)
-            right.plot(frame.epoch, frame[f"{part}_{found[0]}"], marker="o", label=name)
+    right.set_ylabel("score (%)")
+    for colour, (name, history) in zip(sns.color_palette(n_colors=len(runs)), runs.items()):
+        frame = pd.DataFrame(history)
+        for part, word, line in (("train", "training", "-"), ("val", "validation", "--")):
+            look = {
+                "marker": "o",
+                "color": colour,
+                "linestyle": line,
+                "label": f"{plain(name)} {word}".strip(),
+            }
+            if f"{part}_loss" in frame:
+                left.plot(frame.epoch, frame[f"{part}_loss"].astype(float), **look)
+            if found := score_in(history[-1], part):
+                quantity = QUANTITIES[f"{part}_{found[0]}"]
+                right.plot(frame.epoch, frame[quantity.name].astype(float), **look)
+                right.set_ylabel(QUANTITIES[found[0]].title)
     left.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
-    right.set(xlabel="epoch", ylabel=", ".join(dict.fromkeys(labels)), ylim=(0, 101))
-    right.legend(loc="lower right")
+    right.set(xlabel="epoch", ylim=(0, 101))
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
+    legend_outside(right, left)
     return figure
 
 
-def memory_over_step(trace: list[dict], budget_bytes: int, peak_bytes: int) -> Figure:
-    """Allocated memory after each operator of one training step, with the budget and the run's peak.
+@styled
+def accuracy_against(means: pd.DataFrame, *costs: str, score: str = "") -> Figure:
+    """Mean test score with its interval against each of `costs`; lines are Pareto fronts, which are named.
 
-    `trace`: segments of `measure.memory.MemoryTrace`; shades alternate from block to block.
+    `means`: rows of `analysis.means` or `analysis.ranking`.  A cost is a key of `analysis.COSTS` ("memory",
+    "time", "energy") or a column.  Each data set and environment has a row of panels.  A dashed line is the
+    budget, if all rows have the same.  `score`: a column; by default that of each data set's task.
     """
-    figure, axes = plt.subplots(figsize=(10, 3.5), layout="constrained")
-    colours = dict(zip(("forward", "backward", "recompute", "optimizer"), sns.color_palette()))
-    start, shades = 0, {}
-    for segment in trace:
-        points = [count / 2**20 for count in segment["bytes"]]
-        first = segment["phase"] not in axes.get_legend_handles_labels()[1]
-        shade = shades.setdefault(segment["block"], 0.55 if len(shades) % 2 else 0.85)
-        axes.fill_between(
-            range(start, start + len(points)), points, alpha=shade, linewidth=0, step="post",
-            color=colours[segment["phase"]], label=segment["phase"] if first else None,
+    costs = [COSTS.get(cost, cost) for cost in costs or COSTS]
+    known = means[means[score or "score_pct"].notna()] if len(means) else means
+    if known.empty:
+        return note("no finished run has a test score")
+    places = list(known.groupby(["dataset", "environment"], sort=False))
+    figure, rows = grid_of(len(places), len(costs), 4.6, 4.2)
+    for panels, ((dataset, environment), frame) in zip(rows, places):
+        own = [name for name in SCORES if name in frame and frame[name].notna().any()]
+        column = score or next(iter(own), "score_pct")
+        for axes, cost in zip(panels, costs):
+            _draw_against(axes, frame, cost, column)
+        title = plain(dataset) if means.environment.nunique() == 1 else f"{plain(dataset)}, {environment}"
+        panels[0].set(title=title, ylabel=QUANTITIES[column].title)
+    legend_outside(rows[0][-1], *rows.flat)
+    return figure
+
+
+def _draw_against(axes: Axes, means: pd.DataFrame, cost: str, score: str) -> None:
+    """One panel: points with intervals, the front with names, the budget and the axes."""
+    quantity = QUANTITIES[cost]
+    frame = means.dropna(subset=[cost, score]).assign(x=lambda rows: rows[cost] / quantity.scale)
+    for row in frame.to_dict("records"):
+        baseline = row["method"] not in METHODS
+        half_width = row.get(f"{score}_half_width", np.nan)
+        axes.errorbar(
+            row["x"], row[score], yerr=None if np.isnan(half_width) else half_width, linestyle="none",
+            marker=BASELINE_MARKER if baseline else STRATEGY_MARKERS.get(row["checkpointing"], "h"),
+            color=method_colour(row["method"]), markersize=8, capsize=3, elinewidth=1, alpha=0.85,
+            label=plain(f"{row['backbone']} {row['method']}" if baseline else row["method"]),
         )  # fmt: skip
-        # Peaks last one operator, less than a pixel: a line keeps them visible.
+    for strategy in STRATEGIES if frame.checkpointing.nunique() > 1 else ():
+        if (frame.checkpointing == strategy).any():
+            look = {"marker": STRATEGY_MARKERS[strategy], "color": "0.3", "linestyle": "none"}
+            axes.plot([], [], label=f"checkpointing {strategy}", **look)
+    front = frame[front_of(frame, cost, score)].sort_values("x")
+    if len(front) > 1:
         axes.step(
-            range(start, start + len(points)), points, where="post", linewidth=0.6,
-            color=colours[segment["phase"]],
-        )  # fmt: skip
-        start += len(points)
-    axes.axhline(budget_bytes / 2**20, color="black", linestyle="--", linewidth=1, label="budget")
-    axes.axhline(peak_bytes / 2**20, color="black", linestyle=":", linewidth=1, label="peak of all steps")
-    axes.set(
-        xlabel="operators of one training step", ylabel="allocated (MiB)", xlim=(0, start), ylim=(0, None)
-    )
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    return figure
-
-
-def recompute_against_budget(frame: pd.DataFrame) -> Figure:
-    """Recomputed share of the forward pass against the budget, by strategy.
-
-    `frame`: rows with strategy, budget_bytes, peak_bytes, recompute_pct.  "planned": a curve.  Others: a
-    point at the budget that they take; a cross at the one that they were given, if they broke it.  The
-    row "none" is what the upper axis relates to.
-    """
-    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
-    planned = frame[frame.strategy == "planned"].sort_values("budget_bytes")
-    axes.plot(
-        planned.budget_bytes / 2**20, planned.recompute_pct, marker=STRATEGY_MARKERS["planned"],
-        markersize=5, label="planned",
-    )  # fmt: skip
-    others = frame[frame.strategy != "planned"]
-    for colour, row in zip(sns.color_palette()[1:], others.itertuples()):
-        given, taken = row.budget_bytes / 2**20, row.peak_bytes / 2**20
-        marker = STRATEGY_MARKERS[row.strategy]
-        axes.plot(
-            taken, row.recompute_pct, marker, color=colour, markersize=9, label=row.strategy, zorder=3,
-            clip_on=False,
-        )  # fmt: skip
-        if taken > given and row.strategy == "threshold":  # the only one that was told
-            axes.plot((given, taken), (row.recompute_pct,) * 2, color=colour, linewidth=1, linestyle=":")
-            axes.plot(
-                given, row.recompute_pct, "x", color=colour, markersize=10, markeredgewidth=2.5,
-                label="its budget, broken",
-            )  # fmt: skip
-    axes.set(xlabel="budget (MiB)", ylabel="recomputed (% of forward FLOPs)", ylim=(-3, None))
-    whole = frame.loc[frame.strategy == "none", "peak_bytes"]
-    if len(whole):
-        percent = whole.iloc[0] / 2**20 / 100
-        share = axes.secondary_xaxis("top", functions=(lambda x: x / percent, lambda x: x * percent))
-        share.set_xlabel("share of the peak without checkpointing (%)")
-    axes.legend(loc="upper right")
-    return figure
-
-
-def test_pictures(evaluation: Evaluation, model: nn.Module, splits: Splits) -> Figure:
-    """What a test looks like: the confusion matrix of a classifier, predictions of a dense model."""
-    if splits.task == "classification":
-        return confusion_matrix(evaluation, splits.classes)
-    return test_examples(model, splits)
-
-
-def confusion_matrix(evaluation: Evaluation, classes: list[str]) -> Figure:
-    """True against predicted class on the evaluated split; rows sum to 1."""
-    many = len(classes) > 20
-    side = 5 if len(classes) <= 10 else 7
-    figure, axes = plt.subplots(figsize=(side + 1, side), layout="constrained")
-    pairs = pd.crosstab(evaluation.labels.numpy(), evaluation.predictions.numpy(), normalize="index")
-    names = False if many else [plain(name) for name in classes]
-    sns.heatmap(
-        pairs.reindex(index=range(len(classes)), columns=range(len(classes)), fill_value=0.0),
-        vmin=0, vmax=1, cmap="Blues", square=True, annot=len(classes) <= 10, fmt=".2f",
-        annot_kws={"fontsize": 8}, xticklabels=names, yticklabels=names, ax=axes,
-    )  # fmt: skip
-    axes.set(xlabel="predicted", ylabel="true")
-    return figure
-
-
-def accuracy_against(frame: pd.DataFrame, cost: str) -> Figure:
-    """Test accuracy of every run against `cost`, one of `pareto.COSTS`; of runs that have one.
-
-    Raises `InputError` where none has: dense tasks are scored otherwise.
-    """
-    data = adaptation(frame[(frame.status == "ok") & frame.test_top1_pct.notna()])
-    if data.empty:
-        raise InputError(
-            "none of these runs has a test accuracy; for segmentation and detection see "
-            "dense_prediction.ipynb."
+            front.x, front[score], where="post", color="0.35", linewidth=1, zorder=1, label="Pareto front"
         )
-    baselines = data.phase == "inference"
-    column, unit, label = COSTS[cost]
-    names = data.method.where(~baselines, data.backbone + " " + data.method)
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    sns.scatterplot(
-        x=data[column] / unit, y=data.test_top1_pct, hue=names.rename("method"),
-        style=data.checkpointing.where(~baselines, "baseline"),
-        hue_order=[*(m for m in METHODS if m in set(names)), *names[baselines].unique()],
-        markers=STRATEGY_MARKERS | {"baseline": "P"}, s=110, alpha=0.85, ax=axes,
-    )  # fmt: skip
-    budgets = data.budget.astype(float).unique()
-    seen = budgets < 3 * data[column].max()  # else it would be all that can be seen
-    if cost == "memory" and len(budgets) == 1 and seen[0]:
-        axes.axvline(budgets[0] / unit, color="black", linestyle="--", linewidth=1, label="budget")
-    low, high = data.test_top1_pct.min(), data.test_top1_pct.max()
-    margin = max(0.1 * (high - low), (5 - (high - low)) / 2)  # at least 5 points: less is mostly chance
-    axes.set(xlabel=label, ylabel="test accuracy (%)", xlim=(0, None), ylim=(low - margin, high + margin))
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    return figure
+    for row in front.to_dict("records"):
+        text = f"{row['method']} ({row['variant']})" if row.get("variant") else row["method"]
+        position = {"xytext": (5, -11), "textcoords": "offset points", "fontsize": 8}
+        axes.annotate(plain(text), (row["x"], row[score]), **position)
+    _limit(axes, frame, means, cost, score)
+    axes.set_xlabel(quantity.title)
 
 
-def method_grid(frame: pd.DataFrame) -> Figure:
+def _limit(axes: Axes, frame: pd.DataFrame, means: pd.DataFrame, cost: str, score: str) -> None:
+    """Set the limits, and draw the budget if it is one for all and near the data; it would dwarf them."""
+    budgets = means.budget_bytes.unique() / QUANTITIES[cost].scale if "budget_bytes" in means else []
+    if cost == COSTS["memory"] and len(budgets) == 1 and budgets[0] < 3 * frame.x.max():
+        axes.axvline(budgets[0], color="black", linestyle="--", linewidth=1, label="budget")
+    low, high = frame[score].min(), frame[score].max()
+    margin = max(0.15 * (high - low), (5 - (high - low)) / 2)  # at least 5 points: less is mostly chance
+    axes.set_ylim(low - margin, high + margin)
+    if len(frame) and frame.x.max() > 8 * frame.x.min() > 0:
+        axes.set_xscale("log")
+        axes.margins(x=0.15)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.set_xlim(0, 1.15 * frame.x.max() if len(frame) else 1)
+
+
+def front_of(means: pd.DataFrame, cost: str, score: str = "score_pct") -> pd.Series:
+    """Which rows are on the Pareto front: no other is at least as good in both, and better in one."""
+    known = means[[score, cost]].notna().all(axis=1)
+    on_front = pd.Series(False, index=means.index)
+    if known.any():
+        on_front[known] = pareto_rank(means.loc[known, score], means.loc[known, [cost]]) == 1
+    return on_front
+
+
+@styled
+def method_grid(records: pd.DataFrame) -> Figure:
     """Methods by strategies: peak memory in per cent of the budget, training time, and test accuracy."""
-    data = frame[(frame.status == "ok") & (frame.phase == "training")].assign(
-        used_pct=lambda runs: 100 * runs.train_peak_bytes / runs.budget.astype(float)
-    )
+    data = records[(records.status == "ok") & (records.phase == "training")]
+    data = data.assign(used_pct=100 * data.train_peak_bytes / data.budget_bytes)
     best = data.test_top1_pct.max()
-    panels = {  # numbers, and colours that do not make much of little
+    panels = {  # numbers, and colours that do not exaggerate small differences
         "used_pct": ("peak memory (% of the budget)", ".0f", {"cmap": "vlag", "vmin": 0, "vmax": 200}),
         "train_seconds": ("training time (s)", ".1f", {"cmap": "cividis", "vmin": 0}),
-        "test_top1_pct": (
-            "test accuracy (%)",
-            ".1f",
-            {"cmap": "cividis", "vmin": min(best - 5, data.test_top1_pct.min()), "vmax": best},
-        ),
+        "test_top1_pct": ("test accuracy (%)", ".1f", {"cmap": "cividis", "vmin": best - 5, "vmax": best}),
     }
-    figure, all_axes = plt.subplots(1, 3, figsize=(14, 4.5), layout="constrained", sharey=True)
-    for axes, (column, (title, numbers, colours)) in zip(all_axes, panels.items()):
+    figure, (row,) = grid_of(1, 3, 4.2, 4, sharey=True)
+    for axes, (column, (title, numbers, colours)) in zip(row, panels.items()):
         table = data.pivot_table(index="method", columns="checkpointing", values=column)
         table = table.reindex(
-            index=[m for m in METHODS if m in table.index],
-            columns=[s for s in STRATEGY_MARKERS if s in table.columns],
+            index=[method for method in METHODS if method in table.index],
+            columns=[strategy for strategy in STRATEGIES if strategy in table.columns],
         )
         sns.heatmap(table, annot=True, fmt=numbers, cbar=False, ax=axes, **colours)
         axes.set(title=title, xlabel="", ylabel="")
@@ -208,6 +169,7 @@ def method_grid(frame: pd.DataFrame) -> Figure:
     return figure
 
 
+@styled
 def learning_rates(table: pd.DataFrame) -> Figure:
     """Validation loss against learning rate, one line per column (method)."""
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
@@ -218,45 +180,82 @@ def learning_rates(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def gallery(split: Dataset, evaluation: Evaluation, classes: list[str], count: int = 12) -> Figure:
-    """Images of `split` with the predicted class and its confidence; half of them, if there are, mistakes.
+@styled
+def over_option(ranked: pd.DataFrame, option: str) -> Figure:
+    """Test score with intervals, and FLOPs of a step, over the values of an option; a line for each method.
 
-    A mistake is marked by ✗ and the true class.  The most confident of each kind, where there are
-    confidences; otherwise the first.
+    `ranked`: rows of `analysis.ranking`.  A line joins the longest series of rows of a method that differ in
+    nothing else.  Dashed: the best full fine-tuning.
     """
-    right = evaluation.predictions == evaluation.labels
-    confidences = evaluation.confidences
-    order = (
-        torch.arange(len(right)) if confidences is None else confidences.argsort(descending=True, stable=True)
-    )
-    wrong = order[~right[order]][: count // 2]
-    shown = torch.cat([order[right[order]][: count - len(wrong)], wrong]).tolist()
-    names = [plain(name) for name in [*classes, "no class"]]  # "no class": an unmatched answer
-    columns = min(6, max(1, len(shown)))
-    rows = -(-len(shown) // columns)
-    figure, all_axes = plt.subplots(
-        rows, columns, figsize=(1.9 * columns, 2.4 * rows), layout="constrained", squeeze=False
-    )
-    for axes in all_axes.flat:
-        axes.set_axis_off()
-    for axes, row in zip(all_axes.flat, shown):
-        image, label = split[row]
-        said = names[evaluation.predictions[row]]
-        share = "" if confidences is None else f"{100 * confidences[row]:.0f} %"
-        title = f"{said}\n{share}" if right[row] else f"✗ {said} {share}\ntrue: {names[label]}"
-        axes.imshow(image.permute(1, 2, 0))
-        axes.set_title(title, fontsize=9, color="black" if right[row] else "#b30000")
+    lines = {}
+    for (backbone, method), rows in ranked.groupby(["backbone", "method"], sort=False):
+        series = _series(rows, option)
+        if len(series) > 1:
+            lines[f"{method} on {backbone}" if ranked.backbone.nunique() > 1 else method] = method, series
+    if not lines:
+        return note(f"no two finished runs differ in {option} alone")
+    figure, ((left, right),) = grid_of(1, 2, 5, 4)
+    for name, (method, rows) in lines.items():
+        look = {"color": method_colour(method), "marker": "o", "label": plain(name)}
+        left.errorbar(
+            rows[option], rows.score_pct, yerr=rows.score_pct_half_width.fillna(0), capsize=3, **look
+        )
+        right.plot(rows[option], rows.flops_per_step / QUANTITIES["flops_per_step"].scale, **look)
+    full = ranked[ranked.method == "full"].dropna(subset=["score_pct"])
+    if len(full):
+        best = full.loc[full.score_pct.idxmax()]
+        left.axhline(best.score_pct, color="black", linestyle="--", linewidth=1, label="full")
+        right.axhline(best.flops_per_step / 1e6, color="black", linestyle="--", linewidth=1)
+    left.set(ylabel=QUANTITIES["score_pct"].title)
+    right.set(ylabel=QUANTITIES["flops_per_step"].title, ylim=(0, None))
+    for axes in (left, right):
+        _powers_of_two(axes, option)
+    legend_outside(right, left)
     return figure
 
 
-def image_grid(split: Dataset, per_class: int, classes: int) -> Figure:
-    """The first `per_class` images of `classes` classes, spread over all of them; one class a row."""
-    labels = np.array([split[row][1] for row in range(len(split))])
-    shown = np.unique(labels)[np.linspace(0, len(np.unique(labels)) - 1, classes).astype(int)]
-    rows = [np.flatnonzero(labels == label)[:per_class] for label in shown]
-    pictures = [split[row][0] for row in np.concatenate(rows)]
-    grid = torchvision.utils.make_grid(pictures, nrow=2 * per_class, padding=2, pad_value=255)
-    figure, axes = plt.subplots(figsize=(10, 10 * grid.shape[1] / grid.shape[2]), layout="constrained")
-    axes.imshow(grid.permute(1, 2, 0))
-    axes.set_axis_off()
+def _series(rows: pd.DataFrame, option: str) -> pd.DataFrame:
+    """The longest series of rows that differ in `option` alone, sorted by it."""
+    if option not in rows or rows[option].nunique() < 2:
+        return rows[:0]
+    rest = [name for name in ("environment", *parameters()) if name in rows and name != option]
+    parts = [part for _, part in rows.groupby(rest, dropna=False)] if rest else [rows]
+    return max(parts, key=lambda part: part[option].nunique()).sort_values(option)
+
+
+@styled
+def costs_by_batch(stock: pd.DataFrame, lean: pd.DataFrame) -> Figure:
+    """Peak memory of a step in per cent of full fine-tuning's, by batch size; a row of panels per backbone.
+
+    `stock`, `lean`: `forecast.cnn_costs.cost_table` of the same steps without and with lean forms.  Left: as
+    published, the sum of the categories' maxima; middle: the peak that really occurs; right: that of lean
+    layers.  All are compared with full fine-tuning in stock torch, counted in the same way.
+    """
+    keys = ["backbone", "batch_size"]
+    full = stock[stock.method == "full"].set_index(keys)
+    panels = {
+        "as published: sum of maxima": (stock, "published_bytes"),
+        "true peak": (stock, "peak_bytes"),
+        "true peak, lean layers": (lean, "peak_bytes"),
+    }
+    backbones = list(dict.fromkeys(stock.backbone))
+    figure, rows = grid_of(len(backbones), 3, 3.6, 2.8, sharex=True, sharey=True)
+    for line, backbone in zip(rows, backbones):
+        for axes, (name, (frame, column)) in zip(line, panels.items()):
+            own = frame[frame.backbone == backbone]
+            percent = 100 * own[column] / own.set_index(keys).index.map(full[column])
+            for method, values in percent.groupby(own.method, sort=False):
+                look = {"color": method_colour(method), "marker": "o", "label": plain(method)}
+                axes.plot(own.batch_size[values.index], values, **look)
+            axes.set_title(f"{plain(backbone)}: {name}", fontsize=10)
+            _powers_of_two(axes, "batch size")
+        line[0].set_ylabel("memory (% of full)")
+    rows[0][0].set_ylim(0, None)
+    legend_outside(rows[0][-1])
     return figure
+
+
+def _powers_of_two(axes: Axes, label: str) -> None:
+    axes.set_xlabel(label.replace("_", " "))
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")

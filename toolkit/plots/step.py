@@ -1,97 +1,105 @@
-"""Figures of plans: a step under a budget, what budgets cost, and how many images fit.
-
-`StepFigure` shows one plan after the other in one figure, for a slider: what stays is drawn once, and the
-rest on top of it.
-"""
+"""Figures of one training step: its memory over time, what budgets cost, and what fits on which card."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.transforms import ScaledTranslation
 from PIL import Image
 
-from toolkit.budget.plan import Plan
-from toolkit.plots.runs import STRATEGY_MARKERS
-from toolkit.plots.text import plain
+from toolkit.forecast.explorer import MARKS, StepPicture, kinds_of
+from toolkit.forecast.step_memory import StepMemory
+from toolkit.plots.style import STRATEGY_MARKERS, legend_outside, plain, styled
 
-MARKS = tuple(gigabytes * 10**9 for gigabytes in (2, 4, 6, 8))  # of common cards
-_MIB = 2**20
-_MOMENTS = 1500  # that a picture has pixels for
-
-
-@dataclass(frozen=True)
-class BlockUse:
-    """What one block does in a planned step."""
-
-    name: str
-    kind: str  # keep, recompute norms and cheap operators, ...
-    kept_bytes: int  # for the backward pass
-    recompute_pct: float  # of the block's own FLOPs
-    slices: int  # that its batch runs in
+MIB = 2**20
+PHASES = ("forward", "backward", "optimizer")  # recomputation is a part of backward
 
 
-@dataclass(frozen=True)
-class StepPicture:
-    """What the picture of a planned step shows."""
+@styled
+def memory_over_step(
+    traces: Mapping[str, Sequence[dict]] | Sequence[dict],
+    budget_bytes: int | None = None,
+    peak_bytes: int | None = None,
+) -> Figure:
+    """Allocated memory over one training step; the phases have the same width for all traces.
 
-    budget_bytes: int
-    fixed_bytes: int  # weights, batch, optimizer state
-    memory_bytes: np.ndarray  # highest at each moment
-    without_bytes: np.ndarray  # of the step that recomputes nothing; empty if it has other moments
-    blocks: tuple[BlockUse, ...]
-
-
-def picture_of(plan: Plan, without: Plan | None = None) -> StepPicture:
-    """What to show of `plan`; `without`: the plan of the same step that recomputes nothing."""
-    rows = [(name, option) for name, option in zip(plan.segments, plan.options) if name]
-    blocks = []
-    for name, option in rows:
-        kind = plan.levels[name].split(" (")[0].split(", in ")[0]
-        flops = sum(op.flops for op in option.segment.ops)
-        recompute_pct = 100 * option.level.flops / flops if option.level.flops else 0.0
-        blocks.append(BlockUse(name, kind, option.kept, recompute_pct, option.slices))
-    comparable = without is not None and len(without.memory) == len(plan.memory)
-    return StepPicture(
-        plan.budget_bytes - plan.reserve_bytes,
-        sum(plan.fixed.get(kind, 0) for kind in ("weights", "batch", "optimizer")),
-        _few(plan.memory),
-        _few(without.memory) if comparable else np.empty(0, np.int64),
-        tuple(blocks),
-    )
-
-
-def _few(values: np.ndarray) -> np.ndarray:
-    """Not more values than a picture can show, each the highest of its neighbours."""
-    if len(values) <= _MOMENTS:
-        return values
-    return np.maximum.reduceat(values, np.linspace(0, len(values), _MOMENTS, endpoint=False).astype(int))
+    `traces`: segments of `measure.memory.MemoryTrace`, of one step or by name of several.  `budget_bytes` and
+    `peak_bytes` (the highest of all steps of a run) are drawn as lines.
+    """
+    traces = traces if isinstance(traces, Mapping) else {"one step": traces}
+    figure, axes = plt.subplots(figsize=(10, 4), layout="constrained")
+    colours = sns.color_palette(n_colors=len(traces))
+    for colour, (name, trace) in zip(colours, traces.items()):
+        share, mib = _moments(trace)
+        axes.step(
+            share, mib, where="post", linewidth=1.2, color=colour, label=f"{plain(name)}, peak {max(mib):.3g}"
+        )
+        if len(traces) == 1:
+            axes.fill_between(share, mib, step="post", alpha=0.3, linewidth=0, color=colour)
+    for name, size, style in (("budget", budget_bytes, "--"), ("peak of all steps", peak_bytes, ":")):
+        if size is not None:
+            axes.axhline(size / MIB, color="black", linestyle=style, linewidth=1, label=name)
+    for border in range(1, len(PHASES)):
+        axes.axvline(border, color="0.3", linewidth=0.8)
+    axes.set_xticks([place + 0.5 for place in range(len(PHASES))], PHASES)
+    axes.tick_params(axis="x", length=0)
+    axes.grid(axis="x", visible=False)
+    axes.set(ylabel="allocated (MiB)", xlim=(0, len(PHASES)), ylim=(0, None))
+    legend_outside(axes)
+    return figure
 
 
-def kinds_of(pictures: Sequence[StepPicture]) -> list[str]:
-    """All that blocks do in these pictures, from keeping all to computing most again."""
-    kinds = {block.kind for picture in pictures for block in picture.blocks}
-    return sorted(kinds, key=lambda kind: (kind != "keep", len(kind)))
+def _moments(trace: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """Time in phases (0 to 3) and memory in MiB after each operator of `trace`."""
+    bytes_of = {phase: [] for phase in PHASES}
+    for segment in trace:
+        phase = "backward" if segment["phase"] == "recompute" else segment["phase"]
+        bytes_of[phase] += segment["bytes"]
+    times = [place + np.linspace(0, 1, len(values)) for place, values in enumerate(bytes_of.values())]
+    return np.concatenate(times), np.concatenate([*map(np.asarray, bytes_of.values())]) / MIB
+
+
+@styled
+def memory_bars(steps: Mapping[str, StepMemory], title: str = "") -> Figure:
+    """Peak of a step by method, and how much of it autograd keeps for the backward pass."""
+    names = [plain(name) for name in steps]
+    peak = np.array([step.peak_bytes for step in steps.values()]) / MIB
+    kept = np.array([step.kept_bytes for step in steps.values()]) / MIB
+    figure, axes = plt.subplots(figsize=(9, 1.3 + 0.42 * len(names)), layout="constrained")
+    axes.barh(names, peak, color="C0", alpha=0.3, label="peak of the step")
+    axes.barh(names, kept, color="C0", height=0.45, label="kept for backward")
+    for place, (whole, part) in enumerate(zip(peak, kept)):
+        text = f"kept {part:.3g}, peak {whole:.3g}"
+        axes.annotate(
+            text, (whole, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=10
+        )
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set(xlabel="memory of one training step (MiB)", title=plain(title))
+    axes.margins(x=0.28)  # space for the numbers
+    axes.legend(loc="lower right")
+    return figure
 
 
 class StepFigure:
-    """Memory over a step with the budget; below, what each block keeps and computes again.
+    """A planned step under its budget; below, what each block keeps and recomputes.
 
-    `kinds`: all that the blocks of the pictures to come do, each with its colour.  All pictures are of
-    one model.
+    One figure shows one picture after the other (`show`), for a slider.  `kinds`: everything that blocks do
+    in any of the pictures, each with its colour.  All pictures must be of one model.
     """
 
+    @styled
     def __init__(self, figure: Figure, picture: StepPicture, kinds: Sequence[str]):
-        self.figure, self._background = figure, None
+        self.figure = figure
         self.above, self.below = figure.subplots(2, 1, height_ratios=(3, 2))
         self._colours = dict(zip(kinds, sns.color_palette("crest", len(kinds))))
         nothing = {"x": [0], "y1": [0], "step": "post", "linewidth": 0}
@@ -99,9 +107,8 @@ class StepFigure:
         self._memory = self.above.fill_between(**nothing, alpha=0.7, label="this plan")
         # Peaks are narrower than a pixel: a line keeps them visible.
         (self._line,) = self.above.step([0], [0], where="post", linewidth=0.6, color="C0")
-        self._fixed = self.above.axhspan(
-            0, 0, color="0.45", linewidth=0, label="weights, batch,\noptimizer state"
-        )
+        fixed = "weights, batch,\noptimizer state"
+        self._fixed = self.above.axhspan(0, 0, color="0.45", linewidth=0, label=fixed)
         self._budget = self.above.axhline(0, color="black", linestyle="--", linewidth=1, label="budget")
         self.above.set(
             xlabel="share of one training step's operators (%): forward, then backward",
@@ -109,34 +116,32 @@ class StepFigure:
         )  # fmt: skip
         names = _short([block.name for block in picture.blocks])
         self._bars = self.below.bar(range(len(names)), 0)
-        higher = self.below.transData + ScaledTranslation(0, 2 / 72, figure.dpi_scale_trans)
+        annotated = len(names) if len(names) <= 16 else 0
         self._notes = [
-            self.below.text(x, 0, "", ha="center", fontsize=9, transform=higher)
-            for x in range(len(names) if len(names) <= 16 else 0)
+            self.below.text(x, 0, "", ha="center", va="bottom", fontsize=9) for x in range(annotated)
         ]
         self.below.set_xticks(range(len(names)), names, rotation=0 if max(map(len, names)) < 4 else 90)
         self.below.grid(axis="x", visible=False)
         self.below.set(xlabel="block", ylabel="kept for\nbackward (MiB)", xlim=(-0.6, len(names) - 0.4))
-        for axes in (self.above, self.below):
-            axes.yaxis.set_label_coords(-0.08, 0.5)  # found anew in every picture otherwise
+        legend_outside(self.above)
+        patches = [
+            Patch(color=colour, label=kind.replace(", ", ",\n")) for kind, colour in self._colours.items()
+        ]
+        self.below.legend(handles=patches, loc="upper left", bbox_to_anchor=(1, 1))
         self.show(picture)
 
     def show(self, picture: StepPicture) -> None:
-        """Change the figure to `picture`, without drawing it."""
-        memory = picture.memory_bytes / _MIB
+        """Change the figure to `picture`, without rendering it."""
+        memory = picture.memory_bytes / MIB
+        without = picture.without_bytes / MIB if len(picture.without_bytes) else np.zeros_like(memory)
         moments = np.linspace(0, 100, len(memory))
-        without = picture.without_bytes / _MIB if len(picture.without_bytes) else np.zeros_like(memory)
         self._without.set_data(moments, without, 0)
         self._memory.set_data(moments, memory, 0)
         self._line.set_data(moments, memory)
-        self._fixed.set_height(picture.fixed_bytes / _MIB)
-        highest = max(memory.max(), without.max())
-        budget = picture.budget_bytes / _MIB
-        near = budget < 3 * highest  # else it would be all that can be seen
-        self._budget.set(ydata=[budget, budget], visible=near)
-        self.above.set(ylim=(0, 1.05 * max(highest, budget * near)))
+        self._fixed.set_height(picture.fixed_bytes / MIB)
+        _draw_budget(self.above, self._budget, picture.budget_bytes / MIB, max(memory.max(), without.max()))
 
-        kept = [block.kept_bytes / _MIB for block in picture.blocks]
+        kept = [block.kept_bytes / MIB for block in picture.blocks]
         for bar, block, height in zip(self._bars, picture.blocks, kept):
             bar.set(height=height, facecolor=self._colours[block.kind])
         for note, block, height in zip(self._notes, picture.blocks, kept):
@@ -145,96 +150,137 @@ class StepFigure:
             note.set(text="\n".join(lines), y=height)
         self.below.set_ylim(0, 1.25 * (max(kept) or 1))
 
-    def legends(self) -> tuple[list, list]:
-        """Handles with labels: of the memory, and of what blocks do."""
-        memory = [self._without, self._memory, self._fixed, self._budget]
-        return memory, [Patch(color=colour, label=kind) for kind, colour in self._colours.items()]
-
     def png(self, picture: StepPicture) -> bytes:
-        """`picture` as PNG.  Text takes longest, so what is the same in all of them is drawn once."""
+        """`picture` as PNG."""
         self.show(picture)
-        axes = (self.above, self.below)
-        changing = [
-            self.above.yaxis, self._without, self._memory, self._line, self._fixed,
-            self._budget, self.below.yaxis, *self._bars, *self._notes,
-        ]  # fmt: skip
-        if self._background is None:
-            canvas = FigureCanvasAgg(self.figure)
-            self.figure.set_layout_engine("constrained")
-            self.figure.draw_without_rendering()
-            self.figure.set_layout_engine("none")
-            for one in axes:
-                box = one.get_position()
-                one.set_position((box.x0 + 0.02, box.y0, box.width - 0.02, box.height))  # longer numbers
-            for artist in changing:
-                artist.set_animated(True)
-            canvas.draw()
-            self._background = canvas.copy_from_bbox(self.figure.bbox)
-        canvas = self.figure.canvas
-        canvas.restore_region(self._background)
-        for artist in changing:
-            artist.axes.draw_artist(artist)
+        canvas = FigureCanvasAgg(self.figure)
+        canvas.draw()
+        self.figure.set_layout_engine("none")  # laid out once: it takes as long as drawing
         with io.BytesIO() as file:
             Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).save(file, "png", compress_level=1)
             return file.getvalue()
 
 
-def plan_over_step(plan: Plan, without: Plan | None = None) -> Figure:
-    """Memory over a planned step, with the budget; below, what each block keeps and computes again.
-
-    `without`: the plan of the same step that recomputes nothing, drawn behind.
-    """
-    picture = picture_of(plan, without)
-    return step_figure(picture, kinds_of([picture]))
-
-
-def step_figure(picture: StepPicture, kinds: Sequence[str]) -> Figure:
-    """One picture as a figure with legends."""
-    figure = plt.figure(figsize=(10, 6), layout="constrained")
-    shown = StepFigure(figure, picture, kinds)
-    memory, blocks = shown.legends()
-    seen = {block.kind for block in picture.blocks}
-    blocks = [handle for handle in blocks if handle.get_label() in seen]
-    for axes, handles in ((shown.above, memory), (shown.below, blocks)):
-        labels = [handle.get_label().replace(", ", ",\n") for handle in handles]
-        axes.legend(handles, labels, loc="upper left", bbox_to_anchor=(1, 1))
-    return figure
+def _draw_budget(axes: Axes, line, budget: float, highest: float) -> None:
+    """Show the budget if it is near the memory; otherwise it would dwarf the data."""
+    near = budget < 3 * highest
+    line.set(ydata=[budget, budget], visible=near)
+    axes.set_ylim(0, 1.05 * max(highest, budget if near else 0))
 
 
 def _short(names: list[str]) -> list[str]:
     """The last parts of module names, as many as tell them apart."""
     short = [name.rsplit(".", 1)[-1] if name[-1].isdigit() else name for name in names]
-    if len(set(short)) < len(short):  # stages that count their blocks each for itself
+    if len(set(short)) < len(short):  # each stage numbers its own blocks
         short = [".".join(name.split(".")[-3:]) for name in names]
     return [plain(name) for name in short]
 
 
-def batch_sizes_against_memory(frame: pd.DataFrame) -> Figure:
-    """Images in one forward pass against the memory that they take, with the common cards.
+@styled
+def step_figure(picture: StepPicture, kinds: Sequence[str] = ()) -> Figure:
+    """Memory over a planned step, with the budget; below, what each block keeps and recomputes."""
+    figure = plt.figure(figsize=(10, 6), layout="constrained")
+    return StepFigure(figure, picture, kinds or kinds_of([picture])).figure
 
-    `frame`: strategy, images, peak_bytes, as `Explorer.batch_sizes` gives them.  Between its rows
-    peaks are drawn as growing evenly, the most they can be; that is no straight line on these axes.
+
+@styled
+def recompute_against_budget(frame: pd.DataFrame) -> Figure:
+    """Recomputed share of the forward pass against the budget, by strategy.
+
+    `frame`: rows with strategy, budget_bytes, peak_bytes, recompute_pct.  "planned" is a curve.  Others are a
+    point at the peak that they reach, and a cross at the budget that they were given, if they broke it.
+    """
+    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    for colour, (strategy, rows) in zip(sns.color_palette(), frame.groupby("strategy", sort=False)):
+        rows = rows.sort_values("budget_bytes")
+        budget = rows.budget_bytes / MIB
+        style = {"color": colour, "marker": STRATEGY_MARKERS[strategy], "label": strategy}
+        if strategy == "planned":
+            axes.plot(budget, rows.recompute_pct, markersize=5, **style)
+            continue
+        peak = rows.peak_bytes / MIB
+        axes.plot(peak, rows.recompute_pct, markersize=9, linestyle="none", zorder=3, clip_on=False, **style)
+        broken = (peak > budget) & (strategy == "threshold")  # the only other one that is told its budget
+        axes.hlines(rows.recompute_pct[broken], budget[broken], peak[broken], color=colour, linestyles=":")
+        if broken.any():
+            cross = {"color": colour, "markersize": 10, "markeredgewidth": 2.5, "label": "its budget, broken"}
+            axes.plot(budget[broken], rows.recompute_pct[broken], "x", **cross)
+    axes.set(xlabel="budget (MiB)", ylabel="recomputed (% of forward FLOPs)", ylim=(-3, None))
+    whole = frame.loc[frame.strategy == "none", "peak_bytes"]
+    if len(whole):
+        percent = whole.iloc[0] / MIB / 100
+        share = axes.secondary_xaxis("top", functions=(lambda x: x / percent, lambda x: x * percent))
+        share.set_xlabel("share of the peak without checkpointing (%)")
+    axes.legend(loc="upper right")
+    return figure
+
+
+@styled
+def batch_sizes_against_memory(frame: pd.DataFrame) -> Figure:
+    """Images in one forward pass against the memory that they take, with common cards as dotted lines.
+
+    `frame`: strategy, images, peak_bytes, as from `Explorer.batch_sizes`.  Between its rows peaks are drawn
+    as growing linearly, an upper bound; that is not a straight line on logarithmic axes.
     """
     figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     for mark in MARKS:
         axes.axvline(mark / 1e9, color="0.4", linestyle=":", linewidth=1.2)
-    for colour, style, (strategy, rows) in zip(
-        sns.color_palette(), ("-", "--", "-."), frame.sort_values("images").groupby("strategy", sort=False)
-    ):
+    for strategy, rows in frame.sort_values("images").groupby("strategy", sort=False):
         images = np.union1d(np.geomspace(rows.images.min(), rows.images.max(), 200), rows.images)
-        axes.plot(
-            np.interp(images, rows.images, rows.peak_bytes) / 1e9, images, color=colour, linestyle=style,
-            marker=STRATEGY_MARKERS[strategy], markevery=np.searchsorted(images, rows.images).tolist(),
-            label=strategy,
-        )  # fmt: skip
+        peaks = np.interp(images, rows.images, rows.peak_bytes) / 1e9
+        measured = np.searchsorted(images, rows.images).tolist()
+        axes.plot(peaks, images, marker=STRATEGY_MARKERS[strategy], markevery=measured, label=strategy)
     axes.set(
         xscale="log", yscale="log", xlim=(frame.peak_bytes.min() / 2e9, 1.25 * MARKS[-1] / 1e9),
         ylim=(0.9 * frame.images.min(), 1.5 * frame.images.max()),
         xlabel="peak memory (GB)", ylabel="images in one forward pass",
     )  # fmt: skip
-    axes.set_xticks(ticks := [tick for tick in (0.01, 0.1, 0.5, 1, 2, 4, 6, 8) if tick >= axes.get_xlim()[0]])
-    axes.set_xticklabels([f"{tick:g}" for tick in ticks])
+    ticks = [tick for tick in (0.01, 0.1, 0.5, 1, 2, 4, 6, 8) if tick >= axes.get_xlim()[0]]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.yaxis.set_major_formatter("{x:g}")
     axes.legend(loc="upper left")
+    return figure
+
+
+@styled
+def smallest_budgets(frame: pd.DataFrame) -> Figure:
+    """The smallest budget (GB) of each backbone and method, coloured by the smallest card that holds it.
+
+    `frame`: as from `forecast.what_fits`.  A step that cannot be built is grey with a dash.
+    """
+    cards = [*frame.card.cat.categories, f"more than {frame.card.cat.categories[-1]}"]
+    colours = ListedColormap(sns.color_palette("cividis_r", len(cards)))  # lighter is smaller
+    titles = {"none": "whole batch, nothing checkpointed", "planned": "planned: recomputed, in micro-batches"}
+    strategies = list(dict.fromkeys(frame.strategy))
+    methods, backbones = frame.method.nunique(), frame.backbone.nunique()
+    size = (1 + 0.75 * methods * len(strategies), 1.6 + 0.55 * backbones)
+    figure, panels = plt.subplots(
+        1, len(strategies), figsize=size, layout="constrained", sharey=True, squeeze=False
+    )
+    for axes, strategy in zip(panels.flat, strategies):
+        rows = frame[frame.strategy == strategy]
+        gigabytes = rows.smallest_bytes.astype(float) / 1e9
+        place = rows.card.cat.codes.replace(-1, len(cards) - 1).where(gigabytes.notna(), np.nan)
+        texts = gigabytes.map(lambda value: f"{value:#.2g}" if value < 1 else f"{value:.1f}").where(
+            gigabytes.notna(), "–"
+        )
+        by = {"index": "backbone", "columns": "method", "values": "value", "sort": False}
+        places = rows.assign(value=place.astype(float)).pivot_table(**by, dropna=False)
+        texts = rows.assign(value=texts).pivot_table(**by, aggfunc="first")
+        axes.set_facecolor("0.85")
+        sns.heatmap(
+            places, annot=texts, fmt="", cmap=colours, cbar=False, linewidths=1, ax=axes,
+            norm=BoundaryNorm(np.arange(len(cards) + 1) - 0.5, len(cards)), annot_kws={"fontsize": 9},
+        )  # fmt: skip
+        for row, column in np.argwhere(places.isna().to_numpy()):
+            axes.text(column + 0.5, row + 0.5, "–", ha="center", va="center", color="0.3")
+        axes.set(title=titles[strategy], xlabel="", ylabel="")
+        axes.set_yticklabels([plain(name) for name in places.index], rotation=0)
+        axes.set_xticklabels(places.columns, rotation=45, ha="right")
+    keys = [Patch(facecolor=colours(place), edgecolor="0.5", label=card) for place, card in enumerate(cards)]
+    figure.legend(
+        handles=keys, title="smallest budget (GB), coloured by the smallest card that holds it",
+        loc="outside lower center", ncols=len(keys), frameon=False,
+    )  # fmt: skip
     return figure

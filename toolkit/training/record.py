@@ -371,6 +371,9 @@ def load_records(folder: Path = RUNS) -> pd.DataFrame:
             row.setdefault("phase", "training")  # before there were baselines
             if row["phase"] == "training":
                 row = _completed(row)
+            row["budget_bytes"] = int(row["budget"])
+            if row.get("energy_source") == "fake":  # a simulated GPU measures nothing
+                row |= dict.fromkeys(SIMULATED)
         except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             warnings.warn(f"{path} is no record and was left out: {error!r}", stacklevel=2)
             continue

@@ -1,7 +1,7 @@
-"""What moves in a notebook: widgets that need a live kernel, and work without a browser in tests."""
+"""Interactive widgets for notebooks; they need a live kernel, and work without a browser in tests."""
 
 from toolkit.widgets.budget import BudgetExplorer
 from toolkit.widgets.live import LiveView
-from toolkit.widgets.results import ResultsBrowser
+from toolkit.widgets.results import MethodChooser, ResultsBrowser
 
-__all__ = ["BudgetExplorer", "LiveView", "ResultsBrowser"]
+__all__ = ["BudgetExplorer", "LiveView", "MethodChooser", "ResultsBrowser"]

@@ -13,10 +13,7 @@ from pathlib import Path
 
 import ipywidgets
 import numpy as np
-from matplotlib.artist import Artist
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from toolkit.backbones import BACKBONES
 from toolkit.budget import format_bytes, parse_bytes
@@ -59,14 +56,14 @@ class BudgetExplorer(ipywidgets.VBox):
             layout=ipywidgets.Layout(width="90%"),
         )
         self.picture = ipywidgets.Image(format="png", layout=ipywidgets.Layout(max_width="100%"))
-        self.legend, self.table = ipywidgets.HTML(), ipywidgets.HTML()
+        self.table = ipywidgets.HTML()
         self.button = ipywidgets.Button(description="Use this budget")
         self.message = ipywidgets.HTML()
         fields = [self.backbone, self.method, self.batch_size, self.precision, self.num_classes]
         super().__init__(
             [
                 ipywidgets.HBox([*fields, self.profiler], layout=ipywidgets.Layout(flex_flow="row wrap")),
-                self.progress, self.title, self.slider, self.picture, self.legend, self.table, self.button,
+                self.progress, self.title, self.slider, self.picture, self.table, self.button,
                 self.message,
             ]
         )  # fmt: skip
@@ -134,11 +131,11 @@ class BudgetExplorer(ipywidgets.VBox):
         self.update(change["new"])
 
     def _draw(self) -> bytes:
-        """The picture as PNG; its legends, which stay, are HTML."""
+        """The picture as PNG."""
         picture, kinds = self.explorer.picture(self.budget_bytes), self.explorer.kinds
         if kinds != self._kinds:
-            self._kinds, self._figure = kinds, StepFigure(Figure(figsize=(10, 6), dpi=72), picture, kinds)
-            self.legend.value = "<br>".join(map(_legend, self._figure.legends()))
+            figure = Figure(figsize=(12, 6), dpi=72, layout="constrained")
+            self._kinds, self._figure = kinds, StepFigure(figure, picture, kinds)
         return self._figure.png(picture)
 
     def write(self) -> None:
@@ -163,17 +160,3 @@ class BudgetExplorer(ipywidgets.VBox):
 
 def _label(size: int) -> str:
     return f"{size // 10**9} GB" if size in MARKS else format_bytes(size)
-
-
-def _legend(artists: list[Artist]) -> str:
-    """A legend as HTML."""
-    parts = []
-    for artist in artists:
-        line = isinstance(artist, Line2D)
-        colour = artist.get_color() if line else np.ravel(artist.get_facecolor())
-        sign = "- -" if line else "&#9632;"
-        parts.append(
-            f'<span style="color:{to_hex(colour, keep_alpha=True)}">{sign}</span>'
-            f" {html.escape(artist.get_label())}"
-        )
-    return " &ensp; ".join(parts)

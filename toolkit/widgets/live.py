@@ -1,19 +1,21 @@
-"""The live view of `fit`: loss, accuracy, memory against the budget, energy and time, pause and stop.
+"""The live view of `fit`: loss, score, memory against the budget, energy and time, with pause and stop.
 
-A cell that trains keeps the kernel's main thread busy.  ipykernel 7 and JupyterLab 4.4 carry clicks to a
-thread of their own (subshells), so buttons work meanwhile; handlers only leave a wish that `fit` reads
-between two steps.  Elsewhere clicks wait until the cell has ended, and Jupyter's stop button is the way.
-A page that is loaded anew during training shows the view again when the cell has ended.
+A cell that trains keeps the kernel's main thread busy.  ipykernel 7 and JupyterLab 4.4 handle clicks in a
+thread of their own (subshells), so buttons work meanwhile; their handlers only leave a request that `fit`
+reads between two steps.  Elsewhere clicks wait until the cell has ended; use Jupyter's stop button there.
+A page that is reloaded during training shows the view again when the cell has ended.
 """
 
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+import io
 from typing import Any
 
 import ipywidgets
 from IPython.display import display
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from toolkit.budget import format_bytes
@@ -21,39 +23,41 @@ from toolkit.datasets import task_of
 from toolkit.datasets.tasks import score_in
 from toolkit.experiment import Experiment
 from toolkit.measure.quantities import QUANTITIES
+from toolkit.plots.style import styled
 from toolkit.training.progress import Progress, View, live_notebook, plain_view
 
-MOST_POINTS = 240  # of a curve; then every second one goes
-WIDTH, HEIGHT = 260, 110  # of one picture, in pixels
-# Near seaborn's palette "colorblind"; the blue is lighter, for dark themes.
-TRAIN, VALIDATION, OVER = "#2a8fd0", "#de8f05", "#d55e00"
+MOST_POINTS = 240  # of a curve; beyond it, every second one is dropped
 HINT = "Where the buttons do not react, Jupyter's stop button (■) also saves and ends."
 
 
 class LiveView(View):
     """`fit(..., view=LiveView(experiment))` draws in the notebook while it trains.
 
-    Where no person sits before a notebook, `plain_view` takes its place.
+    Without an interactive front end, `plain_view` takes its place.
     """
 
     def __init__(self, experiment: Experiment):
         self.experiment = experiment
 
     def usable(self) -> View:
-        """Itself in a live notebook."""
+        """Itself in a live notebook, otherwise the plain view."""
         return self if live_notebook() else plain_view()
 
     def begin(self, progress: Progress, history: list[dict[str, Any]], saves: bool) -> None:
         """Show the widgets; without a snapshot folder the second button is a plain "Stop"."""
         self.paused = self.stop_wanted = False
         self.rows = list(history)
-        # Epochs, loss and score (%) of training.
-        scores = (score_in(row, "train") or ("", None) for row in history)
+        scores = [score_in(row, "train") or ("", None) for row in history]
+        # Epochs, loss and score (%) of training
         self.points = [(row["epoch"], row["train_loss"], score) for row, (_, score) in zip(history, scores)]
         e = self.experiment
         title = f"{e.method} on {e.backbone}, {e.checkpointing}, batches of {e.batch_size}"
-        self.bar = ipywidgets.FloatProgress(max=progress.total_steps, layout={"width": "100%"})
-        self.state, self.picture, self.message = (ipywidgets.HTML() for _ in range(3))
+        wide = {"width": "100%"}
+        self.bar = ipywidgets.FloatProgress(max=progress.total_steps, layout=wide)
+        self.memory = ipywidgets.FloatProgress(max=progress.budget_bytes, description="memory", layout=wide)
+        self.state, self.message = ipywidgets.HTML(), ipywidgets.HTML()
+        self.picture = ipywidgets.Image(format="png")
+        self.curves = Curves(progress.epochs, QUANTITIES[task_of(e.dataset).metric].title)
         self.pause = ipywidgets.Button(description="Pause", icon="pause")
         self.stop = ipywidgets.Button(description="Stop and save" if saves else "Stop", icon="stop")
         self.pause.on_click(lambda _: self.toggle_pause())
@@ -61,14 +65,13 @@ class LiveView(View):
         for button in (self.pause, self.stop):
             _answer_at_once(button)
         buttons = ipywidgets.HBox([self.pause, self.stop, self.message])
-        self.widget = ipywidgets.VBox(
-            [ipywidgets.HTML(html.escape(title)), self.bar, self.state, self.picture, buttons]
-        )
+        title = ipywidgets.HTML(html.escape(title))
+        self.widget = ipywidgets.VBox([title, self.bar, self.memory, self.state, self.picture, buttons])
         self._draw(progress, HINT)
         display(self.widget)
 
     def step(self, progress: Progress) -> None:
-        """Draw the run as it stands."""
+        """Draw the run as it is."""
         epochs = progress.step * progress.epochs / progress.total_steps
         self.points.append((epochs, progress.loss, progress.score_pct))
         if len(self.points) > MOST_POINTS:
@@ -85,12 +88,12 @@ class LiveView(View):
         self._draw(progress, self._wish() or HINT)
 
     def end(self, progress: Progress, message: str) -> None:
-        """Draw the run as it ended; the buttons rest."""
+        """Draw the run as it ended, and disable the buttons."""
         self.pause.disabled = self.stop.disabled = True
         self._draw(progress, message)
 
     def toggle_pause(self) -> None:
-        """Wait after this step, or go on."""
+        """Wait after this step, or continue."""
         self.paused = not self.paused
         self.pause.description, self.pause.icon = ("Resume", "play") if self.paused else ("Pause", "pause")
         self.message.value = f"<small>{self._wish()}</small>"
@@ -106,26 +109,56 @@ class LiveView(View):
         return "pauses after this step" if self.paused else ""
 
     def _draw(self, progress: Progress, message: str) -> None:
-        left = (
-            "not known yet" if progress.seconds_left is None else tqdm.format_interval(progress.seconds_left)
-        )
-        self.bar.value = progress.step
+        left = "not known yet"
+        if progress.seconds_left is not None:
+            left = tqdm.format_interval(progress.seconds_left)
+        over = progress.peak_bytes > progress.budget_bytes
+        self.bar.value, self.memory.value = progress.step, progress.peak_bytes
+        self.memory.bar_style = "danger" if over else "info"
         self.state.value = (
             f"epoch {progress.epoch} of {progress.epochs}, step {progress.step} of {progress.total_steps}; "
-            f"time {tqdm.format_interval(progress.seconds)}, left {left}; energy {_energy(progress)}"
+            f"time {tqdm.format_interval(progress.seconds)}, left {left}; energy {_energy(progress)}; "
+            f"peak memory {format_bytes(progress.peak_bytes)}, "
+            f"{'over' if over else 'within'} the budget of {format_bytes(progress.budget_bytes)}"
         )
-        metric = task_of(self.experiment.dataset).metric
-        loss = curve("loss", progress.epochs, [p[:2] for p in self.points], self._validated("val_loss"))
-        score = curve(
-            QUANTITIES[metric].title, progress.epochs, [p[::2] for p in self.points if p[2] is not None],
-            self._validated(f"val_{metric}"), top=100,
-        )  # fmt: skip
-        memory = memory_bar(progress.peak_bytes, progress.budget_bytes)
         self.message.value = f"<small>{html.escape(message)}</small>"
-        self.picture.value = f'<div style="display:flex;flex-wrap:wrap;gap:16px">{loss}{score}{memory}</div>'
+        metric = task_of(self.experiment.dataset).metric
+        self.picture.value = self.curves.png(
+            [point[:2] for point in self.points],
+            [point[::2] for point in self.points if point[2] is not None],
+            self._validated("val_loss"),
+            self._validated(f"val_{metric}"),
+        )
 
     def _validated(self, name: str) -> list[tuple[float, float]]:
         return [(row["epoch"], row[name]) for row in self.rows if row.get(name) is not None]
+
+
+class Curves:
+    """Two small panels, of loss and of a score over epochs: training as a line, validation as squares."""
+
+    @styled
+    def __init__(self, epochs: int, score: str):
+        self._canvas = FigureCanvasAgg(Figure(figsize=(8, 2), dpi=72, layout="constrained"))
+        self.axes = self._canvas.figure.subplots(1, 2)
+        for axes, label in zip(self.axes, ("loss", score)):
+            axes.set(xlim=(0, epochs), xlabel="epoch", ylabel=label)
+            axes.plot([], [], color="C0", label="training")
+            axes.plot([], [], "s--", color="C1", label="validation")
+        self.axes[0].legend()
+
+    def png(self, *curves: list[tuple[float, float]]) -> bytes:
+        """The picture with these points: loss and score in training, then in validation."""
+        train_loss, train_score, val_loss, val_score = curves
+        for axes, pair in zip(self.axes, ((train_loss, val_loss), (train_score, val_score))):
+            for line, points in zip(axes.lines, pair):
+                line.set_data(*zip(*points) if points else ([], []))
+            axes.relim()
+            axes.autoscale_view(scalex=False)
+            axes.set_ylim(bottom=0)
+        with io.BytesIO() as file:
+            self._canvas.print_png(file)
+            return file.getvalue()
 
 
 def _answer_at_once(button: ipywidgets.Button) -> None:
@@ -141,69 +174,3 @@ def _energy(progress: Progress) -> str:
         return f"– ({html.escape(progress.energy_reason or 'not measured')})"
     simulated = ", simulated" if progress.energy_source == "fake" else ""
     return f"{progress.energy_joules:,.0f} J (GPU{simulated})"
-
-
-def curve(
-    name: str,
-    epochs: int,
-    train: Sequence[tuple[float, float]],
-    validation: Sequence[tuple[float, float]],
-    top: float | None = None,
-) -> str:
-    """An SVG picture of two curves over `epochs`: training as a line, validation dashed with squares.
-
-    Points are (epochs, value); `top` is the highest value of the axis (default: what is needed).
-    """
-    top = top or max((value for _, value in [*train, *validation]), default=1.0) or 1.0
-
-    def points(values: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-        return [
-            (30 + (WIDTH - 36) * x / epochs, 18 + (HEIGHT - 34) * (1 - min(y, top) / top)) for x, y in values
-        ]
-
-    def line(values: list[tuple[float, float]], style: str) -> str:
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in values)
-        return f'<polyline points="{path}" fill="none" stroke-width="1.6" {style}/>'
-
-    squares = "".join(
-        f'<rect x="{x - 2.5:.1f}" y="{y - 2.5:.1f}" width="5" height="5" fill="{VALIDATION}"/>'
-        for x, y in points(validation)
-    )
-    last = "".join(
-        f' {part} <tspan fill="{colour}">{mark}</tspan> {values[-1][1]:.3g}'
-        for part, colour, mark, values in (
-            ("train", TRAIN, "—", train),
-            ("val", VALIDATION, "■", validation),
-        )
-        if values
-    )
-    bottom = HEIGHT - 16
-    return (
-        f'<svg width="{WIDTH}" height="{HEIGHT}" role="img" aria-label="{name}" font-size="11" '
-        f'fill="currentColor" font-family="sans-serif"><text x="0" y="11">{name}:{last}</text>'
-        f'<path d="M30 18V{bottom}H{WIDTH - 6}" fill="none" stroke="currentColor" opacity=".4"/>'
-        f'<text x="27" y="24" text-anchor="end">{top:.3g}</text>'
-        f'<text x="27" y="{bottom}" text-anchor="end">0</text>'
-        f'<text x="{WIDTH - 6}" y="{HEIGHT - 3}" text-anchor="end">{epochs} epochs</text>'
-        + line(points(train), f'stroke="{TRAIN}"')
-        + line(points(validation), f'stroke="{VALIDATION}" stroke-dasharray="4 3"')
-        + f"{squares}</svg>"
-    )
-
-
-def memory_bar(peak_bytes: int, budget_bytes: int) -> str:
-    """An SVG picture of the peak so far against the budget, with both numbers."""
-    whole = max(peak_bytes, budget_bytes)
-    peak, budget = ((WIDTH - 2) * size / whole for size in (peak_bytes, budget_bytes))
-    over = peak_bytes > budget_bytes
-    verdict = "over the budget" if over else f"{100 * peak_bytes / budget_bytes:.0f} % of the budget"
-    x, anchor = (budget, "end") if budget > WIDTH / 2 else (1, "start")
-    return (
-        f'<svg width="{WIDTH}" height="{HEIGHT}" role="img" aria-label="memory" font-size="11" '
-        f'fill="currentColor" font-family="sans-serif">'
-        f'<text x="0" y="11">memory: peak {format_bytes(peak_bytes)}, {verdict}</text>'
-        f'<rect x="1" y="24" width="{peak:.1f}" height="22" fill="{OVER if over else TRAIN}"/>'
-        f'<rect x="1" y="24" width="{budget:.1f}" height="22" fill="none" stroke="currentColor" '
-        f'stroke-dasharray="4 3"/>'
-        f'<text x="{x:.1f}" y="60" text-anchor="{anchor}">budget {format_bytes(budget_bytes)}</text></svg>'
-    )

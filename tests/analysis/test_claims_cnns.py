@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 from toolkit.analysis import claims_cnns as claims
-from toolkit.analysis.claims_checkpointing import REFUTED, SUPPORTED, UNTESTED
-from toolkit.analysis.claims_cnns import CLAIMS, edge_findings, is_about_edge
+from toolkit.analysis.claims import REFUTED, SUPPORTED, UNTESTED
+from toolkit.analysis.claims_cnns import CLAIMS, findings, is_about_cnns
 from toolkit.forecast.cnn_costs import StepCosts
 
 SEEDS = (0, 1, 2)
@@ -21,8 +21,8 @@ def runs(method="full", change=0.0, spread=0.1, **columns) -> pd.DataFrame:
     frame = pd.DataFrame(
         {
             "dataset": "cifar10-c:fog:5", "backbone": "mobilenetv2_100", "method": method,
-            "checkpointing": "none", "seed": SEEDS, "budget": str(2**30), "status": "ok", "phase": "training",
-            "environment": "E1", "energy_source": "none", "train_sha256": "a", "test_sha256": "b",
+            "checkpointing": "none", "seed": SEEDS, "budget_bytes": 2**30, "status": "ok",
+            "phase": "training", "environment": "E1", "train_sha256": "a", "test_sha256": "b",
             "test_top1_pct": FULL + change + (np.array([-spread, 0, spread]) if method != "full" else 0),
             "lora_rank": 8, "galore_rank": 32, "clip_rank": False, "epochs": 5, "batch_size": 64,
         }
@@ -38,8 +38,8 @@ def verdict(frame, text):
     """The one finding on the claim about accuracy that contains `text`."""
     (claim,) = [claim for claim in CLAIMS if text in claim.text]
     with mock.patch.object(claims, "_of_costs", list), mock.patch.object(claims, "CLAIMS", (claim,)):
-        (found,) = edge_findings(frame)
-    return found
+        (found,) = findings(frame).to_dict("records")
+    return pd.Series(found)
 
 
 def costs_judged(figures) -> dict:
@@ -49,7 +49,8 @@ def costs_judged(figures) -> dict:
         return StepCosts(**NO_COSTS | figures(backbone, method, batch_size))
 
     with mock.patch.object(claims, "step_costs", step_costs):
-        return {(f.claim.split()[0], f.tested_on.split(",")[0]): f for f in claims._count_costs()}
+        found = [pd.Series(one) for one in claims._count_costs()]
+    return {(f.claim.split()[0], f["tested on"].split(",")[0]): f for f in found}
 
 
 NO_COSTS = dict(
@@ -60,11 +61,10 @@ NO_COSTS = dict(
 
 def test_every_claim_has_a_finding_without_runs():
     with mock.patch.object(claims, "_of_costs", list):
-        found = edge_findings(pd.DataFrame({"status": []}))
-    assert [finding.claim for finding in found] == [claim.text for claim in CLAIMS]
-    assert {(f.verdict, f.n, f.why) for f in found} == {
-        (UNTESTED, 0, "no run on shifted data (*-c:) ended ok")
-    }
+        found = findings(pd.DataFrame({"status": []}))
+    assert list(found.claim) == [claim.text for claim in CLAIMS]
+    assert set(found.verdict) == {UNTESTED} and set(found.n) == {0}
+    assert set(found.why) == {"no run on shifted data (*-c:) ended ok"}
 
 
 def test_runs_on_clean_data_do_not_count():
@@ -96,13 +96,13 @@ def test_all_four_methods_are_needed():
 def test_settings_that_full_does_not_have_are_paired():
     frame = both(runs(), *(runs("norm", -38, clip_rank=True, lora_rank=rank) for rank in (2, 4)))
     found = verdict(frame, "up to 40 points")
-    assert found.verdict == SUPPORTED and "most of 2 settings" in found.ours and "−38" in found.ours
+    assert found.verdict == SUPPORTED and "largest loss of 2 settings" in found.ours and "−38" in found.ours
 
 
 @pytest.mark.parametrize(("change", "expected"), [(-36, SUPPORTED), (-60, SUPPORTED), (-5, UNTESTED)])
 def test_up_to_is_refuted_by_no_smaller_loss(change, expected):
     found = verdict(both(runs(), runs("norm", change)), "up to 40 points")
-    assert found.verdict == expected and "not the paper's" not in found.tested_on
+    assert found.verdict == expected and "not the paper's" not in found["tested on"]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_swing_of_settings(backbone, change, expected, n):
     found = verdict(frame, "swing")
     assert (found.verdict, found.n) == (expected, n)
     if n:
-        assert "lora_rank 8 against lora_rank 64" in found.ours
+        assert "lora_rank 8 against 64" in found.ours
 
 
 @pytest.mark.parametrize(
@@ -198,5 +198,5 @@ def test_galore_has_to_meet_the_range_at_both_gaps(svd, batch):
     ],
 )
 def test_which_records_are_about_cnns(columns, expected):
-    assert is_about_edge(runs(**columns)) is expected
-    assert is_about_edge(runs()[:0]) is False
+    assert is_about_cnns(runs(**columns)) is expected
+    assert is_about_cnns(runs()[:0]) is False

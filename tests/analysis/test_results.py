@@ -1,0 +1,241 @@
+"""Tables of finished runs: figures that can be counted by hand, and text that stays text in every format."""
+
+import csv
+import io
+import json
+
+import pandas as pd
+import pytest
+from bs4 import BeautifulSoup
+from hostile import HOSTILE
+
+from toolkit import analysis
+from toolkit.analysis.results import between, side_by_side
+from toolkit.analysis.tables import markdown
+from toolkit.errors import InputError
+from toolkit.experiment import Experiment
+from toolkit.training.record import GROUPS, SCHEMA_VERSION
+
+NEW = {
+    "run": {"schema_version": SCHEMA_VERSION, "status": "ok", "error": None, "phase": "training"},
+    "data": {"n_train": 1077, "n_test": 450, "train_sha256": "a" * 64, "test_sha256": "b" * 64},
+    "quality": {"test_top1_pct": 90.0, "params_trainable": 100, "metric": "top1_pct"},
+    "time": {"train_seconds": 10.0},
+    "energy": {"train_energy_joules": None, "energy_source": "none"},
+    "memory": {
+        "train_peak_bytes": 2**23, "memory_source": "tracked_tensors", "budget_mode": "simulated",
+        "within_budget": True, "predicted_peak_bytes": None, "checkpointed_blocks": 0,
+    },
+    "scores": {"ns_m_training": 70.0}, "env": {"env_hash": "one", "threads": 2},
+    "missing": {"train_energy_joules": "the CPU has no energy counter"},
+}  # fmt: skip
+
+
+def write(runs, name, method="lora", checkpointing="none", seed=0, **changes):
+    """A record below `runs` that differs from `NEW` in these fields."""
+    experiment = Experiment(
+        method=method, checkpointing=checkpointing, seed=seed, budget="16MiB", device="cpu"
+    )
+    record = {group: dict(NEW.get(group, {})) for group in (*GROUPS, "missing")}
+    record["run"]["experiment_id"], record["config"] = name, experiment.config
+    for field, value in changes.items():
+        groups = [group for group, values in record.items() if field in values]
+        record[groups[0] if groups else "run"][field] = value
+    path = runs / name / "record.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(record))
+    return path.parent
+
+
+def write_runs(folder):
+    """lora and full, none and threshold, seeds 0, 1, 2: 90, 92, 94 % and 91, 93.1, 94.9 %, peaks in MiB."""
+    for method, accuracies in (("lora", (90.0, 92.0, 94.0)), ("full", (91.0, 93.1, 94.9))):
+        for strategy, mib in (("none", 20), ("threshold", 12)):
+            for seed, accuracy in enumerate(accuracies):
+                write(
+                    folder, f"{method}-{strategy}-{seed}", method, strategy, seed, test_top1_pct=accuracy,
+                    train_peak_bytes=mib * 2**20, within_budget=mib <= 16, checkpointed_blocks=2,
+                    train_seconds=10.0 + seed + (method == "full"),
+                )  # fmt: skip
+
+
+@pytest.fixture
+def runs(tmp_path):
+    write_runs(tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def records(runs):
+    return analysis.read(runs)[0]
+
+
+def row_of(table, **where):
+    """The one row of a table that has these values."""
+    chosen = table[(table[list(where)] == pd.Series(where)).all(axis=1)]
+    assert len(chosen) == 1
+    return chosen.iloc[0]
+
+
+def test_figures_of_the_table_of_results(records):
+    table = analysis.means(records)
+    row = row_of(analysis.as_text(table), method="lora", checkpointing="none")
+    assert row["test accuracy (%)"] == "92.00 ± 4.97", "sd 2, t(0.975, 2) 4.3027: 2 · 4.3027 / sqrt(3)"
+    assert row["peak memory (MiB)"] == "20.00 ± 0.00" and row["time (s)"] == "11.0 ± 2.5"
+    assert (row.n, row["energy (J)"], row["within budget"]) == ("3", "–", "no")
+    assert list(table.method) == ["lora", "lora", "full", "full"], "as METHODS has them"
+    assert row_of(table, method="lora", checkpointing="none").peak_bytes == 20 * 2**20
+
+
+def test_the_comparison_leaves_out_what_nobody_has_and_what_all_share(records):
+    table = analysis.compare(records)
+    assert "energy (J)" not in table and "environment" not in table and "budget" not in table
+    assert row_of(table, method="full", checkpointing="threshold")["test accuracy (%)"] == "93.00 ± 4.85"
+    assert analysis.compare(records[:0]).empty
+
+
+def test_reasons_for_missing_figures_come_from_the_records(records):
+    table = analysis.missing(records)
+    assert table.to_numpy().tolist() == [["training energy", "the CPU has no energy counter", 12]]
+
+
+def test_a_simulated_gpu_measures_nothing(tmp_path):
+    write(tmp_path, "one", energy_source="fake", train_energy_joules=5.0)
+    records, _ = analysis.read(tmp_path)
+    assert analysis.means(records).adapt_joules.isna().all()
+    assert analysis.environments(records).energy_source.tolist() == ["fake"]
+
+
+def test_a_figure_that_one_run_lacks_has_its_own_n(runs):
+    write(runs, "lora-none-3", seed=3, train_seconds=None, train_peak_bytes=20 * 2**20)
+    table = analysis.as_text(analysis.means(analysis.read(runs)[0]))
+    row = row_of(table, method="lora", checkpointing="none")
+    assert row["time (s)"].endswith("(n = 3)") and row.n == "4"
+
+
+def test_runs_of_two_environments_are_kept_apart(runs):
+    for seed, accuracy in enumerate((50.0, 52.0, 54.0)):
+        write(runs, f"other-{seed}", seed=seed, test_top1_pct=accuracy, env_hash="two")
+    records, _ = analysis.read(runs)
+    assert analysis.environments(records).runs.tolist() == [12, 3]
+    lora = analysis.compare(records).query("method == 'lora' and checkpointing == 'none'")
+    accuracies = dict(zip(lora.environment, lora["test accuracy (%)"]))
+    assert accuracies == {"E1": "92.00 ± 4.97", "E2": "52.00 ± 4.97"}
+    assert set(analysis.effects(records, "method").environment) == {"E1"}
+
+
+def test_a_run_without_a_meter_stays_with_those_that_had_one(runs):
+    for path in runs.glob("lora-*/record.json"):
+        record = json.loads(path.read_text())
+        record["energy"] = {"train_energy_joules": 7.0, "energy_source": "nvml_counter"}
+        path.write_text(json.dumps(record))
+    assert set(analysis.read(runs)[0].environment) == {"E1"}
+
+
+def test_effects_are_paired_and_corrected(records):
+    tests = analysis.effects(records, "method")
+    row = row_of(analysis.effects_table(tests), checkpointing="none")
+    assert row.method == "lora" and row["score (points)"].startswith("−1.00 [")
+    assert row["peak memory (%)"] == "0.0 [=]" and "energy (%)" not in row and row.n == "3"
+    scores = tests.query("quantity == 'score_pct'")
+    assert scores.p_holm.tolist() == pytest.approx((2 * scores.p).tolist()), "two tests of this quantity"
+    strategies = analysis.effects(records, "checkpointing")
+    assert strategies.query("quantity == 'peak_bytes'").change.tolist() == pytest.approx([-40, -40])
+
+
+def test_a_clear_difference_has_a_star(runs):
+    for path in runs.glob("full-*/record.json"):
+        record = json.loads(path.read_text())
+        record["time"]["train_seconds"] *= 3
+        path.write_text(json.dumps(record))
+    tests = analysis.effects(analysis.read(runs)[0], "method")
+    row = row_of(analysis.effects_table(tests), checkpointing="none")
+    assert row["time (%)"].endswith(" *") and "*" not in row["peak memory (%)"]
+
+
+def test_what_the_budget_did(runs):
+    predicted = {"train_peak_bytes": 15 * 2**20, "predicted_peak_bytes": int(15 * 2**20 / 0.99)}
+    for seed in range(3):
+        write(runs, f"planned-{seed}", checkpointing="planned", seed=seed, **predicted)
+    write(runs, "planned-3", checkpointing="planned", seed=3, status="oom", test_top1_pct=None)
+    table = analysis.budgets(analysis.read(runs)[0])
+    planned, none = row_of(table, checkpointing="planned"), row_of(table, checkpointing="none")
+    assert (planned.kept_budget, planned.ended_ok, planned.out_of_memory) == (3, 3, 1)
+    assert planned.lowest_error_of_prediction_pct == pytest.approx(-1.0, abs=1e-3)
+    assert (none.kept_budget, none.ended_ok, none.highest_use_of_budget_pct) == (0, 6, 125.0)
+
+
+def test_failures_name_their_notebook(runs):
+    failed = write(runs, "broken", status="failed", error="ValueError: no", seed=7)
+    (failed / "finetune.ipynb").write_text("{}")
+    table = analysis.failures(analysis.read(runs)[0])
+    assert table[["error", "notebook"]].to_numpy().tolist() == [["ValueError: no", "broken/finetune.ipynb"]]
+
+
+def test_damaged_records_and_copies_are_named(runs):
+    (runs / "half").mkdir()
+    (runs / "half" / "record.json").write_text('{"run": {')
+    write(runs, "again", experiment_id="lora-none-0")
+    records, left_out = analysis.read(runs)
+    assert len(records) == 12
+    first, second = left_out["left out"]
+    assert ("half" in first and "again" in first + second) or "lora-none-0" in second
+    with pytest.raises(InputError, match="is a file"):
+        analysis.read(runs / "half" / "record.json")
+
+
+def test_runs_of_other_experiments_are_left_out_whatever_the_device(runs):
+    records = analysis.read(runs)[0].assign(device="cuda")
+    wanted = [Experiment(method="lora", checkpointing="none", seed=1, budget="16MiB")]
+    assert list(analysis.runs_of(records, wanted).experiment_id) == ["lora-none-1"]
+    assert analysis.runs_of(records[:0], wanted).empty
+
+
+def test_two_runs_side_by_side_and_over_their_seeds(records):
+    index = records.set_index("experiment_id").index
+    first, second = index.get_loc("full-none-0"), index.get_loc("lora-none-1")
+    changed = side_by_side(records, first, second).set_index("parameter")
+    assert changed.loc["method"].tolist() == ["full", "lora"] and "dataset" not in changed.index
+    table = between(records, first, second).set_index("")
+    assert table.loc["test score", "second less first"].startswith("−1.00 points [")
+    assert table.loc["test score", "seeds"] == 3 and table.loc["energy", "seeds"] == 0
+    with pytest.raises(InputError, match="differ in their seed only"):
+        between(records, first, index.get_loc("full-none-1"))
+    with pytest.raises(InputError, match="data or environment"):
+        between(records.assign(environment=["E1", "E2"] * 6), 0, 1)
+
+
+@pytest.mark.parametrize("function", [
+    analysis.what_ran, analysis.environments, analysis.data_sets, analysis.means, analysis.missing,
+    analysis.standing, analysis.budgets, analysis.failures,
+    lambda records: analysis.effects_table(analysis.effects(records, "method")),
+])  # fmt: skip
+def test_without_records_every_table_is_empty(tmp_path, function):
+    records, _ = analysis.read(tmp_path)
+    table = function(records)
+    assert table.empty
+    analysis.show(table).to_html()
+    analysis.write_table(table, tmp_path / "table")
+
+
+def test_names_stay_text_in_every_format(tmp_path):
+    frame = pd.DataFrame({"method": HOSTILE, HOSTILE[0]: HOSTILE, "peak_bytes": 2.0**20})
+    analysis.write_table(frame, tmp_path / "table")
+    rows = list(csv.reader(io.StringIO((tmp_path / "table.csv").read_text())))
+    assert [row[0] for row in rows[1:]] == HOSTILE and rows[1][2] == "1048576.0"
+    page = BeautifulSoup(analysis.show(frame).to_html(), "html.parser")
+    assert not page.find_all(["script", "b"]) and not any(
+        "onmouseover" in tag.attrs for tag in page.find_all()
+    )
+    assert [row.td.get_text() for row in page.tbody.find_all("tr")] == HOSTILE
+    latex = (tmp_path / "table.tex").read_text()
+    assert r"\textbackslash input\{x\}" in latex and r"\$" in latex
+    lines = markdown(analysis.as_text(frame)).splitlines()
+    assert len(lines) == len(HOSTILE) + 2 and all(line.replace(r"\|", "").count("|") == 4 for line in lines)
+
+
+def test_equal_records_give_equal_tables(runs, tmp_path):
+    for name in ("first", "second"):
+        analysis.write_table(analysis.means(analysis.read(runs)[0]), tmp_path / name)
+    for ending in (".csv", ".tex", ".md"):
+        assert (tmp_path / f"first{ending}").read_bytes() == (tmp_path / f"second{ending}").read_bytes()

@@ -1,0 +1,148 @@
+"""Figures of runs hold the figures of their frames, and the front is the Pareto front."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from toolkit import analysis, plots
+from toolkit.methods import METHODS
+from toolkit.plots.runs import front_of
+from toolkit.plots.style import STRATEGY_MARKERS, method_colour
+
+MIB = 2**20
+
+
+def row(method: str, score: float, mib: float, mflop: float = 1.0, **more) -> dict:
+    known = {
+        "dataset": "digits",
+        "environment": "E1",
+        "backbone": "demo_vit",
+        "checkpointing": "none",
+        "n": 3,
+    }
+    figures = {"score_pct": score, "score_pct_half_width": 1.0, "peak_bytes": mib * MIB}
+    return known | {"method": method, "variant": "", "flops_per_step": mflop * 1e6} | figures | more
+
+
+FRAME = pd.DataFrame(
+    [
+        row("full", 93, 20, 300),
+        row("linear", 60, 4, 50),
+        row("ia3", 58, 6, 90),
+        row("lora", 80, 10, 200, variant="rank 8", lora_rank=8),
+        row("lora", 75, 9, 190, variant="rank 2", lora_rank=2),
+        row("lora", 85, 12, 210, variant="rank 32", lora_rank=32, score_pct_half_width=np.nan),
+        row("zero_shot", 50, 2, np.nan, backbone="clip"),
+    ]
+)  # fmt: skip
+
+
+def points(axes) -> list[tuple[str, float, float]]:
+    """Label, x and y of every point."""
+    return [(bars.get_label(), *bars.lines[0].get_xydata()[0]) for bars in axes.containers]
+
+
+def test_scores_are_drawn_over_each_cost_with_the_front():
+    memory, flops = plots.accuracy_against(FRAME, "memory", "flops_per_step").axes
+    assert ("full", 20, 93) in points(memory) and ("full", 300, 93) in points(flops)
+    assert ("clip zero_shot", 2, 50) in points(memory) and len(points(flops)) == len(FRAME) - 1
+    named = [text.get_text() for text in memory.texts]
+    assert named == ["zero_shot", "linear", "lora (rank 2)", "lora (rank 8)", "lora (rank 32)", "full"]
+    assert memory.get_xlabel() == "peak memory (MiB)" and memory.get_ylabel() == "test score (%)"
+
+
+def test_strategies_have_markers_and_methods_colours():
+    frame = pd.DataFrame(
+        [row("lora", 80, 10 + n, checkpointing=name) for n, name in enumerate(STRATEGY_MARKERS)]
+    )
+    (axes,) = plots.accuracy_against(frame, "memory").axes
+    drawn = [bars.lines[0] for bars in axes.containers]
+    assert [line.get_marker() for line in drawn] == list(STRATEGY_MARKERS.values())
+    assert {line.get_color() for line in drawn} == {method_colour("lora")}
+    assert len({method_colour(method) for method in METHODS}) == len(METHODS)
+
+
+def test_the_budget_is_drawn_if_it_is_near_and_the_same_for_all():
+    def budget_lines(frame) -> list[float]:
+        (axes,) = plots.accuracy_against(frame, "memory").axes
+        return [line.get_xdata()[0] for line in axes.lines if line.get_label() == "budget"]
+
+    assert budget_lines(FRAME.assign(budget_bytes=18 * MIB)) == [18]
+    assert budget_lines(FRAME.assign(budget_bytes=2**40)) == []
+    assert budget_lines(FRAME.assign(budget_bytes=range(len(FRAME)))) == []
+
+
+def test_every_data_set_and_environment_has_panels_of_its_own():
+    frame = pd.concat(
+        [FRAME, FRAME.assign(dataset="a $b$"), FRAME.assign(environment="E2")], ignore_index=True
+    )
+    figure = plots.accuracy_against(frame, "memory")
+    figure.canvas.draw()
+    assert [axes.get_title() for axes in figure.axes] == ["digits, E1", r"a \$b\$, E1", "digits, E2"]
+
+
+def test_nothing_to_draw_is_said():
+    for figure in (plots.accuracy_against(pd.DataFrame(), "memory"), plots.over_option(FRAME, "galore_gap")):
+        assert figure.axes[0].texts[0].get_text().startswith("no ")
+
+
+number = st.one_of(st.none(), st.integers(0, 4))
+
+
+@settings(max_examples=60)
+@given(st.lists(st.tuples(number, number), max_size=12))
+def test_front_is_its_definition(rows):
+    frame = pd.DataFrame(rows, columns=["score_pct", "peak_bytes"], dtype=float)
+    known = [(a, c) for a, c in rows if a is not None and c is not None]
+    expected = [
+        (a, c) in known and not any(b >= a and d <= c and (b > a or d < c) for b, d in known) for a, c in rows
+    ]
+    assert list(front_of(frame, "peak_bytes")) == expected
+
+
+def test_curves_over_an_option_join_rows_that_differ_in_nothing_else():
+    other = row("lora", 99, 30, 999, lora_rank=16, batch_size=16)
+    frame = pd.concat([FRAME.assign(batch_size=64), pd.DataFrame([other])], ignore_index=True)
+    left, right = plots.over_option(frame, "lora_rank").axes
+    (lora,) = left.containers
+    assert lora.lines[0].get_xydata().tolist() == [[2, 75], [8, 80], [32, 85]]
+    assert right.lines[0].get_xydata().tolist() == [[2, 190], [8, 200], [32, 210]]
+    (full,) = [line for line in left.lines if line.get_label() == "full"]
+    assert set(full.get_ydata()) == {93}
+
+
+def test_costs_are_shares_of_full_fine_tuning_in_stock_torch():
+    rows = [("full", 1, 100, 120), ("lora", 1, 50, 90), ("full", 16, 400, 480), ("lora", 16, 300, 240)]
+    stock = pd.DataFrame(rows, columns=["method", "batch_size", "peak_bytes", "published_bytes"])
+    stock["backbone"] = "resnet18"
+    panels = plots.costs_by_batch(stock, stock.assign(peak_bytes=stock.peak_bytes // 2)).axes
+    lora = [next(line for line in axes.lines if line.get_label() == "lora") for axes in panels]
+    assert [line.get_ydata().tolist() for line in lora] == [[75, 50], [50, 75], [25, 37.5]]
+    assert lora[0].get_xdata().tolist() == [1, 16]
+
+
+HISTORY = [{"epoch": n, "train_loss": 3.0 - n, "val_loss": 1.0, "val_miou_pct": 20.0 * n} for n in (1, 2)]
+
+
+@pytest.mark.parametrize("histories", [HISTORY, {"e3va": HISTORY, "full": []}])
+def test_learning_curves_of_one_run_and_of_several(histories):
+    left, right = plots.learning_curves(histories).axes
+    assert [list(line.get_ydata()) for line in left.lines] == [[2, 1], [1, 1]]
+    assert [list(line.get_ydata()) for line in right.lines] == [[20, 40]]
+    assert right.get_ylabel() == "mean IoU (%)"
+
+
+def test_scores_are_those_of_the_data_sets_task():
+    runs = [
+        {"dataset": "mosaics", "method": "e3va", "seed": seed, "test_miou_pct": 40.0 + seed}
+        for seed in (0, 2)
+    ]
+    runs.append({"dataset": "digit_scenes", "method": "linear", "seed": 0, "test_map_pct": 7.0})
+    common = {"backbone": "demo_swin", "checkpointing": "none", "status": "ok", "phase": "training"}
+    records = pd.DataFrame([common | {"train_peak_bytes": 4 * MIB} | run for run in runs])
+    axes = {axes.get_title(): axes for axes in plots.accuracy_against(analysis.means(records), "memory").axes}
+    assert points(axes["mosaics"]) == [("e3va", 4, 41)]
+    assert points(axes["digit_scenes"]) == [("linear", 4, 7)]
+    assert axes["digit_scenes"].get_ylabel() == "test box mAP (%)"

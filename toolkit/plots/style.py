@@ -1,0 +1,88 @@
+"""The look of all figures: theme, colours, markers, escaping of names, and saving."""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import seaborn as sns
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from toolkit.files import FIGURES
+from toolkit.methods import METHODS
+
+THEME = sns.axes_style("whitegrid") | sns.plotting_context("notebook")
+THEME |= {"axes.prop_cycle": cycler(color=sns.color_palette("colorblind"))}
+STRATEGY_MARKERS = {"none": "o", "static": "s", "threshold": "^", "planned": "D"}
+BASELINE_MARKER = "P"
+
+
+def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Decorate a function that draws: it uses the theme of this package and leaves the user's alone."""
+
+    @functools.wraps(draw)
+    def inside(*args, **kwargs) -> Figure:
+        with matplotlib.rc_context(THEME):
+            return draw(*args, **kwargs)
+
+    return inside
+
+
+def grid_of(
+    rows: int, columns: int, width: float, height: float, **options
+) -> tuple[Figure, list[list[Axes]]]:
+    """A figure of `rows` times `columns` axes of `width` times `height` inches each."""
+    size = (1.5 + width * columns, 0.5 + height * rows)
+    return plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **options)
+
+
+def plain(text: str) -> str:
+    """`text` with its dollar signs escaped, which matplotlib reads as the start of a formula."""
+    return text.replace("$", r"\$")
+
+
+def method_colour(method: str) -> tuple[float, float, float]:
+    """The colour of a method, the same in every figure; grey for other names, such as baselines."""
+    if method not in METHODS:
+        return (0.35, 0.35, 0.35)
+    return sns.color_palette("husl", len(METHODS))[list(METHODS).index(method)]
+
+
+def legend_outside(axes: Axes, *others: Axes) -> None:
+    """One legend to the right of `axes`, for these axes and `others`; each label is listed once."""
+    handles = {}
+    for each in (*others, axes):
+        for handle, label in zip(*each.get_legend_handles_labels()):
+            handles.setdefault(label, handle)
+    if handles:
+        axes.legend(handles.values(), handles, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def note(text: str) -> Figure:
+    """A figure that says why there is nothing to draw."""
+    figure, axes = plt.subplots(figsize=(6, 1))
+    axes.set_axis_off()
+    axes.text(0.5, 0.5, text, ha="center")
+    return figure
+
+
+def save(figure: Figure, name: str, folder: Path = FIGURES) -> Path:
+    """Write `figure` to `folder` as `name`.png."""
+    path = Path(folder) / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, bbox_inches="tight", metadata={"Software": None})
+    return path
+
+
+def png(figure: Figure) -> bytes:
+    """`figure` as PNG for a widget; it is closed, so that a notebook does not show it a second time."""
+    with io.BytesIO() as file:
+        figure.savefig(file, format="png", dpi=72)
+        plt.close(figure)
+        return file.getvalue()
