@@ -16,9 +16,7 @@ from scipy.stats import chi2_contingency
 from sklearn.linear_model import RidgeClassifier
 
 from toolkit.datasets import load_dataset
-from toolkit.datasets.corruptions import CORRUPTIONS, MIXED, corrupt
-from toolkit.datasets.shifted import enlarged
-from toolkit.errors import InputError
+from toolkit.datasets.corruptions import CORRUPTIONS, MIXED, corrupt, enlarged
 
 NAMES = [*CORRUPTIONS, MIXED]
 LEVELS = range(1, 6)
@@ -159,18 +157,3 @@ def test_brightness_adds_and_contrast_keeps_the_mean():
     assert np.unique(brighter - images).tolist() == [51]  # 0.2 x 255
     assert np.abs(flatter.mean(axis=(1, 2)) - images.mean(axis=(1, 2))).max() < 0.5
     assert np.allclose(flatter.std(axis=(1, 2)), 0.55 * images.std(axis=(1, 2)), atol=0.5)
-
-
-@pytest.mark.parametrize(
-    ("images", "name", "severity", "message"),
-    [
-        (pictures(), "gausian_noise", 3, "unknown corruption 'gausian_noise'.*mean 'gaussian_noise'.*mixed"),
-        (pictures(), "contrast", 6, "unknown severity '6'.*Valid: 1, 2, 3, 4, 5"),
-        (pictures() / 255, "contrast", 3, r"uint8 \(N, H, W\) or \(N, 3, H, W\), got float64"),
-        (pictures()[0], "contrast", 3, r"got uint8 \(32, 32\)"),
-        (np.moveaxis(pictures(colour=True), 1, -1), "contrast", 3, r"got uint8 \(6, 32, 32, 3\)"),
-    ],
-)
-def test_bad_input(images, name, severity, message):
-    with pytest.raises(InputError, match=message):
-        corrupt(images, name, severity, "train")

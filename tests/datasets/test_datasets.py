@@ -11,8 +11,8 @@ from torch.utils.data import Subset
 
 import toolkit
 from toolkit.backbones import data_config
-from toolkit.datasets import Policy, coco, find_dataset, image_files, load_dataset, loader, shifted
-from toolkit.datasets.corruptions import corrupt
+from toolkit.datasets import Policy, coco, corruptions, find_dataset, image_files, load_dataset, loader
+from toolkit.datasets.corruptions import corrupt, enlarged
 from toolkit.datasets.embedded import TEXTURE_CROPS, assign_tiles
 from toolkit.errors import InputError
 
@@ -78,7 +78,7 @@ def test_a_shifted_set_is_the_clean_one_image_by_image(name, corruption):
     assert found.classes == clean.classes and found.policy == clean.policy
     for split in ("train", "val", "test"):
         before, after = getattr(clean, split), getattr(found, split)
-        images = shifted.enlarged(before.images) if name == "digits" else before.images
+        images = enlarged(before.images) if name == "digits" else before.images
         assert np.array_equal(after.labels, before.labels)
         assert np.array_equal(after.images, corrupt(images, corruption, 2, split))
         assert after[0][0].shape == ((3, 32, 32) if name == "digits" else (3, 48, 48))
@@ -125,7 +125,7 @@ def test_experiments_on_two_severities_have_two_names():
 @pytest.fixture
 def cifar10_c(tmp_path, monkeypatch):
     """100 instead of 10,000 images per severity; an image's pixels all hold its severity and number."""
-    monkeypatch.setattr(shifted, "CIFAR10_C_IMAGES", 100)
+    monkeypatch.setattr(corruptions, "CIFAR10_C_IMAGES", 100)
     folder = tmp_path / "CIFAR-10-C"
     folder.mkdir()
     images = np.zeros((500, 32, 32, 3), np.uint8)

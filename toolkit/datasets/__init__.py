@@ -10,13 +10,13 @@ Every data set is one entry of `DATASETS`; `register_dataset` adds another.
 from toolkit.datasets import (  # noqa: F401  (each of them registers its data sets)
     coco,
     composed,
+    corruptions,
     embedded,
     image_files,
     public,
     segmentation_files,
-    shifted,
     vtab,
-)  # fmt: skip
+)
 from toolkit.datasets.batches import batch_rows, loader
 from toolkit.datasets.catalog import (
     DATASETS,

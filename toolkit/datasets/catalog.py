@@ -1,4 +1,4 @@
-"""The catalog of data sets: one entry each, registered in the file that reads it."""
+"""The catalog of data sets: one entry each, registered by the file that reads it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ DATASETS: dict[str, Dataset] = {}
 
 
 def register_dataset(entry: Dataset) -> Dataset:
-    """Make `load_dataset(entry.name)`, experiments, baselines and sweeps know a data set."""
+    """Add a data set for `load_dataset`, experiments, baselines and sweeps."""
     DATASETS[entry.name] = entry
     return entry
 

@@ -1,6 +1,6 @@
-"""What a data set asks of a model: a class for each image, each pixel, or boxes around objects.
+"""Tasks: a class for each image, a class for each pixel, or boxes around objects.
 
-A `Task` is all that `fit` needs to know of it: the loss that trains, and the score that is reported.
+A `Task` is all that `fit` needs to know about a data set: the loss, and the score that is reported.
 """
 
 from __future__ import annotations
@@ -15,25 +15,28 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from toolkit.measure.quantities import NOT_ENDED, QUANTITIES, Quantity, register_metric
 
-IGNORED = 255  # label of pixels that count for nothing
+IGNORED = 255  # label of pixels that neither loss nor score counts
 
 
 @dataclass(frozen=True)
 class Task:
-    """`loss(outputs, targets)` of a batch: those of its parts, weighed by their images, add up to it (but of
-    Faster and Mask R-CNN, whose losses are means over proposals drawn in each pass); `hits(outputs,
-    targets)`: right answers, in images, None where a step does not tell."""
+    """A task: its loss, its metrics, and the heads of its models.
+
+    `loss(outputs, targets)`: the losses of a batch's parts, weighted by their images, add up to the batch's
+    (except for Faster and Mask R-CNN, whose losses are means over proposals drawn in each pass).
+    `hits(outputs, targets)`: correct answers, in images; None if a training step does not show them.
+    """
 
     name: str
     metric: str  # of validation and test, in per cent
-    train_metric: str | None  # what `hits` are per image, in per cent
-    heads: tuple[str, ...]  # of dense models, the usual one first
+    train_metric: str | None  # `hits` per image, in per cent
+    heads: tuple[str, ...]  # of dense models, the default first
     loss: Callable[[Any, Any], torch.Tensor]
     hits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None
-    zeros: Callable[[int, int, int], Any]  # targets of so many images of height and width
+    zeros: Callable[[int, int, int], Any]  # targets for a number of images of height and width
 
     def inputs(self, images: torch.Tensor, targets: Any) -> Any:
-        """What a model takes in training: torchvision's detectors compute their losses themselves."""
+        """Arguments of a model in training: torchvision's detectors compute their losses themselves."""
         return (images, targets) if self.name == "detection" else images
 
 
@@ -46,19 +49,19 @@ def _right_classes(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def _pixel_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """Over all pixels, of which ignored ones add nothing: so parts of a batch add up to its loss."""
+    """Mean over all pixels, ignored ones adding nothing, so that parts of a batch add up to its loss."""
     return F.cross_entropy(logits, masks, ignore_index=IGNORED, reduction="sum") / masks.numel()
 
 
 def _right_pixels(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """The share of right pixels times the images."""
+    """The share of correct pixels times the number of images."""
     right = (logits.detach().argmax(1) == masks).sum()
     return right * len(masks) / (masks != IGNORED).sum().clamp(min=1)
 
 
 def _no_boxes(images: int, height: int, width: int) -> dict[str, torch.Tensor]:
     return {
-        "boxes": torch.tensor([0.0, 0, width, height, 0]).repeat(images, 1, 1),  # one of the whole image
+        "boxes": torch.tensor([0.0, 0, width, height, 0]).repeat(images, 1, 1),  # the whole image
         "instances": torch.ones(images, height, width, dtype=torch.uint8),
     }
 
@@ -66,9 +69,8 @@ def _no_boxes(images: int, height: int, width: int) -> dict[str, torch.Tensor]:
 def _among_highest(count: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     def right(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Whether an image's class is among the `count` highest of its scores, (B, classes)."""
-        highest = scores.topk(
-            min(5, scores.shape[1]), dim=1
-        ).indices  # equal scores rank alike in all metrics
+        # Five for every metric, so that equal scores rank alike in all of them.
+        highest = scores.topk(min(5, scores.shape[1]), dim=1).indices
         return (highest[:, :count] == labels[:, None]).any(1)
 
     return right
@@ -109,12 +111,12 @@ TASKS = {
 
 
 def split_targets(targets: Any, size: int) -> list:
-    """`targets`, a tensor (B, ...) or a dict of such, in parts of at most `size` images."""
+    """Split `targets`, a tensor (B, ...) or a dict of such, into parts of at most `size` images."""
     leaves, structure = tree_flatten(targets)
     return [tree_unflatten(parts, structure) for parts in zip(*(leaf.split(size) for leaf in leaves))]
 
 
 def score_in(row: dict, part: str) -> tuple[str, float] | None:
-    """Metric and value of the score in a row of `FitResult.history`, if any; `part`: "train" or "val"."""
+    """Find metric and value of the score in a row of `FitResult.history`; `part`: "train" or "val"."""
     found = {name.removeprefix(f"{part}_"): value for name, value in row.items() if name.startswith(part)}
     return next(((name, value) for name, value in found.items() if name in QUANTITIES), None)
