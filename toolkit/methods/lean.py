@@ -1,17 +1,17 @@
-"""Low-rank layers whose forward and backward pass take no more memory than the arithmetic needs.
+"""Lean forms of low-rank layers: they take no more memory than the arithmetic needs.
 
-peft computes base(x) + B(A(dropout(x))) · s with stock operators: three temporaries of the output's size
-in forward, two in backward, the input kept once more by A, and under autocast cast and kept once per layer
-that reads it.  DoRA and AdaLoRA keep more still.  Here one autograd function does all three, on the same
-parameters: the products of the low-rank path are added in place, and A's input, in the type that computes,
-is all that backward gets.  A convolution keeps its input and the map of `rank` channels, nothing of the
-output's size.  A base weight of four bits is unpacked when it is needed, and again in backward.  What peft
-saves, merges and loads is untouched.
+peft computes base(x) + B(A(dropout(x))) · s with stock operators: three temporaries of the output's size in
+forward, two in backward, the input kept once more by A, and under autocast cast and kept once per layer that
+reads it.  DoRA and AdaLoRA keep even more.  Here one autograd function does all three, on the same
+parameters: the products of the low-rank path are added in place, and backward gets only A's input, in the
+type of the computation.  A convolution keeps its input and the map of `rank` channels, nothing of the
+output's size.  A 4-bit base weight is unpacked when it is needed, and again in backward.  Saving, merging and
+loading by peft are unchanged.
 
-Exact: the same sum, so equal to peft but for the order of rounding.  Needs nothing of peft: a layer is
-recognised by the attributes that peft's layers have.  Importing this module registers the forms, the FLOPs
-of 4-bit products and the scales of 4-bit weights with `budget`; `plan` and `auto_checkpoint` are imported
-from here, so that they know low-rank layers.
+Exact: the same sum, so equal to peft except for the order of rounding.  Layers are recognised by the
+attributes of peft's layers, without importing peft.  Importing this module registers the forms, the FLOPs of
+4-bit products and the scales of 4-bit weights with `budget`; `toolkit.plan` and `toolkit.auto_checkpoint` are
+imported from here, so that they know low-rank layers.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ _PIXELS = (0, 2, 3)  # all dimensions but that of the channels
 
 @dataclass(frozen=True)
 class _Update:
-    """What an adapter adds to its base: s·B·A, A (r, in), B (out, r); then rows are scaled.
+    """The update of a base weight: s·B·A, A (r, in), B (out, r); then rows are scaled.
 
-    Of a convolution: A (r, in, height, width), B (out, r, 1, 1).
+    For a convolution: A (r, in, height, width), B (out, r, 1, 1).
     """
 
     a: torch.Tensor
     b: torch.Tensor
     scaling: float
-    magnitude: torch.Tensor | None = None  # (out,), or (1, out, 1, 1), of DoRA
+    magnitude: torch.Tensor | None = None  # DoRA: (out,) or (1, out, 1, 1)
 
 
 def _form_of(module: nn.Module) -> Form | None:
@@ -75,7 +75,7 @@ register_form(_form_of)
 
 
 def is_packed(layer: nn.Module) -> bool:
-    """Whether a linear layer's weight is of four bits (bitsandbytes)."""
+    """Whether a linear layer has a 4-bit weight (bitsandbytes)."""
     return isinstance(layer, nn.Linear) and hasattr(getattr(layer.weight, "quant_state", None), "quant_type")
 
 
@@ -97,7 +97,7 @@ register_flops({"bitsandbytes.gemm_4bit": _gemm_4bit, "bitsandbytes.gemv_4bit": 
 
 
 def _active_adapter(layer: nn.Module) -> str | None:
-    """The one adapter that the lean form can compute; None if peft has to."""
+    """The adapter that the lean form can compute; None if peft has to run."""
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(active) != 1 or layer.disable_adapters or layer.merged or layer.base_layer.weight.requires_grad:
         return None
@@ -105,7 +105,7 @@ def _active_adapter(layer: nn.Module) -> str | None:
 
 
 def _update_of(layer: nn.Module, name: str) -> _Update | None:
-    """The adapter as an `_Update`; None if it is none."""
+    """The adapter as an `_Update`; None if the lean form cannot compute it."""
     a, b, scaling = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
     base = layer.base_layer
     if hasattr(layer, "lora_E"):  # AdaLoRA: P·diag(E)·Q (arXiv 2303.10512, eq. 3)
@@ -128,12 +128,12 @@ def _update_of(layer: nn.Module, name: str) -> _Update | None:
 
 
 def unpacked_weight(layer: nn.Module) -> torch.Tensor:
-    """Weight (out, in) of a layer of four bits, in the type that it had before."""
+    """Weight (out, in) of a 4-bit layer, in its type before packing."""
     return _unpacked(layer.weight.quant_state, layer.weight)
 
 
 def _unpacking(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function that gives the weight (out, in) of a base layer from what it stores."""
+    """A function that turns the stored weight of a base layer into its values (out, in)."""
     return functools.partial(_unpacked, layer.weight.quant_state) if is_packed(layer) else _as_it_is
 
 
@@ -171,7 +171,7 @@ def _forward(layer: nn.Module, stock, x: torch.Tensor, *args, **kwargs) -> torch
     low_rank_input = None if dropped is x else dropped.to(dtype)
     unpack, rescale = _unpacking(base), None
     if update.magnitude is not None:
-        # The norm is taken for a constant (arXiv 2402.09353, section 4.3).
+        # The norm is treated as a constant (arXiv 2402.09353, section 4.3).
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             parts = unpack(base.weight), update.a, update.b, update.scaling
             norm = torch.linalg.norm(_merged(*parts), dim=1) if place is None else norm_of_sum(*parts)
@@ -221,7 +221,7 @@ class LeanLora(torch.autograd.Function):
         grad_rescale = None
         if rescale is not None:
             b_now = b_now * rescale.to(dtype)[:, None]
-            # Of each row's sum with the output before scaling, which is not kept.
+            # Row sums of grad times the output before scaling, which is not kept.
             products = rows.t() @ z.reshape(-1, z.shape[-1])  # (out, in)
             grad_rescale = (_merged(ctx.unpack(weight), a, b, ctx.scaling) * products).sum(1)
             del products
