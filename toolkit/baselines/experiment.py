@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from toolkit.baselines.registry import FORMS, baseline_named
+from toolkit.baselines.registry import FORMS, FOUR_BIT_FORMS, Baseline, baseline_named
 from toolkit.budget import format_bytes
 from toolkit.datasets import task_of
 from toolkit.errors import InputError, check_name
@@ -19,18 +19,18 @@ DRAWN = ("linear_grid", "likelihood")  # protocols that draw random numbers
 class BaselineExperiment(Parameters):
     """One evaluation of a foundation model.  Raises `InputError` for a value that cannot be run."""
 
-    notebook: ClassVar = "foundation_baselines"  # that runs it
+    notebook: ClassVar = "foundation_baselines"
     phase: ClassVar = "inference"
 
     baseline: str = "demo_vit"  # a name of `baselines.BASELINES`
-    dataset: str = "digits"  # as of `Experiment`
+    dataset: str = "digits"  # as for `Experiment`
     protocol: str = ""  # see `baselines.PROTOCOLS`; empty: the first of the family
     source: str = ""  # a folder with the files of the hub repository; empty: the hub
     form: str = "auto"  # of the weights: fp32 | bf16 | fp16 | nf4 | nf4_pruned; auto: see `form_and_batch`
-    budget: str = "2GB"  # device memory that it may take; stored as whole bytes
-    batch_size: int = 64  # images at a time at most; fewer where the budget wants it
-    image_size: int = 224  # pixels, of frozen features (demo_vit: always 32)
-    seed: int = 0  # of linear_grid, and of the validation images of likelihood; 0 where nothing is drawn
+    budget: str = "2GB"  # limit on device memory; stored as whole bytes
+    batch_size: int = 64  # most images at a time; fewer if the budget requires it
+    image_size: int = 224  # pixels a side, for frozen features (demo_vit: always 32)
+    seed: int = 0  # of linear_grid, and of likelihood's validation images; 0 if nothing is drawn
     device: str = "auto"  # stored as cpu or cuda
 
     def __post_init__(self) -> None:
@@ -40,12 +40,11 @@ class BaselineExperiment(Parameters):
                 f"baselines are classifiers, and dataset {self.dataset!r} is for "
                 f"{task_of(self.dataset).name}: take digits, cifar100 or another of images with one class."
             )
-        family = baseline_named(self.baseline).family
-        protocols = baseline_named(self.baseline).protocols
+        protocols = self.entry.protocols
         self._set("protocol", self.protocol or protocols[0])
         check_name(f"protocol of {self.baseline!r}", self.protocol, protocols)
         check_name("form of the weights", self.form, ("auto", *FORMS))
-        if self.form.startswith("nf4") and family != "generative":
+        if self.form in FOUR_BIT_FORMS and self.family != "generative":
             raise InputError(f"form {self.form!r} is for generative baselines; use fp32, bf16 or fp16.")
         if self.form == "nf4_pruned" and self.protocol == "generate":
             raise InputError("a pruned vocabulary cannot generate answers; use protocol 'likelihood'.")
@@ -60,8 +59,24 @@ class BaselineExperiment(Parameters):
         self._check_ranges(batch_size=(1, 1_000_000), image_size=(16, 4096), seed=(0, 2**31 - 1))
 
     @property
+    def entry(self) -> Baseline:
+        """The registry's entry."""
+        return baseline_named(self.baseline)
+
+    @property
+    def family(self) -> str:
+        """contrastive | features | generative."""
+        return self.entry.family
+
+    @property
+    def weights_source(self) -> str:
+        """Where the family's loader finds the weights: in `source` if it is given."""
+        prefix = "" if self.family == "generative" else "local-dir:"
+        return f"{prefix}{self.source}" if self.source else self.entry.source
+
+    @property
     def config(self) -> dict:
-        """The parameters, with baseline and protocol under the names that tables have for such things too."""
+        """The parameters, with baseline and protocol under the names of fine-tuned runs' columns too."""
         return self.to_dict() | {
             "backbone": self.baseline,
             "method": self.protocol,

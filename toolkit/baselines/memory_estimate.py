@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -26,8 +26,9 @@ from torch import nn
 from toolkit.backbones import data_config
 from toolkit.baselines.architectures import FEATURES_PX, architecture
 from toolkit.baselines.contrastive import PROMPTS_AT_ONCE
+from toolkit.baselines.experiment import BaselineExperiment
 from toolkit.baselines.generative import capped, packed_layers, prompt_text
-from toolkit.baselines.prompts import question
+from toolkit.baselines.prompts import check_classes, question
 from toolkit.baselines.registry import BASELINES, FORMS, FOUR_BIT_FORMS, baseline_named
 from toolkit.baselines.trie import LOGITS_BYTES
 from toolkit.budget import TensorMemory, format_bytes, parse_bytes, tensors_of
@@ -134,6 +135,35 @@ def _too_large(name: str, form: str, budget: int | str, sizes: dict[str, int]) -
         f"{name!r} needs {whole} of device memory with weights in {form} ({weights} of it), above the budget "
         f"of {limit}; raise the budget or choose a smaller model: `python -m toolkit baselines` lists them."
     )
+
+
+def form_and_batch(
+    experiment: BaselineExperiment, classes: Sequence[str] = ("a", "b")
+) -> tuple[str, int, int | None]:
+    """Form of the weights, images at a time and predicted peak bytes, from the architecture alone.
+
+    `classes`: names; without them the prediction is a lower bound.  It covers the passes over images and
+    class names: features that a probe is fitted to, and kNN's, come on top.  Nothing is predicted (None) for
+    weights from a folder, whose `auto` form is fp32 on the CPU and bf16 on a GPU.
+
+    Raises `InputError` for unusable names, and if no form, or not the one that was asked for, fits the
+    budget.
+    """
+    check_classes(classes)
+    auto = experiment.form == "auto"
+    if experiment.source:
+        first = "fp32" if experiment.device == "cpu" else "bf16"
+        return first if auto else experiment.form, experiment.batch_size, None
+    sizes = {"classes": len(classes), "image_size": experiment.image_size}
+    if experiment.family == "generative":
+        sizes["class_tokens"] = sum(map(estimated_tokens, classes))
+    name, budget, form = experiment.baseline, experiment.budget_bytes, experiment.form
+    if auto:
+        form = first_form_that_fits(name, budget, experiment.device, **sizes)
+        if form == "nf4_pruned" and experiment.protocol == "generate":
+            form = "nf4"  # answers need every token; `largest_batch` raises if that does not fit
+    batch = largest_batch(name, form, budget, experiment.batch_size, **sizes)
+    return form, batch, estimate(name, form, batch_size=batch, **sizes).total_bytes
 
 
 def estimate_table(budget: int | str = "2GB", names: Iterable[str] | None = None) -> pd.DataFrame:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from toolkit.budget import device_memory
 from toolkit.measure import Meter, Window
 from toolkit.measure.environment import device_name
+from toolkit.training.feature_cache import STORED
 
 
 @dataclass(frozen=True)
@@ -82,3 +83,12 @@ class Prepared:
     weights_sha256: str = ""
     status: str = "ok"
     error: str | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of activations and of the weights that are not packed in four bits."""
+        return STORED[self.form if self.form in STORED else "bf16"][0]
+
+    def fail(self, status: str, error: str) -> None:
+        """Note how the preparation ended, and free the model."""
+        self.status, self.error, self.model = status, error, None

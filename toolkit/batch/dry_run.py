@@ -16,8 +16,8 @@ from statistics import median
 import pandas as pd
 from tqdm.auto import tqdm
 
-from toolkit.baselines.evaluate import form_and_batch
 from toolkit.baselines.experiment import BaselineExperiment
+from toolkit.baselines.memory_estimate import form_and_batch
 from toolkit.baselines.prompts import class_names
 from toolkit.datasets import find_dataset, load_dataset
 from toolkit.errors import InputError, one_line

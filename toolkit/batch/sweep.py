@@ -24,8 +24,8 @@ from papermill.exceptions import PapermillExecutionError
 from tqdm.auto import tqdm
 
 from toolkit.backbones import data_config
-from toolkit.baselines.evaluate import form_and_batch
 from toolkit.baselines.experiment import BaselineExperiment
+from toolkit.baselines.memory_estimate import form_and_batch
 from toolkit.baselines.prompts import class_names
 from toolkit.batch import cluster
 from toolkit.budget import find_blocks
