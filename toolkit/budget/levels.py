@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
 from toolkit.budget.memory import ROUNDING_BYTES
 from toolkit.budget.profile import OpCost, Profile
@@ -427,9 +429,6 @@ class _Cuts:
 
     def at(self, price: float) -> _Cut:
         """The cut with the least cost if a byte costs `price` seconds."""
-        from scipy.sparse import coo_array
-        from scipy.sparse.csgraph import breadth_first_order, maximum_flow
-
         # On the source's side of the cut buffers are needed in backward and operators run again.  The cut
         # pays for needed buffers whose operator does not run again (they are kept), and for operators that
         # do.
