@@ -76,7 +76,7 @@ def test_stops_are_logarithmic(explorer):
 def test_marks_are_the_cards_within_the_range(explorer, monkeypatch):
     low, high = explorer.range()
     inside = (low + high) // 2
-    monkeypatch.setattr(explorer_module, "MARKS", (low - 1, inside, high + 1))
+    monkeypatch.setattr(explorer_module, "CARDS_BYTES", (low - 1, inside, high + 1))
     assert explorer.marks == [inside] and inside in explorer.stops
 
 
@@ -186,7 +186,7 @@ def test_damaged_and_foreign_answers_are_named_and_not_believed(tmp_path):
 
 
 def test_batch_sizes_are_peaks_of_such_steps(explorer, tmp_path, monkeypatch):
-    monkeypatch.setattr(explorer_module, "MARKS", (10**6,))  # that 8 images pass: none larger is needed
+    monkeypatch.setattr(explorer_module, "CARDS_BYTES", (10**6,))  # that 8 images pass: none larger is needed
     monkeypatch.setattr(explorer, "folder", tmp_path)
     frame = explorer.batch_sizes()
     peaks = frame.set_index(["strategy", "images"]).peak_bytes

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 
 import toolkit
 from toolkit.errors import InputError
-from toolkit.measure.scores import NETSCORES, SAM_VERSIONS, hypervolume, pareto_rank, sam, why_no_score
+from toolkit.measure.scores import (
+    NETSCORES,
+    SAM_VERSIONS,
+    hypervolume,
+    pareto_rank,
+    sam,
+    sam_winners,
+    why_no_score,
+)
 
 VIT_SMALL = {"seconds": 21.3, "watts": 144.2, "peak_mib": 1084, "params_m": 21.7, "macs_g": 4.6}
 
@@ -146,3 +154,10 @@ def test_points_that_cannot_be_ranked_are_an_error():
         pareto_rank([90, 80], [[1, 2]])
     with pytest.raises(InputError, match="positive numbers"):
         hypervolume([90], [[1, 2]], [1])
+
+
+def test_the_verdict_of_sam_depends_on_the_version():
+    winners = sam_winners((0.9, 440_000), (0.8865, 330_000), range(1, 6))
+    assert set(winners.loc["VideoClassificationTest"]) == {1}
+    assert set(winners.loc["cifar100_vits16_repro/src"]) == {2}
+    assert winners.loc["cifar100_vits16_repro/legacy"].nunique() == 2

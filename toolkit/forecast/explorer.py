@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from toolkit import cache as explorer_cache
 from toolkit.budget import Plan, format_bytes, parse_bytes
 from toolkit.budget.checkpointing import RULES
+from toolkit.budget.memory import CARDS_BYTES
 from toolkit.errors import InputError
 from toolkit.experiment import Experiment
 from toolkit.files import CACHE, NOTEBOOKS, write_atomically
@@ -28,7 +29,6 @@ from toolkit.forecast.forecasts import Forecast, TrainingStep
 
 ANSWERS = CACHE / "explorer"
 STOPS = 40  # of the slider
-MARKS = tuple(gigabytes * 10**9 for gigabytes in (2, 4, 6, 8))  # memory of common cards
 _MOMENTS = 1500  # that a picture has pixels for
 
 
@@ -117,7 +117,7 @@ class Explorer:
     def marks(self) -> list[int]:
         """Those of 2, 4, 6 and 8 GB that lie within the range."""
         low, high = self._range
-        return [mark for mark in MARKS if low <= mark <= high]
+        return [mark for mark in CARDS_BYTES if low <= mark <= high]
 
     @property
     def stops(self) -> list[int]:
@@ -209,7 +209,7 @@ class Explorer:
         """
         return pd.DataFrame(
             {
-                strategy: {f"{mark // 10**9} GB": _images_within(mark, rows) for mark in MARKS}
+                strategy: {f"{mark // 10**9} GB": _images_within(mark, rows) for mark in CARDS_BYTES}
                 for strategy, rows in self.batch_sizes().groupby("strategy", sort=False)
             }
         ).T
@@ -221,7 +221,7 @@ class Explorer:
         with tqdm(total=3, desc="batch sizes", unit="size", leave=False) as bar:
             low, high = self._peaks(smallest, bar), self._peaks(size, bar)
             growth = (high[-1][2] - low[-1][2]) / (size - smallest)  # of the last row: planned
-            largest = math.ceil(size + (1.01 * MARKS[-1] - high[-1][2]) / growth)
+            largest = math.ceil(size + (1.01 * CARDS_BYTES[-1] - high[-1][2]) / growth)
             return low + high + (self._peaks(largest, bar) if largest > size else [])
 
     def _peaks(self, images: int, bar: tqdm) -> list[tuple[str, int, int]]:

@@ -19,6 +19,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 
 from toolkit.errors import InputError, check_name
 
@@ -103,6 +104,20 @@ def sam(version: str, accuracy: float, joules: float | None, exponent: float = 1
             return None  # a root of a negative number for most exponents
         return accuracy**exponent / log_energy**exponent
     return exponent * accuracy**exponent / log_energy
+
+
+def sam_winners(first: tuple[float, float], second: tuple[float, float], exponents: range) -> pd.DataFrame:
+    """The result, 1 or 2, that each version of SAM prefers, by exponent.
+
+    A result is (accuracy as a fraction, joules).
+    """
+    rows = {
+        version: {
+            f"SAM_{k}": 1 if sam(version, *first, k) > sam(version, *second, k) else 2 for k in exponents
+        }
+        for version in SAM_VERSIONS
+    }
+    return pd.DataFrame(rows).T
 
 
 def pareto_rank(accuracy: Sequence[float], costs: Sequence[Sequence[float]]) -> np.ndarray:

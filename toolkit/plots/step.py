@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 
-from toolkit.forecast.explorer import MARKS, StepPicture, kinds_of
+from toolkit.budget.memory import CARDS_BYTES
+from toolkit.forecast.explorer import StepPicture, kinds_of
 from toolkit.forecast.step_memory import StepMemory
 from toolkit.plots.style import STRATEGY_MARKERS, legend_outside, plain, styled
 
@@ -223,7 +224,7 @@ def batch_sizes_against_memory(frame: pd.DataFrame) -> Figure:
     as growing linearly, an upper bound; that is not a straight line on logarithmic axes.
     """
     figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
-    for mark in MARKS:
+    for mark in CARDS_BYTES:
         axes.axvline(mark / 1e9, color="0.4", linestyle=":", linewidth=1.2)
     for strategy, rows in frame.sort_values("images").groupby("strategy", sort=False):
         images = np.union1d(np.geomspace(rows.images.min(), rows.images.max(), 200), rows.images)
@@ -231,7 +232,7 @@ def batch_sizes_against_memory(frame: pd.DataFrame) -> Figure:
         measured = np.searchsorted(images, rows.images).tolist()
         axes.plot(peaks, images, marker=STRATEGY_MARKERS[strategy], markevery=measured, label=strategy)
     axes.set(
-        xscale="log", yscale="log", xlim=(frame.peak_bytes.min() / 2e9, 1.25 * MARKS[-1] / 1e9),
+        xscale="log", yscale="log", xlim=(frame.peak_bytes.min() / 2e9, 1.25 * CARDS_BYTES[-1] / 1e9),
         ylim=(0.9 * frame.images.min(), 1.5 * frame.images.max()),
         xlabel="peak memory (GB)", ylabel="images in one forward pass",
     )  # fmt: skip

@@ -17,9 +17,10 @@ from matplotlib.figure import Figure
 
 from toolkit.backbones import BACKBONES
 from toolkit.budget import format_bytes, parse_bytes
+from toolkit.budget.memory import CARDS_BYTES
 from toolkit.errors import InputError
 from toolkit.experiment import PRECISIONS, Experiment
-from toolkit.forecast.explorer import MARKS, Explorer
+from toolkit.forecast.explorer import Explorer
 from toolkit.methods import DENSE_METHODS, METHODS, SIDE_METHODS
 from toolkit.plots.step import StepFigure
 
@@ -159,4 +160,4 @@ class BudgetExplorer(ipywidgets.VBox):
 
 
 def _label(size: int) -> str:
-    return f"{size // 10**9} GB" if size in MARKS else format_bytes(size)
+    return f"{size // 10**9} GB" if size in CARDS_BYTES else format_bytes(size)
