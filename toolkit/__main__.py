@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(_dry_run(experiments, runs))
                 return 0
             check_count(experiments, yes=options["yes"])
-            return _run(experiments, runs, None, options)
+            return _run(experiments, runs, runs, options)
         if options["command"] == "report":
             print(write_report(runs, (options["output"] or runs / "report.html").resolve()))
             return 0

@@ -76,7 +76,7 @@ def accuracy_against(means: pd.DataFrame, *costs: str, score: str = "") -> Figur
     if known.empty:
         return note("no finished run has a test score")
     places = list(known.groupby(["dataset", "environment"], sort=False))
-    figure, rows = grid_of(len(places), len(costs), 4.6, 4.2)
+    figure, rows = grid_of(len(places), len(costs), 4.6 if len(costs) > 1 else 6.5, 4.2)
     for panels, ((dataset, environment), frame) in zip(rows, places):
         own = [name for name in SCORES if name in frame and frame[name].notna().any()]
         column = score or next(iter(own), "score_pct")

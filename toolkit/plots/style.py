@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import seaborn as sns
 from cycler import cycler
 from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
 from toolkit.files import FIGURES
@@ -55,10 +56,11 @@ def method_colour(method: str) -> tuple[float, float, float]:
 
 
 def legend_outside(axes: Axes, *others: Axes) -> None:
-    """One legend to the right of `axes`, for these axes and `others`; each label is listed once."""
+    """One legend to the right of `axes`, for these axes and `others`; each label once, points first."""
     handles = {}
     for each in (*others, axes):
-        for handle, label in zip(*each.get_legend_handles_labels()):
+        found = zip(*each.get_legend_handles_labels())
+        for handle, label in sorted(found, key=lambda pair: not isinstance(pair[0], ErrorbarContainer)):
             handles.setdefault(label, handle)
     if handles:
         axes.legend(handles.values(), handles, loc="upper left", bbox_to_anchor=(1, 1))
