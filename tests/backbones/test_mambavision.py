@@ -385,7 +385,7 @@ def test_checkpoint_without_a_buffer_or_with_a_layer_scale_is_refused(tmp_path, 
         mambavision.load_mambavision_weights(model, tmp_path / "model.safetensors")
 
 
-def test_weights_that_cannot_be_had_say_so(monkeypatch):
+def test_missing_weights_are_an_input_error(monkeypatch):
     monkeypatch.setattr(mambavision, "MambaVision", lambda **_: None)  # nothing of full size is needed
     with pytest.raises(InputError, match=r"nvidia/MambaVision-T-1K.*pretrained=False"):
         toolkit.build_backbone("mambavision_t", 10)

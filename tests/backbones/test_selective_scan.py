@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 def reference(u, dt, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=True, reverse=False):
-    """One step after the other, in the inputs' type."""
+    """The recurrence, step by step, in the inputs' type."""
     delta = dt if delta_bias is None else dt + delta_bias[:, None]
     delta = F.softplus(delta) if delta_softplus else delta
     h, outputs = u.new_zeros(u.shape[0], *A.shape), {}
@@ -50,7 +50,7 @@ def tensors(batch, channels, length, states, *, without=(), dtype=torch.float32,
 
 
 def gradients(function, inputs, grad, **flags):
-    """y and the gradients of the inputs that ask for one."""
+    """y and the gradients of the inputs that require one."""
     y = function(**inputs, **flags)
     asked = {name: x for name, x in inputs.items() if x is not None and x.requires_grad}
     return {"y": y.detach()} | dict(
@@ -66,7 +66,7 @@ def double(inputs):
 
 
 def assert_as_reference(inputs, tolerance=1e-5, **flags):
-    """Every difference relative to the largest element of the tensor."""
+    """Compare with differences relative to the largest element of each tensor."""
     grad = torch.randn(inputs["u"].shape, generator=torch.Generator().manual_seed(1))
     got = gradients(selective_scan, inputs, grad, **flags)
     expected = gradients(reference, double(inputs), grad, **flags)
@@ -88,7 +88,7 @@ def test_a_long_sequence():
 
 
 @pytest.mark.parametrize("without", [("D",), ("z",), ("delta_bias",), ("D", "z", "delta_bias")])
-def test_absent_options(without):
+def test_absent_inputs_match_the_recurrence(without):
     assert_as_reference(tensors(2, 4, 11, 3, without=without))
 
 
@@ -116,7 +116,7 @@ def test_batches_of_one_slice_and_of_several(batch, monkeypatch):
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_extreme_decay_is_finite_and_exact(reverse):
-    """Δ·|A| up to 500: exp(-500) is zero, and nothing may be divided by it."""
+    """Δ·|A| reaches 500: exp(-500) is zero, and nothing may be divided by it."""
     inputs = tensors(2, 4, 60, 8, decay=50.0)
     inputs["dt"] = (inputs["dt"].detach() * 5).clamp(max=9.0).requires_grad_()
     assert_as_reference(inputs, reverse=reverse)
@@ -135,7 +135,7 @@ def test_gradcheck(reverse):
 
 
 def test_transposed_slices_of_a_projection():
-    """As models call it: everything but A, D and the bias is a view; gradients reach what it is a view of."""
+    """As in models: all inputs but A, D and the bias are views; gradients reach their base."""
     sizes, inputs = (5, 5, 3, 3, 5), tensors(2, 5, 13, 3)
     parts = [inputs[name] for name in ("u", "dt", "B", "C", "z")]
     projection = torch.cat(parts, 1).transpose(1, 2).detach()  # (batch, L, 21)
@@ -163,7 +163,7 @@ def test_expanded_inputs_and_gradients():
 
 
 def test_half_precision_computes_in_float32_under_autocast():
-    """What is rounded to bfloat16 is the inputs and the results, not the state."""
+    """Only inputs and results are rounded to bfloat16, not the state."""
     inputs = tensors(2, 8, 197, 4, dtype=torch.bfloat16)
     for name in ("A", "D", "delta_bias"):
         inputs[name] = inputs[name].detach().float().requires_grad_()
@@ -191,7 +191,7 @@ def test_equal_runs_give_equal_bits():
 
 
 def operator_arguments(inputs, *, reverse=False, trained=(True, True, True)):
-    """What the two operators are called with."""
+    """Arguments of the two operators."""
     detached = [None if x is None else x.detach() for x in inputs.values()]
     forward = (*detached, True, reverse)
     y, states = OPERATORS.selective_scan(*forward)
@@ -201,7 +201,7 @@ def operator_arguments(inputs, *, reverse=False, trained=(True, True, True)):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own
 @pytest.mark.parametrize("without", [(), ("D", "z", "delta_bias")])
 @pytest.mark.parametrize("length", [1, 7])
-def test_operators_keep_what_torch_asks_of_operators(length, without):
+def test_operators_pass_torchs_opcheck(length, without):
     inputs = tensors(2, 4, length, 3, without=without)
     forward, backward = operator_arguments(
         inputs, trained=[name not in without for name in ("A", "D", "bias")]
@@ -249,7 +249,7 @@ def test_backward_keeps_inputs_and_chunk_states_only():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("without", [(), ("D", "z", "delta_bias")])
 @pytest.mark.parametrize("shape", [(2, 4, 1, 3), (9, 64, 197, 16), (5, 768, 60, 16), (1, 30, 1000, 4)])
-def test_workspace_is_what_the_plain_form_takes(shape, without, dtype):
+def test_workspace_bounds_the_plain_forms_memory(shape, without, dtype):
     inputs = tensors(*shape, without=without, dtype=dtype)
     forward, backward = operator_arguments(inputs)
     for run, arguments, tell in (
@@ -270,7 +270,7 @@ def test_workspace_is_what_the_plain_form_takes(shape, without, dtype):
 
 
 def test_the_memory_counter_sees_workspaces():
-    """The backward operator's alone is higher than all that is seen from outside."""
+    """The backward operator's workspace alone exceeds all that is visible from outside."""
     inputs = tensors(1, 64, 100, 16)
     told = module.backward_workspace_bytes(None, *inputs.values(), None, True, False, [True] * 3)
     memory = TensorMemory(CPU)
@@ -328,7 +328,7 @@ def test_the_cpu_runs_plain_torch_and_says_so_once(capsys):
 
 
 def broken(**replaced):
-    """A form of the scan like the plain one but for what is `replaced`."""
+    """The plain form of the scan, with some functions `replaced`."""
     return types.SimpleNamespace(
         **{"forward": scan_torch.forward, "backward": scan_torch.backward} | replaced
     )
@@ -355,7 +355,7 @@ def wrong_gradients(*args):
     ids=["works", "forward raises", "backward raises", "wrong gradients", "not installed"],
 )
 def test_triton_is_chosen_only_if_it_works(form, fault, monkeypatch, capsys):
-    """The probe's tensors are put on the CPU here; the device that it is about is CUDA."""
+    """The probe of a CUDA device runs on CPU tensors here."""
     monkeypatch.setitem(sys.modules, "toolkit.backbones.scan_triton", form)
     probe = module._probe
     monkeypatch.setattr(module, "_probe", lambda form, device: probe(form, CPU))
@@ -410,7 +410,7 @@ print("equal")
 
 
 def test_triton_kernels_equal_the_plain_form():
-    """Interpreted, on the CPU: the arithmetic and the addresses, not what a compiler makes of them."""
+    """Interpreted on the CPU: this checks arithmetic and addresses, not the compiled code."""
     pytest.importorskip("triton")
     here = os.path.dirname(__file__)
     result = subprocess.run(

@@ -56,7 +56,7 @@ def synthetic_weights():
 
 
 def save(weights, path):
-    """As the training script does: the weights among arguments and an optimizer's state."""
+    """Save as the training script does: weights next to arguments and optimizer state."""
     torch.save({"model": weights, "args": argparse.Namespace(lr=0.1), "epoch": 3, "optimizer": {}}, path)
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -169,7 +169,7 @@ def test_model_matches_the_formulas(model, images):
     torch.testing.assert_close(model.double()(images.double()), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_class_token_stands_in_the_middle(model, images):
+def test_class_token_is_in_the_middle(model, images):
     seen = []
     model.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     model(images)
@@ -182,7 +182,7 @@ def test_class_token_stands_in_the_middle(model, images):
 
 @pytest.mark.parametrize("changed, far", [(16, slice(0, 12)), (0, slice(5, 17))])
 def test_mixer_reads_in_both_directions(model, changed, far):
-    """Tokens more than the convolution's width away see the change, so it came through the states."""
+    """Tokens beyond the convolution's width see the change, so it came through the states."""
     x = torch.randn(1, 17, 32)
     other = x.clone()
     other[:, changed] += 1
@@ -235,7 +235,7 @@ def test_blocks_and_head_are_found(model, full_size):
     assert model.get_classifier().out_features == model.num_classes == 9
 
 
-def test_what_keeps_its_size_under_weight_decay(model):
+def test_parameters_without_weight_decay(model):
     groups = param_groups_weight_decay(model, 0.1, no_weight_decay_list=model.no_weight_decay())
     decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
     names = {name for name, p in model.named_parameters() if id(p) in decayed}
@@ -346,7 +346,7 @@ def test_files_that_are_not_the_published_weights_are_refused(tmp_path, model, m
         vim.load_vim_weights(model, path)
 
 
-def test_weights_that_cannot_be_had_say_so(monkeypatch):
+def test_missing_weights_are_an_input_error(monkeypatch):
     monkeypatch.setattr(vim, "VisionMamba", lambda **_: None)  # nothing of full size is needed for this
     with pytest.raises(InputError, match=r"vim_s_midclstok_80p5acc.pth.*pretrained=False"):
         toolkit.build_backbone("vim_small", 10)

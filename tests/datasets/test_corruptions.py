@@ -1,4 +1,4 @@
-"""Corruptions: what they keep, what they depend on, and that each severity is worse than the one before."""
+"""Corruptions and the data sets made of them: what they depend on, and that each severity is worse."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from scipy.stats import chi2_contingency
 from sklearn.linear_model import RidgeClassifier
 
-from toolkit.datasets import load_dataset
+import toolkit
+from toolkit.datasets import corruptions, find_dataset, load_dataset
 from toolkit.datasets.corruptions import CORRUPTIONS, MIXED, corrupt, enlarged
+from toolkit.errors import InputError
 
 NAMES = [*CORRUPTIONS, MIXED]
 LEVELS = range(1, 6)
@@ -35,7 +37,7 @@ def pictures(count: int = 6, colour: bool = False, side: int = 32) -> np.ndarray
 
 @settings(max_examples=30)
 @given(st.sampled_from(NAMES), st.sampled_from(LEVELS), st.booleans(), st.sampled_from([24, 48]))
-def test_shape_and_type_are_kept_and_the_images_are_changed(name, severity, colour, side):
+def test_corruptions_change_images_but_not_their_shape_and_type(name, severity, colour, side):
     images = pictures(7, colour, side)
     before = images.copy()
     changed = corrupt(images, name, severity, "train")
@@ -45,12 +47,12 @@ def test_shape_and_type_are_kept_and_the_images_are_changed(name, severity, colo
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
-def test_an_image_comes_out_the_same_whatever_comes_after_it(name):
+def test_an_image_does_not_depend_on_those_after_it(name):
     images = pictures(8)
     assert np.array_equal(corrupt(images, name, 4, "val")[:3], corrupt(images[:3], name, 4, "val"))
 
 
-def test_noise_is_of_the_index_the_severity_and_the_split():
+def test_noise_depends_on_index_severity_and_split():
     images = np.full((2, 16, 16), 128, np.uint8)
     first, second = corrupt(images, "gaussian_noise", 2, "train").astype(float) - 128
     [other] = corrupt(images[:1], "gaussian_noise", 2, "test").astype(float) - 128
@@ -104,7 +106,7 @@ def test_a_classifier_of_clean_digits_gets_worse_with_the_severity():
 
 
 def corruption_of(images: np.ndarray, severity: int, split: str) -> list[str]:
-    """Which corruption gives the mixed image, for each."""
+    """Name the corruption that made each mixed image."""
     mixed = corrupt(images, MIXED, severity, split)
     alone = {name: corrupt(images, name, severity, split) for name in CORRUPTIONS}
     found = [
@@ -114,7 +116,7 @@ def corruption_of(images: np.ndarray, severity: int, split: str) -> list[str]:
     return [name for [name] in found]
 
 
-def test_mixed_deals_the_six_in_equal_parts_and_an_image_keeps_its_own():
+def test_mixed_assigns_the_six_evenly_and_alike_in_all_severities():
     images = pictures(31)
     dealt = corruption_of(images, 2, "train")
     counts = [dealt.count(name) for name in CORRUPTIONS]
@@ -136,13 +138,13 @@ def test_mixed_is_independent_of_the_class():
 
 
 @pytest.mark.parametrize("name", ["gaussian_blur", "contrast", "pixelate", "jpeg_compression"])
-def test_a_plain_image_has_nothing_to_lose(name):
+def test_a_uniform_image_stays_unchanged(name):
     plain = np.full((1, 32, 32), 128, np.uint8)
     assert np.array_equal(corrupt(plain, name, 5, "train"), plain)
 
 
 @pytest.mark.parametrize("name", ["gaussian_blur", "contrast", "brightness", "pixelate", "jpeg_compression"])
-def test_grey_is_grey_in_one_channel_and_in_three(name):
+def test_grey_images_come_out_alike_in_one_channel_and_in_three(name):
     grey = pictures()
     colour = corrupt(np.repeat(grey[:, None], 3, axis=1), name, 3, "train")
     difference = colour.astype(int) - corrupt(grey, name, 3, "train")[:, None]
@@ -157,3 +159,115 @@ def test_brightness_adds_and_contrast_keeps_the_mean():
     assert np.unique(brighter - images).tolist() == [51]  # 0.2 x 255
     assert np.abs(flatter.mean(axis=(1, 2)) - images.mean(axis=(1, 2))).max() < 0.5
     assert np.allclose(flatter.std(axis=(1, 2)), 0.55 * images.std(axis=(1, 2)), atol=0.5)
+
+
+# --- the data sets made of them --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "corruption"), [("digits", "mixed"), ("textures", "gaussian_noise")])
+def test_a_shifted_set_is_the_clean_one_image_by_image(name, corruption):
+    clean = load_dataset(name)
+    found = load_dataset(f"{name}-c:{corruption}:2")
+    assert found.name == f"{name}-c:{corruption}:2"
+    assert found.classes == clean.classes and found.policy == clean.policy
+    for split in ("train", "val", "test"):
+        before, after = getattr(clean, split), getattr(found, split)
+        images = enlarged(before.images) if name == "digits" else before.images
+        assert np.array_equal(after.labels, before.labels)
+        assert np.array_equal(after.images, corrupt(images, corruption, 2, split))
+        assert after[0][0].shape == ((3, 32, 32) if name == "digits" else (3, 48, 48))
+    harder = load_dataset(f"{name}-c:{corruption}:3")
+    hashes = [h for splits in (clean, found, harder) for h in splits.hashes.values()]
+    assert len(set(hashes)) == 9
+
+
+@pytest.mark.parametrize("name", ["digits-c:mixed:3", "textures-c:mixed:3", "cifar10-c:fog:1"])
+def test_a_shifted_set_has_the_policy_and_the_prompt_of_the_clean_one(name):
+    found, expected = find_dataset(name), find_dataset(name.split("-")[0])
+    assert (found.policy, found.prompt) == (expected.policy, expected.prompt)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("digits-c", "unknown dataset 'digits-c'.*digits-c:CORRUPTION:SEVERITY"),
+        (
+            "textures-c:mixed",
+            "not of the form textures-c:CORRUPTION:SEVERITY, such as 'textures-c:contrast:3'",
+        ),
+        ("digits-c:mixed:3:4", "unknown severity '3:4'"),
+        ("digits-c:gausian_noise:3", "corruption 'gausian_noise'.*Did you mean 'gaussian_noise'.*mixed"),
+        ("digits-c:mixed:6", "unknown severity '6'. Valid: 1, 2, 3, 4, 5"),
+        ("digits-c:mixed:03", "unknown severity '03'"),
+        ("digits:mixed:3", "unknown dataset 'digits:mixed:3'.*digits-c:CORRUPTION"),
+        ("cifar10-c:mixed:3", "unknown corruption 'mixed'.*fog"),
+    ],
+)
+def test_bad_names_of_shifted_sets_are_refused(name, message):
+    with pytest.raises(InputError, match=message):
+        load_dataset(name)
+
+
+def test_experiments_on_two_severities_have_two_names():
+    names = {toolkit.Experiment(dataset=f"digits-c:gaussian_noise:{s}", device="cpu").name for s in (3, 4)}
+    assert len(names) == 2 and all("noise" in name and ":" not in name for name in names)
+
+
+# --- CIFAR-10-C -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cifar10_c(tmp_path, monkeypatch):
+    """100 instead of 10,000 images per severity; an image's pixels all hold its severity and number."""
+    monkeypatch.setattr(corruptions, "CIFAR10_C_IMAGES", 100)
+    folder = tmp_path / "CIFAR-10-C"
+    folder.mkdir()
+    images = np.zeros((500, 32, 32, 3), np.uint8)
+    images[..., 0] = np.repeat(np.arange(1, 6), 100)[:, None, None]
+    images[..., 1] = np.tile(np.arange(100), 5)[:, None, None]
+    np.save(folder / "fog.npy", images)
+    np.save(folder / "labels.npy", np.tile(np.arange(100) % 10, 5).astype(np.uint8))
+    return folder
+
+
+def test_cifar10_c_splits_the_images_of_one_severity(cifar10_c):
+    second, fifth = (load_dataset(f"cifar10-c:fog:{s}", root=cifar10_c.parent) for s in (2, 5))
+    assert fifth.classes[0] == "airplane" and len(fifth.classes) == 10
+    seen = []
+    for split, size in (("train", 40), ("val", 10), ("test", 50)):
+        data, easier = getattr(fifth, split), getattr(second, split)
+        assert len(data) == size and np.bincount(data.labels).tolist() == [size // 10] * 10
+        assert (data.images[:, 0] == 5).all() and (easier.images[:, 0] == 2).all()
+        number = data.images[:, 1, 0, 0]
+        assert np.array_equal(number % 10, data.labels), "image and label belong together"
+        assert np.array_equal(number, easier.images[:, 1, 0, 0]), (
+            "an image is in one split, however corrupted"
+        )
+        seen += number.tolist()
+    assert sorted(seen) == list(range(100))
+    assert fifth.train[0][0].shape == (3, 32, 32)
+    assert not set(second.hashes.values()) & set(fifth.hashes.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("fog", None, r"there is no .*fog\.npy.*CIFAR-10-C\.tar from https://zenodo.org/records/2535967"),
+        ("labels", None, r"there is no .*labels\.npy"),
+        ("fog", b"\x93NUMPY cut", r"fog\.npy cannot be read"),
+        ("fog", np.zeros((500, 32, 32), np.uint8), r"fog\.npy holds uint8 \(500, 32, 32\), not"),
+        ("fog", np.zeros((500, 32, 32, 3), np.float32), r"fog\.npy holds float32"),
+        ("labels", np.zeros(500), r"labels\.npy holds float64"),
+        ("labels", np.zeros(500, np.uint8), r"labels\.npy does not hold the labels 0 to 9"),
+        ("labels", np.array([{"evil": 1}] * 500), r"labels\.npy cannot be read \(.*Python objects"),
+    ],
+)
+def test_damaged_cifar10_c_is_refused(cifar10_c, name, content, message):
+    path = cifar10_c / f"{name}.npy"
+    path.unlink()
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        np.save(path, content)
+    with pytest.raises(InputError, match=message):
+        load_dataset("cifar10-c:fog:1", root=cifar10_c.parent)

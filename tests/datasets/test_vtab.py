@@ -12,7 +12,7 @@ from PIL import Image
 
 import toolkit
 from toolkit.batch.sweep_file import preset
-from toolkit.datasets import image_files, load_dataset, loader, vtab
+from toolkit.datasets import load_dataset, loader, vtab
 from toolkit.datasets.vtab import VTAB, load_vtab
 from toolkit.errors import InputError
 
@@ -20,9 +20,8 @@ SPLITS = ("train", "val", "test")
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch, tmp_path_factory):
-    """20 images to train on and 8 to choose by, and a cache of one's own."""
-    monkeypatch.setattr(image_files, "CACHE", tmp_path_factory.mktemp("cache"))
+def small(monkeypatch):
+    """20 training and 8 validation images."""
     monkeypatch.setattr(vtab, "TRAIN", 20)
     monkeypatch.setattr(vtab, "VAL", 8)
 
@@ -41,7 +40,7 @@ def no_download(monkeypatch):
 
 
 def write_image(path: Path, number: int, size=(12, 10)) -> None:
-    """Its first pixel holds its number."""
+    """Write an image whose first pixel holds its number."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.zeros((*size[::-1], 3), np.uint8)
     pixels[0, 0] = number % 256, number // 256, 0
@@ -117,14 +116,14 @@ def test_svhn_draws_train_and_val_from_the_official_train(svhn):
     assert splits.train[0][0].shape == (3, 32, 32)
 
 
-def test_the_seed_draws_the_rows_and_their_hashes(svhn):
+def test_the_seed_determines_rows_and_hashes(svhn):
     first, again, other = (load_vtab("svhn", svhn, seed=seed) for seed in (0, 0, 1))
     assert first.hashes == again.hashes
     assert first.hashes["test"] == other.hashes["test"]
     assert first.hashes["train"] != other.hashes["train"] and first.hashes["val"] != other.hashes["val"]
 
 
-def test_a_split_too_small_to_draw_from(svhn, monkeypatch):
+def test_a_split_too_small_to_draw_from_is_refused(svhn, monkeypatch):
     monkeypatch.setattr(vtab, "TRAIN", 53)
     with pytest.raises(InputError, match="vtab:svhn draws 61 images from a split that has 60"):
         load_vtab("svhn", svhn)
@@ -147,7 +146,7 @@ def test_cifar100_is_channels_last_in_torchvision(tmp_path, monkeypatch):
     assert sizes(splits) == [20, 8, 6]
 
 
-def test_camelyon_reads_the_rows_that_it_draws(tmp_path, monkeypatch):
+def test_camelyon_reads_only_the_rows_that_it_draws(tmp_path, monkeypatch):
     class Lazy:
         """As h5py's data sets: rows are read when they are asked for."""
 
@@ -192,7 +191,7 @@ def test_camelyon_reads_the_rows_that_it_draws(tmp_path, monkeypatch):
 
 @pytest.fixture
 def flowers(tmp_path, monkeypatch):
-    """90 images in three classes; the first 40 to train on, 25 for validation."""
+    """90 images in three classes: 40 for training, then 25 for validation."""
     monkeypatch.setattr(torchvision.datasets.Flowers102, "_check_integrity", lambda self: True)
     folder = tmp_path / "flowers-102"
     for number in range(1, 91):
@@ -218,7 +217,7 @@ def test_flowers_draw_val_from_the_official_val(flowers):
     assert image[0, 0, 0] == number, "the picture of the row"
 
 
-def test_images_of_several_sizes_are_squeezed_whole(flowers):
+def test_images_of_several_sizes_are_resized_whole(flowers):
     splits = load_vtab("flowers102", flowers)
     config = {
         "input_size": (3, 16, 16), "mean": (0.0,) * 3, "std": (1.0,) * 3, "interpolation": "bilinear",
@@ -250,7 +249,7 @@ def test_dtd_keeps_its_three_splits(tmp_path):
     assert all(30 <= int(path.stem) < 40 for path in paths(splits, "val"))
 
 
-def test_pets(tmp_path):
+def test_pets_draw_train_and_val_from_trainval(tmp_path):
     folder = tmp_path / "oxford-iiit-pet"
     (folder / "annotations").mkdir(parents=True)
     for split, count in (("trainval", 40), ("test", 10)):
@@ -268,7 +267,7 @@ def test_pets(tmp_path):
 # --- one folder per class -------------------------------------------------------------------------
 
 
-def test_caltech_has_thirty_per_class_to_train_on_and_the_background(tmp_path):
+def test_caltech_trains_on_thirty_per_class_and_has_the_background(tmp_path):
     folder = tmp_path / "caltech101" / "101_ObjectCategories"
     for label, name in enumerate(("BACKGROUND_Google", "ant", "wrench")):
         for number in range(1, 36 + label):
@@ -282,7 +281,7 @@ def test_caltech_has_thirty_per_class_to_train_on_and_the_background(tmp_path):
     assert other.hashes["test"] == splits.hashes["test"] and other.hashes["train"] != splits.hashes["train"]
 
 
-def test_eurosat_is_dealt_once_and_for_all(tmp_path):
+def test_eurosat_has_one_fixed_test_split(tmp_path):
     for label, name in enumerate(("Forest", "River")):
         for number in range(50):
             write_image(tmp_path / "eurosat" / "2750" / name / f"{name}_{number}.jpg", 100 * label + number)
@@ -312,7 +311,7 @@ def test_sun397_does_not_depend_on_the_order_of_the_disk(tmp_path, monkeypatch):
 
 @pytest.fixture
 def clevr(tmp_path):
-    """Of three to ten objects, the nearest at the number's share of the way from 7.6 to 10.6."""
+    """Scenes of three to ten objects; the nearest moves from 7.6 to 10.6 with the scene's number."""
     folder = tmp_path / "clevr" / "CLEVR_v1.0"
     (folder / "scenes").mkdir(parents=True)
     for split, count in (("train", 40), ("val", 16)):
@@ -339,8 +338,8 @@ def test_clevr_counts_objects_and_tests_on_val(clevr):
             assert path.parent.name == ("val" if split == "test" else "train")
 
 
-def test_clevr_tells_the_distance_of_the_nearest_object(clevr):
-    """Of the benchmark's thresholds t the label is the last with t < distance: 8 itself is class 0."""
+def test_clevr_labels_the_distance_of_the_nearest_object(clevr):
+    """The label is the last of the benchmark's thresholds below the distance: 8 itself is class 0."""
     splits = load_vtab("clevr_distance", clevr)
     assert len(splits.classes) == 6 and splits.classes[1] == "8 to 8.5"
     for path, label in splits.test.samples:
@@ -349,7 +348,7 @@ def test_clevr_tells_the_distance_of_the_nearest_object(clevr):
         assert label == np.flatnonzero(thresholds - distance < 0).max()
 
 
-def test_clevr_reads_scenes_once_and_says_what_is_wrong(clevr, monkeypatch):
+def test_clevr_reads_scenes_once_and_refuses_damaged_ones(clevr, monkeypatch):
     load_vtab("clevr_count", clevr)
     monkeypatch.setattr(vtab, "_clevr_labels", lambda *a: pytest.fail("read again"))
     load_vtab("clevr_count", clevr)
@@ -382,7 +381,7 @@ def kitti(tmp_path):
     return tmp_path, order // 5
 
 
-def test_kitti_is_dealt_by_video(kitti, monkeypatch):
+def test_kitti_is_split_by_video(kitti, monkeypatch):
     root, video = kitti
     monkeypatch.setattr(vtab, "VAL", 6)
     splits = load_vtab("kitti_distance", root)
@@ -391,7 +390,7 @@ def test_kitti_is_dealt_by_video(kitti, monkeypatch):
     assert not seen["test"] & (seen["train"] | seen["val"]) and not seen["train"] & seen["val"]
 
 
-def test_kitti_tells_the_distance_of_the_nearest_vehicle(kitti, monkeypatch):
+def test_kitti_labels_the_distance_of_the_nearest_vehicle(kitti, monkeypatch):
     root, _ = kitti
     monkeypatch.setattr(vtab, "VAL", 6)
     splits = load_vtab("kitti_distance", root)
@@ -410,12 +409,12 @@ def test_kitti_tells_the_distance_of_the_nearest_vehicle(kitti, monkeypatch):
         ("mapping/train_rand.txt", "one", r"train_rand\.txt is not a list of lines"),
     ],
 )
-def test_unusable_kitti(kitti, file, content, message):
+def test_damaged_kitti_is_refused(kitti, file, content, message):
     root, _ = kitti
     (root / "Kitti" / "raw" / file).write_text(content)
     with pytest.raises(InputError, match=message):
         load_vtab("kitti_distance", root)
 
 
-def test_load_dataset_takes_the_name(svhn):
+def test_load_dataset_finds_a_task_by_its_name(svhn):
     assert load_dataset("vtab:svhn", root=svhn).hashes == load_vtab("svhn", svhn).hashes

@@ -1,4 +1,4 @@
-"""Dense models: what heads read and give, how methods adapt them, and that plans of them are exact."""
+"""Dense models: inputs and outputs of heads, methods on them, and exact plans."""
 
 import copy
 
@@ -31,7 +31,7 @@ def images(count=2, pixels=PIXELS):
 
 
 def boxes():
-    """Two images: one of two objects and padding between them, one of none."""
+    """Two images: one with two objects and padding between them, one with none."""
     rows = torch.full((2, 3, 5), -1.0)
     rows[0, 0] = torch.tensor([2, 3, 14, 15, 4])
     rows[0, 2] = torch.tensor([16, 10, 30, 28, 0])
@@ -57,7 +57,7 @@ def test_heads_are_those_of_the_tasks():
 
 
 @pytest.mark.parametrize("head", HEADS["segmentation"])
-def test_segmentation_gives_a_class_for_each_pixel_from_every_map(head):
+def test_segmentation_classifies_each_pixel_from_every_map(head):
     model, x = build(head), images()
     assert data_config(model)["input_size"] == (3, PIXELS, PIXELS)
     logits = model(x)
@@ -67,7 +67,7 @@ def test_segmentation_gives_a_class_for_each_pixel_from_every_map(head):
 
 
 @pytest.mark.parametrize("head", HEADS["detection"])
-def test_detectors_give_losses_with_targets_and_boxes_without_in_either_mode(head):
+def test_detectors_return_losses_with_targets_and_boxes_without_in_either_mode(head):
     model, x = build(head), images()
     for mode in (True, False):
         model.train(mode)
@@ -102,7 +102,7 @@ class Pyramid(nn.Module):
 
 
 @pytest.mark.parametrize("head", HEADS["detection"])
-def test_detectors_compute_what_torchvisions_own_forward_passes_do(head):
+def test_detectors_equal_torchvisions_own_forward_passes(head):
     """The same losses and predictions, from targets without padding, in torchvision's count of labels."""
     model, x, targets = build(head), images(), boxes()
     first = 0 if head == "retinanet" else 1
@@ -156,7 +156,7 @@ def test_bf16_leaves_boxes_in_full_precision():
             assert model(images())[0]["boxes"].dtype == torch.float32
 
 
-def test_blocks_are_the_trunks_and_adapters_are_in_them_while_the_head_trains_whole():
+def test_blocks_and_adapters_are_the_trunks_and_the_whole_head_trains():
     model = build("retinanet")
     names = [*find_blocks(model)]
     assert names[0] == "trunk.layers.0.blocks.0" and len(names) == 8
@@ -170,7 +170,7 @@ def test_blocks_are_the_trunks_and_adapters_are_in_them_while_the_head_trains_wh
 
 # qlora's weights of four bits need layers of 32 channels, which the demo backbone's first stage lacks.
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("losa", "lst", "dtl", "qlora", "e3va")])
-def test_every_method_of_classifiers_trains_a_dense_model(method):
+def test_every_method_for_classifiers_trains_a_dense_model(method):
     model = adapt(build("fpn"), method)
     set_train_mode(model)
     loss = segmentation_loss(model(images()), masks())
@@ -208,7 +208,7 @@ def step_of(method, pixels):
     "method",
     ["e3va", *(pytest.param(method, marks=pytest.mark.long) for method in ("full", "linear", "lora"))],
 )
-def test_a_plan_of_segmentation_says_what_real_steps_take(method):
+def test_a_plan_of_segmentation_predicts_real_steps(method):
     model, batch, settings, measured_peak = step_of(method, PIXELS)
     assert toolkit.plan(model, 2**40, batch, strategy="none", **settings).peak_bytes == measured_peak()
 
@@ -250,13 +250,13 @@ def test_larger_images_keep_windows_and_tables_of_the_weights():
         ({"image_size": 0}, "image_size 0 .* choose 16"),
     ],
 )
-def test_what_cannot_be_built_is_said_before_weights_are_loaded(arguments, message, monkeypatch):
+def test_unsuitable_arguments_are_refused_before_weights_are_loaded(arguments, message, monkeypatch):
     monkeypatch.setattr("toolkit.backbones.demo.load_demo_weights", lambda *_: pytest.fail("loaded"))
     given = {"backbone": "demo_swin", "head": "fpn", "num_classes": 3, "task": "segmentation"} | arguments
     with pytest.raises(InputError, match=f"(?i){message}"):
         build_dense(pretrained=True, **given)
 
 
-def test_mask_rcnn_asks_for_instances():
+def test_mask_rcnn_needs_instances():
     with pytest.raises(InputError, match=r"mask_rcnn learns from instance masks.*faster_rcnn"):
         build("mask_rcnn")(images(), {"boxes": boxes()["boxes"]})
