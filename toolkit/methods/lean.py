@@ -280,7 +280,7 @@ class LeanLoraConv(torch.autograd.Function):
         ctx.scaling, ctx.where = scaling, where
         ctx.shape = x.shape
         # With a magnitude the convolution runs again in backward, on x.
-        ctx.save_forconv_gradients(z, low, weight, bias, a, b, rescale)
+        ctx.save_for_backward(z, low, weight, bias, a, b, rescale)
         return y
 
     @staticmethod
