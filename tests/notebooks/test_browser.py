@@ -1,6 +1,6 @@
-"""JupyterLab in a real browser, used as a person would: by its buttons and sliders.
+"""JupyterLab in a real browser, used as a person does: by its buttons and sliders.
 
-Screenshots lie in `.pytest_cache/d/screenshots`.
+Screenshots are in `.pytest_cache/d/screenshots`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PATIENCE_SECONDS = 120
 
 
 class Lab:
-    """A page of JupyterLab; `folder`: what it shows."""
+    """A page of JupyterLab, which shows `folder`."""
 
     def __init__(self, page: Page, address: str, token: str, folder: Path, screenshots: Path):
         self.page, self.address, self.token = page, address, token
@@ -49,7 +49,7 @@ class Lab:
         nbformat.write(notebook, self.folder / f"{name}.ipynb")
         self.page.goto(f"{self.address}/lab/tree/{name}.ipynb?token={self.token}&reset")
         self.page.wait_for_selector(".jp-Notebook .jp-CodeCell")
-        self.page.wait_for_selector("text=/\\| Idle/")  # cells that are run before are dropped
+        self.page.wait_for_selector("text=/\\| Idle/")  # cells that are run earlier are dropped
 
     def run_all(self) -> None:
         self.page.click("text=Run >> nth=0")
@@ -67,9 +67,9 @@ class Lab:
         self.page.screenshot(path=str(self.screenshots / f"{name}.png"))
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory, request) -> Iterator[Lab]:
-    folder = tmp_path_factory.mktemp("lab")
+@pytest.fixture
+def lab(tmp_path, request) -> Iterator[Lab]:
+    folder = tmp_path
     (folder / "notebooks").mkdir()
     quiet = folder / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
     quiet.parent.mkdir(parents=True)
@@ -114,10 +114,17 @@ def _wait_for(port: int, server: subprocess.Popen) -> None:
     raise RuntimeError("JupyterLab did not start; see its server.log")
 
 
-def test_explorer(lab, record_property):
+def test_notebooks_are_moved_paused_and_stopped_in_the_browser(lab, record_property):
+    """One lab for both notebooks: starting it takes longer than either."""
+    explore(lab, record_property)
+    train(lab)
+
+
+def explore(lab: Lab, record_property) -> None:
     """Move the slider, read the changed prediction, press the button."""
     chosen = lab.folder / "chosen.yaml"
-    lab.open("budget_explorer", batch_size=16, chosen=str(chosen), map_backbones="demo_vit")
+    sizes = {"batch_size": 16, "micro_batch_size": 16}  # one size to profile
+    lab.open("2_plan", **sizes, chosen=str(chosen), map_backbones="demo_vit", map_methods="linear")
     lab.run_all()
     lab.button("Use this budget").wait_for()
     lab.wait_until_done()
@@ -155,8 +162,8 @@ def test_explorer(lab, record_property):
     assert peak, "the table names the plan's peak"
 
 
-def test_finetune_is_paused_and_stopped(lab):
-    """Train, pause, go on, stop and save; running again goes on from there."""
+def train(lab: Lab) -> None:
+    """Train, pause, resume, stop and save; running again resumes from there."""
     lab.open("finetune", epochs=200, method="linear", checkpointing="none")
     lab.run_all()
     lab.button("Pause").wait_for()

@@ -31,6 +31,7 @@ from toolkit.measure.environment import PACKAGES, code_sha256, device_name, inst
 from toolkit.methods import DENSE_METHODS, METHODS
 from toolkit.model import check_fits_weights
 from toolkit.training.loop import held_bytes
+from toolkit.training.progress import live_notebook
 
 FORECASTS = CACHE / "forecasts"
 SHOWN_BACKBONES = ("demo_vit", "vit_small", "tiny_vit", "vim_small", "mambavision_t")
@@ -64,6 +65,17 @@ class Forecast:
             float(plan.plain_seconds + plan.extra_seconds), plan.micro_batch_size,
         )  # fmt: skip
 
+    def explain(self) -> str:
+        """The prediction in words."""
+        if self.peak_bytes is None:
+            return f"no prediction: {self.reason}"
+        return (
+            f"{self.micro_batch_size} images per pass\n"
+            f"predicted peak {format_bytes(self.peak_bytes)} of {format_bytes(self.budget_bytes)}: "
+            f"{'fits' if self.fits else 'DOES NOT FIT'}\n"
+            f"recomputed {self.recompute_pct:.1f} % of the forward pass"
+        )
+
     @property
     def fits(self) -> bool:
         """Whether the step is predicted to stay within the budget."""
@@ -81,6 +93,13 @@ def forecast(experiment: Experiment, num_classes: int, folder: Path = FORECASTS)
     What cannot be built, adapted or planned has a `reason` and raises nothing.
     """
     return forecasts([experiment], lambda _: num_classes, folder)[0]
+
+
+def preview(experiment: Experiment, num_classes: int) -> str:
+    """A forecast in words where a person waits for it; in batch, where seconds count, how to get one."""
+    if not live_notebook():
+        return "not predicted in batch; `python -m toolkit sweep --dry-run` does that for a whole sweep"
+    return forecast(experiment, num_classes).explain()
 
 
 def forecasts(

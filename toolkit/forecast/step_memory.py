@@ -7,7 +7,7 @@ counted, tensor by tensor, in a step that really runs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import pandas as pd
@@ -54,6 +54,11 @@ def step_memory(experiment: Experiment, num_classes: int) -> StepMemory:
     return StepMemory(kept.forward_bytes, memory.peak_bytes, summarize(step.model).trainable, trace.segments)
 
 
+def step_memories(experiments: Iterable[Experiment], num_classes: int) -> dict[str, StepMemory]:
+    """`step_memory` of each experiment, by its method."""
+    return {e.method: step_memory(e, num_classes) for e in experiments}
+
+
 def memory_table(steps: Mapping[str, StepMemory]) -> pd.DataFrame:
     """One row for each step: what trains, what is kept for backward, and the peak."""
     return pd.DataFrame(
@@ -65,8 +70,12 @@ def memory_table(steps: Mapping[str, StepMemory]) -> pd.DataFrame:
     )
 
 
-def epoch_row(result: FitResult) -> dict[str, str]:
-    """How long an epoch of a run took, and what it reached, as text."""
+def epoch_table(results: Mapping[str, FitResult]) -> pd.DataFrame:
+    """One row for each run, by its name: the time of an epoch, and what it reached."""
+    return pd.DataFrame({name: _epoch_row(result) for name, result in results.items()}).T
+
+
+def _epoch_row(result: FitResult) -> dict[str, str]:
     epochs, window = len(result.history), result.windows.get("features")
     if not epochs:
         return {"features (s)": "–", "an epoch (s)": "–", "peak (MiB)": "–", "validation accuracy (%)": "–"}

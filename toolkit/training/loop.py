@@ -38,11 +38,11 @@ from toolkit.experiment import Experiment
 from toolkit.measure import FlopCounter, Meter, SensorError
 from toolkit.measure.environment import environment
 from toolkit.measure.memory import MemoryTrace, context_bytes
-from toolkit.methods import check_batch_norms, set_train_mode
+from toolkit.methods import adapt, check_batch_norms, set_train_mode
 from toolkit.methods.allocation import allocation_of
 from toolkit.methods.optimizer import in_use, optimizer_of
 from toolkit.methods.weights import trained_state, weights_sha256
-from toolkit.model import check_fits_weights
+from toolkit.model import build_model, check_fits_weights, seed_everything
 from toolkit.training.evaluation import evaluate
 from toolkit.training.feature_cache import CachedFeatures, cached_features
 from toolkit.training.progress import Progress, ProgressView, View, plain_view
@@ -108,6 +108,17 @@ def fit(
         run.bring_back()
         screen.end(run.ending())
         return run.result
+
+
+def train(experiment: Experiment, splits: Splits, **options: object) -> tuple[nn.Module, FitResult]:
+    """Build, adapt and fit the model of `experiment`: the chain of `1_finetune.ipynb` in one call.
+
+    `options`: further arguments of `fit`.
+    """
+    seed_everything(experiment.seed)
+    model = build_model(experiment, len(splits.classes))
+    model = adapt(model, experiment.method, **experiment.method_options)
+    return model, fit(model, splits, experiment, **options)
 
 
 class _Run:
