@@ -12,7 +12,7 @@ from typing import ClassVar, Self
 import torch
 
 from toolkit.budget import STRATEGIES, format_bytes, parse_bytes
-from toolkit.datasets import task_of
+from toolkit.datasets import find_dataset, task_of
 from toolkit.errors import InputError, check_name
 from toolkit.methods import (
     BATCH_NORMS,
@@ -120,9 +120,7 @@ class Experiment(Parameters):
     notebook: ClassVar = "finetune"  # that runs it
     phase: ClassVar = "training"
 
-    dataset: str = "digits"  # digits | textures | cifar10 | cifar100 | dtd | vww | vtab:NAME | folder:PATH
-    # or shifted: digits-c:CORRUPTION:SEVERITY | textures-c:... | cifar10-c:..., see `datasets.corruptions`
-    # or dense: mosaics | voc2012 | ade20k (segmentation), digit_scenes | coco (detection)
+    dataset: str = "digits"  # a name of `datasets.DATASETS`, such as dtd | digits-c:mixed:3 | folder:PATH
     head: str = ""  # of dense tasks: fpn | upernet | retinanet | faster_rcnn | mask_rcnn; "": the first
     backbone: str = "demo_vit"  # a name of `backbones.BACKBONES` | any timm name | small:NAME
     pretrained: bool = True
@@ -225,9 +223,9 @@ class Experiment(Parameters):
                 )
         else:
             self._set("head", check_name(f"head for {self.task}", self.head or heads[0], heads))
-            if (self.head, self.dataset) == ("mask_rcnn", "coco"):
+            if self.head == "mask_rcnn" and not find_dataset(self.dataset).instances:
                 raise InputError(
-                    "head 'mask_rcnn' learns from masks of instances, which dataset 'coco' has not here; "
+                    f"head 'mask_rcnn' learns from masks of instances, which dataset {self.dataset!r} lacks; "
                     "choose 'faster_rcnn', or dataset 'digit_scenes'."
                 )
             if self.feature_cache:

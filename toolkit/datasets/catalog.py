@@ -37,6 +37,7 @@ class Dataset:
     policy: Policy = WHOLE
     task: str = "classification"  # a name of `TASKS`
     members: str = ""  # of a family, the form of what follows its name and a colon: "CORRUPTION:SEVERITY"
+    instances: bool = False  # whether detection targets have masks of instances
     image_pixels: int | None = None  # side of dense models' inputs; None: the backbone's own size
     classes: int | None = None  # known without a download; None: loading needs none
     train_images: int | None = None  # likewise

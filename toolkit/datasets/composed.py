@@ -162,4 +162,8 @@ register_dataset(
     Dataset("mosaics", lambda root: texture_mosaics(), Policy(flip=True), "segmentation", image_pixels=64)
 )
 # No flip: a mirrored digit is not a digit.
-register_dataset(Dataset("digit_scenes", lambda root: digit_scenes(), task="detection", image_pixels=64))
+register_dataset(
+    Dataset(
+        "digit_scenes", lambda root: digit_scenes(), task="detection", instances=True, image_pixels=64
+    )
+)  # fmt: skip
