@@ -1,4 +1,4 @@
-"""Our plans beside everything else that decides which activations to keep, on the same training steps.
+"""Compares our plans with all other strategies for keeping activations, on the same training steps.
 
     python tests/benchmarks/checkpointing.py --models vit_small --methods lora --out rows.json
     python tests/benchmarks/checkpointing.py --read rows.json other_rows.json
@@ -10,7 +10,7 @@ judged by the same two figures: highest live tensor bytes, and products computed
 forward pass's.  Ours is measured by a step that follows the plan operator by operator, which shares
 nothing with the code that predicts it but the tape.
 
-`--time` runs real steps on the CPU instead: nothing else should run beside it.
+`--time` runs real steps on the CPU instead: nothing else should run at the same time.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Row:
     feasible: bool  # offers a step that runs within the budget, by its own account
     note: str = ""
     profile_seconds: float | None = None  # of this cell; profiles are shared by all budgets of a setting
-    levels_seconds: float | None = None  # for minimum cuts, likewise
+    levels_seconds: float | None = None  # the same for minimum cuts
     solve_seconds: float | None = None
     extra_seconds: float | None = None  # of a step, estimated for the planner's reference device
     micro_batch_size: int | None = None
@@ -343,7 +343,7 @@ def is_eager(peer: str) -> bool:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """What all cells say together."""
+    """A summary of all cells."""
     cells: dict[tuple[str, str], dict[str, Row]] = {}
     for row in rows:
         cells.setdefault((row.setting, row.budget), {})[row.peer] = row

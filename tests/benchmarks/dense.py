@@ -1,4 +1,6 @@
-"""What methods train, hold and take on a Swin-T with a semantic FPN: python tests/benchmarks/dense.py
+"""Trained parameters, memory and time of methods on a Swin-T with a semantic FPN.
+
+    python tests/benchmarks/dense.py
 
 224 px, batch 4, 21 classes, random weights, fp32 on the CPU, AdamW.  Peaks are counted on fake
 tensors; times are CPU seconds of whole steps, interleaved, the median of `ROUNDS`.

@@ -1,4 +1,4 @@
-"""What else decides which activations to keep, measured on the same training step.
+"""Other strategies for keeping activations, measured on the same training step.
 
 Every peer answers the same question: one steady-state step of this model on this batch, at most so many
 bytes.  All are judged by one ruler, `measured_step` in `peers_step.py`.
@@ -223,8 +223,8 @@ def compiled(model, images, labels, precision, ratios: Sequence[float]) -> list[
 
     Traced by AOTAutograd on fake tensors and run operator by operator, as the backend aot_eager does.
     Beside real compiled steps of demo_vit with LoRA, batch 16 (torch 2.14.1): equal to the byte in fp32;
-    in bf16 a ratio gives another choice, and peaks are up to 30 % higher than torch.compile's, so bf16
-    figures are no verdict on it.  Inductor's fusion would do without some of the temporaries.  10 to 20
+    in bf16 a ratio means another choice, and peaks are up to 30 % higher than torch.compile's, so bf16
+    figures are not a verdict on it.  Inductor's fusion would do without some of the temporaries.  10 to 20
     seconds per ratio for ViT-S.  Raises for batch norms in training mode.
     """
     with cell_of(model, images, labels, precision) as cell:

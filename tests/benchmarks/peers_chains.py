@@ -126,7 +126,7 @@ def _block_chain(training: Training) -> _Chain:
         hook.remove()
     order = [block for block, *_ in calls]
     if len(set(order)) < len(order):
-        raise NotImplementedError("a block that runs twice in a step is no stage of a chain.")
+        raise NotImplementedError("a block that runs twice in a step is not a stage of a chain.")
     linked = [
         len(args) == 1 and args[0] is output and not kwargs
         for (*_, output), (_, args, kwargs, _) in itertools.pairwise(calls)
@@ -197,7 +197,7 @@ class _Stretches:
         self.ends = {begin.name: (begin, end) for begin, end in itertools.pairwise(marks)}
 
     def live(self, name: str) -> int:
-        """Bytes at this mark; 0 if the step never came by it."""
+        """Bytes at this mark; 0 if the step never reached it."""
         return self.ends[name][0].live_bytes if name in self.ends else 0
 
     def peak(self, name: str) -> int:

@@ -31,7 +31,7 @@ IMAGE_SIZES = {"vit_small": 224, "tiny_vit": 224, "resnet18": 224, "demo_vit": 3
 
 @dataclass(frozen=True)
 class StepCost:
-    """Of one training step."""
+    """Costs of one training step."""
 
     peak_bytes: int  # all live tensors: weights, batch, gradients, optimizer state, activations
     forward_flops: int
@@ -45,7 +45,7 @@ class StepCost:
 
 @dataclass(frozen=True)
 class PeerResult:
-    """What one peer makes of one budget."""
+    """The result of one peer for one budget."""
 
     peer: str
     budget_bytes: int
@@ -141,7 +141,7 @@ class Trace:
 
     @property
     def cost(self) -> StepCost:
-        """Of the whole step, once it ended."""
+        """Costs of the whole step, after it has ended."""
         last = self.marks[-1]
         return StepCost(max(m.peak_bytes for m in self.marks), last.forward_flops, last.recompute_flops)
 
@@ -163,7 +163,7 @@ class Training:
     ) -> Trace:
         """One step inside `around(trace)`, with `forward` (default: the model) as the network.
 
-        `slices`: run only so many micro-batches; from the second on, each repeats the one before.
+        `slices`: number of micro-batches to run; from the second on, each repeats the one before.
         """
         forward = self.model if forward is None else forward
         micro = micro_batch or len(self.labels)

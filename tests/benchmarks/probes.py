@@ -1,4 +1,4 @@
-"""Probes on features as many as CIFAR-100's, beside scikit-learn's logistic regression at the same C.
+"""Probes on features as many as CIFAR-100's, compared with scikit-learn's logistic regression at the same C.
 
     python tests/benchmarks/probes.py
 
@@ -41,7 +41,7 @@ def clusters(width: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 
 def timed(run: Callable) -> tuple[object, float, float]:
-    """What `run` returns, wall seconds with all cores, CPU seconds with one."""
+    """The result of `run`, wall seconds with all cores, CPU seconds with one."""
     torch.set_num_threads(os.cpu_count())
     begin = time.perf_counter()
     run()

@@ -1,4 +1,4 @@
-"""Our selective scan beside the torch form of transformers, on the same inputs, one thread.
+"""Compares our selective scan with the torch form of transformers, on the same inputs, one thread.
 
     python tests/benchmarks/selective_scan.py
 

@@ -1,11 +1,11 @@
-"""What adapting beside a frozen backbone saves: bytes that backward needs, peak of a step, time of a step.
+"""Savings of side networks: bytes that backward needs, peak of a step, time of a step.
 
     python tests/benchmarks/side.py                      # bytes, on fake tensors
     OMP_NUM_THREADS=2 python tests/benchmarks/side.py --time
     python tests/benchmarks/side.py --scale              # a backbone of a billion parameters, on fake tensors
 
 Random weights, fp32, AdamW.  Kept bytes: storages that autograd saves, without parameters and buffers, each
-once.  Times are of real steps on the CPU, the methods taking turns: nothing else should run beside them.
+once.  Times are of real steps on the CPU, the methods taking turns: nothing else should run at the same time.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def batch_for(model: nn.Module, size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def kept_bytes(model: nn.Module, images: torch.Tensor) -> int:
-    """Bytes that autograd saves in a forward pass, without what the model holds anyway."""
+    """Bytes that autograd saves in a forward pass, without the model's own tensors."""
     with on_fake_tensors(model, images) as fake:
         kept = KeptTensors(tensors_of(model))  # which are fake now
         with kept:
