@@ -1,8 +1,8 @@
 """The architectures of all baselines on torch's meta device: shapes and types, no memory and no download.
 
-So what a model takes can be counted before its weights are fetched.  open_clip and timm know their
+So a model's memory can be counted before its weights are downloaded.  open_clip and timm know their
 architectures by name.  The configurations of generative models are files on the hub, some behind a licence;
-their published dimensions are written here, and the tests hold the parameter counts against published ones.
+their published dimensions are written here, and the tests compare the parameter counts with published ones.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from toolkit.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-FEATURES_PX = 224  # side of the images of frozen features, unless said otherwise
+FEATURES_PX = 224  # default side of the images of frozen features
 
 
 def _sizes(width: int, inner: int, depth: int, heads: int, **others: object) -> dict:
-    """A transformer under the names that transformers' configurations have for its dimensions."""
+    """The dimensions of a transformer, by their names in transformers' configurations."""
     return {
         "hidden_size": width,
         "intermediate_size": inner,
@@ -45,7 +45,7 @@ _SIGLIP_SO400M_224 = _SIGLIP_SO400M_384 | {
 _SMOL_256M = _sizes(576, 1536, 30, 9, num_key_value_heads=3, vocab_size=49280)
 _SMOL_500M = _sizes(960, 2560, 32, 15, num_key_value_heads=5, vocab_size=49280)
 _SMOL_2B = _sizes(2048, 8192, 24, 32, num_key_value_heads=32)
-# Vision tower, language model, and how many patches by as many become one image token.
+# Vision tower, language model, and the side of the square of patches that becomes one image token.
 _SMOL = {
     "smolvlm_256m": (_SIGLIP_BASE_512, _SMOL_256M, 4),
     "smolvlm_500m": (_SIGLIP_BASE_512, _SMOL_500M, 4),
@@ -66,7 +66,7 @@ _MOBILE_LLAMA = {
 
 
 def architecture(name: str, image_size: int = FEATURES_PX) -> nn.Module:
-    """The model of the baseline `name`, float32 on the meta device; shared, not to be changed.
+    """The model of the baseline `name`, float32 on the meta device.  It is shared: do not modify it.
 
     contrastive: open_clip's model with both towers; features: timm's without head, for images of
     `image_size` pixels a side (demo_vit has its own); generative: the class that `from_pretrained` makes.
@@ -103,16 +103,16 @@ def check_image_size(name: str, model: nn.Module, image_size: int) -> None:
 
 
 def _contrastive(baseline: Baseline) -> nn.Module:
-    """Not by `create_model`, which warns on the log that there are no weights."""
-    import open_clip
+    import open_clip  # here, because it takes seconds
 
+    # Not by `create_model`, which logs a warning that there are no weights.
     config = open_clip.get_model_config(baseline.source.partition(":")[0])
     separate_text = config.pop("custom_text", False)
     return (open_clip.CustomTextCLIP if separate_text else open_clip.CLIP)(**config)
 
 
 def _generative(baseline: Baseline) -> nn.Module:
-    import transformers
+    import transformers  # here, because it takes seconds
 
     config = configuration(baseline.name)
     if baseline.kind in ("mobilevlm", "mobilevlm_v2"):
@@ -124,7 +124,7 @@ def _generative(baseline: Baseline) -> nn.Module:
 
 def configuration(name: str) -> PreTrainedConfig:
     """The published dimensions of a generative baseline.  Token ids other than the image's are defaults."""
-    import transformers
+    import transformers  # here, because it takes seconds
 
     baseline = baseline_named(name)
     if name in _SMOL:

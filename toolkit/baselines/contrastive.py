@@ -1,8 +1,10 @@
 """Zero-shot classification by CLIP and SigLIP, through open_clip.
 
-The classifier is written by the text tower: a class is the mean direction of its prompts (Radford et al.
-2021, arXiv 2103.00020, sec. 3.1.4).  That happens once.  What is timed afterwards, and stays on the
+The text tower writes the classifier: the column of a class is the mean direction of its prompts (Radford et
+al. 2021, arXiv 2103.00020, sec. 3.1.4).  That happens once.  What is timed afterwards, and stays on the
 device, is the image tower and one matrix: 93 of the 375 million parameters of SigLIP 2 base.
+
+open_clip is imported inside functions, because it takes seconds.
 """
 
 from __future__ import annotations
@@ -28,20 +30,20 @@ from toolkit.measure import Meter
 from toolkit.methods.weights import weights_sha256
 
 _LOCAL = "local-dir:"  # open_clip's prefix of a folder
-_QUICK = "-quickgelu"  # open_clip's suffix of architectures that have OpenAI's approximate GELU
-PROMPTS_AT_ONCE = 64  # bounds what encoding takes: activations of 64 short texts
+_QUICK = "-quickgelu"  # open_clip's suffix of architectures with OpenAI's approximate GELU
+PROMPTS_AT_ONCE = 64  # bounds the memory of encoding: activations of 64 short texts
 
 
 @dataclass
 class ContrastiveModel:
-    """Both towers, on the host, and what belongs to them."""
+    """Both towers, on the host, with their tokenizer and preprocessing."""
 
     source: str
     model: nn.Module  # open_clip's: `visual(images)`, `encode_text(tokens)`
     tokenizer: Callable[[list[str]], torch.Tensor]  # texts -> int64 (texts, context length)
     preprocess: Callable[[Image.Image], torch.Tensor]  # image -> float (3, H, W), as for evaluation
     scale: torch.Tensor  # float32 (), factor of the cosine
-    bias: torch.Tensor  # float32 (), added to the scaled cosine; 0 where the model has none
+    bias: torch.Tensor  # float32 (), added to the scaled cosine; 0 for models without one
 
 
 def load(source: str, *, dtype: torch.dtype) -> ContrastiveModel:
@@ -49,17 +51,17 @@ def load(source: str, *, dtype: torch.dtype) -> ContrastiveModel:
 
     A folder holds `open_clip_config.json` with `open_clip_model.safetensors`, as open_clip saves for the
     hub, and the tokenizer's files if the configuration names one.  The weights are in `dtype`, on the host;
-    scale and bias stay float32, for in bfloat16 a scale of 100 is off by 1 %.
+    scale and bias stay float32: in bfloat16 a scale of 100 is off by 1 %.
 
     Raises `InputError`, before anything is downloaded, for an unknown architecture or tag and for weights
-    that were trained with another activation than the architecture's; and where the tokenizer or the
-    weights cannot be had.
+    that were trained with another activation than the architecture's; and if the tokenizer or the weights
+    cannot be loaded.
     """
     import open_clip
 
     architecture, tag = _checked(source)
     try:
-        tokenizer = open_clip.get_tokenizer(architecture)  # first, for it is small: SigLIP's is on the hub
+        tokenizer = open_clip.get_tokenizer(architecture)  # first, as it is small: SigLIP's is on the hub
         model, preprocess = open_clip.create_model_from_pretrained(architecture, tag)
     except UNREADABLE as error:
         remedy = (
@@ -76,8 +78,25 @@ def load(source: str, *, dtype: torch.dtype) -> ContrastiveModel:
 
 
 def _checked(source: str) -> tuple[str, str | None]:
-    """open_clip's arguments `model_name` and `pretrained`, if `source` is right."""
+    """open_clip's arguments `model_name` and `pretrained`.  Raises `InputError` for a wrong source."""
     import open_clip
+
+    def fits(architecture: str, tag: str) -> bool:
+        """Whether there are such weights, trained with the activation of the architecture.
+
+        open_clip lists weights that were trained with OpenAI's approximate GELU under the plain architecture
+        too, loads them there, and only warns.  CoCa's towers return more than an embedding and are left out.
+        """
+        weights = open_clip.get_pretrained_cfg(architecture, tag)
+        if not weights:
+            return False
+        config = open_clip.get_model_config(architecture)
+        same_activation = weights.get("quick_gelu", False) == config.get("quick_gelu", False)
+        return same_activation and "multimodal_cfg" not in config
+
+    def tags_of(architecture: str) -> list[str]:
+        tags = open_clip.list_pretrained_tags_by_model(architecture)
+        return [tag for tag in tags if fits(architecture, tag)]
 
     if source.startswith(_LOCAL):
         if not (Path(source.removeprefix(_LOCAL)) / "open_clip_config.json").is_file():
@@ -87,45 +106,22 @@ def _checked(source: str) -> tuple[str, str | None]:
     if not separator:
         raise InputError(f"{source!r} names no weights; write ARCHITECTURE:TAG or {_LOCAL}/path.")
     plain = architecture.removesuffix(_QUICK)
-    fitting = [name for name in (plain, plain + _QUICK) if _fits(name, tag)]
+    fitting = [name for name in (plain, plain + _QUICK) if fits(name, tag)]
     if architecture not in fitting:
         if fitting:
             raise InputError(f"{source}: these weights have another activation; write {fitting[0]}:{tag}.")
-        usable = [name for name in open_clip.list_models() if _fitting_tags(name)]
+        usable = [name for name in open_clip.list_models() if tags_of(name)]
         check_name("contrastive architecture", architecture, usable)
-        check_name(f"weights of {architecture}", tag, _fitting_tags(architecture))
+        check_name(f"weights of {architecture}", tag, tags_of(architecture))
     return architecture, tag
 
 
-def _fitting_tags(architecture: str) -> list[str]:
-    import open_clip
-
-    tags = open_clip.list_pretrained_tags_by_model(architecture)
-    return [tag for tag in tags if _fits(architecture, tag)]
-
-
-def _fits(architecture: str, tag: str) -> bool:
-    """Whether there are such weights, trained with the activation that the architecture has.
-
-    open_clip lists weights that were trained with OpenAI's approximate GELU under the plain architecture
-    too, loads them there, and only warns.  CoCa's towers return more than an embedding and are left out.
-    """
-    import open_clip
-
-    weights = open_clip.get_pretrained_cfg(architecture, tag)
-    if not weights:
-        return False
-    config = open_clip.get_model_config(architecture)
-    same_activation = weights.get("quick_gelu", False) == config.get("quick_gelu", False)
-    return same_activation and "multimodal_cfg" not in config
-
-
 class ZeroShot(nn.Module):
-    """Image tower and classifier: all that is needed once the classes are written.
+    """Image tower and classifier, without the text tower that wrote it.
 
     Scores are scaled cosines (plus SigLIP's bias).  CLIP's are logits of a softmax over the classes; SigLIP
-    was trained with a sigmoid per class (Zhai et al. 2023, arXiv 2303.15343), so that a cross-entropy of
-    its scores compares models but is not what it was trained for.
+    was trained with a sigmoid per class (Zhai et al. 2023, arXiv 2303.15343): the cross-entropy of its scores
+    compares models, but it is not the loss of its training.
     """
 
     classifier: torch.Tensor  # float32 (D, C), columns of unit length
@@ -140,7 +136,7 @@ class ZeroShot(nn.Module):
         self.register_buffer("bias", contrastive.bias)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Preprocessed `images` (B, 3, H, W) to float32 scores (B, C)."""
+        """Scores float32 (B, C) of preprocessed `images` (B, 3, H, W)."""
         dtype = next(self.visual.parameters()).dtype
         directions = F.normalize(self.visual(images.to(dtype)).float(), dim=-1)
         return self.scale * (directions @ self.classifier) + self.bias
@@ -155,11 +151,11 @@ def zero_shot(
     meter: Meter | None = None,
     cache_folder: Path | None = None,
 ) -> tuple[ZeroShot, Cost]:
-    """What `load` gave as a classifier of `names`, each written into every template; uses `contrastive` up.
+    """Zero-shot classifier, with the class names filled into every template, and the cost of writing it.
 
-    Also what writing the classifier cost.  Only one tower is ever on the device: the text tower while it
-    encodes, and not even then where the classifier is in `cache_folder` (default
-    `data/cache/classifiers`), which holds one for every combination of text tower and prompts.
+    Consumes `contrastive`.  Only one tower is on the device at a time: the text tower while it encodes, and
+    not even then if the classifier is in `cache_folder` (default `data/cache/classifiers`), which holds one
+    for every combination of text tower and prompts.
 
     Raises `InputError` for unusable names or templates, and for classes that the tokenizer cannot tell
     apart.
@@ -189,7 +185,7 @@ def _tokens(contrastive: ContrastiveModel, names: Sequence[str], templates: Sequ
     seen: dict[bytes, str] = {}
     for name, rows in zip(names, tokens.numpy()):
         twin = seen.setdefault(rows.tobytes(), name)
-        if twin != name:  # punctuation, which SigLIP drops, or too long
+        if twin != name:  # they differ in punctuation, which SigLIP drops, or after the context's end
             raise InputError(
                 f"classes {twin!r} and {name!r} read alike to {contrastive.source}; rename one of them."
             )
@@ -214,7 +210,7 @@ def _encoded(text: nn.Module, tokens: torch.Tensor, meter: Meter) -> tuple[torch
 
 
 def _key(source: str, text: nn.Module, tokens: torch.Tensor) -> dict:
-    """All that a classifier depends on; names and templates are in the tokens."""
+    """Cache key: everything the classifier depends on; names and templates are in the tokens."""
     import open_clip
 
     architecture = source if source.startswith(_LOCAL) else source.partition(":")[0]

@@ -37,9 +37,9 @@ _LOCAL = "local-dir:"
 class FeatureExtractor(nn.Module):
     """A backbone without its head, frozen: images (B, 3, H, W) to float32 features (B, D).
 
-    `data_config` has timm's keys, as `toolkit.datasets.loader` takes them.  Its crop_pct is 1: the loader
-    squeezes the whole image into the input where the data set's policy has no `crop_scale`, and else
-    resizes the shorter side to the input and takes the centre.
+    `data_config` has timm's keys, as `toolkit.datasets.loader` expects them.  Its crop_pct is 1: the loader
+    squeezes the whole image into the input if the data set's policy has no `crop_scale`, and otherwise
+    resizes the shorter side to the input and crops the centre.
     """
 
     def __init__(self, source: str, model: nn.Module, dtype: torch.dtype):
@@ -50,18 +50,18 @@ class FeatureExtractor(nn.Module):
 
     @functools.cached_property
     def weights_sha256(self) -> str:
-        """Digest of the backbone; once, for it is frozen and every split asks."""
+        """Digest of the backbone, computed once: it is frozen and needed for every split."""
         return weights_sha256(self.model)
 
     def train(self, mode: bool = True) -> FeatureExtractor:
-        """Stays in evaluation mode: the backbone is frozen."""
+        """Do nothing: the backbone is frozen and stays in evaluation mode."""
         return super().train(False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """The normed class token; of models without one, what their classifier would see.
+        """The normed class token; for models without one, the input of their classifier.
 
-        The class token also where timm would pool the patches, as it does for DINOv3: the published
-        protocols read the token.
+        The class token even if timm would pool the patches, as it does for DINOv3: the published protocols
+        read the token.
         """
         images = images.to(self.dtype)
         if self._has_class_token:
@@ -92,7 +92,7 @@ class FeatureExtractor(nn.Module):
 
     @property
     def _has_class_token(self) -> bool:
-        """Whether timm puts a class token first and norms tokens before they are pooled."""
+        """Whether a class token comes first and tokens are normed before they are pooled."""
         normed = not isinstance(getattr(self.model, "norm", None), nn.Identity | None)
         return normed and getattr(self.model, "num_prefix_tokens", 0) > 0 and self.model.cls_token is not None
 
@@ -115,21 +115,13 @@ def extractor(source: str, *, dtype: torch.dtype = torch.float32, image_size: in
     wrote.  `image_size`: pixels a side, for timm models that can be resized (position embeddings are
     interpolated, as on loading); the others and the backbones of this package keep their own size.
 
-    Raises `InputError` for an unknown source, weights that cannot be had, or a size that the model cannot
-    take.
+    Raises `InputError` for an unknown source, weights that cannot be loaded, or a size that does not fit the
+    model.
     """
-    if source.startswith(_LOCAL):
-        model = _build_local(source)
-    else:
-        model = build_backbone(source, num_classes=1, pretrained=True)
-    if source in OWN:
-        if hasattr(model, "reset_classifier"):
-            model.reset_classifier(0)
-        else:
-            model.head = nn.Identity()
-        return FeatureExtractor(source, model, dtype)
+    local = source.startswith(_LOCAL)
+    model = _build_local(source) if local else build_backbone(source, num_classes=1, pretrained=True)
     model.reset_classifier(0)
-    if hasattr(model, "set_input_size") and hasattr(model, "patch_embed"):
+    if source not in OWN and hasattr(model, "set_input_size") and hasattr(model, "patch_embed"):
         check_image_size(source, model, image_size)
         model.set_input_size(img_size=image_size)
         model.pretrained_cfg = model.pretrained_cfg | {"input_size": (3, image_size, image_size)}

@@ -1,4 +1,4 @@
-"""What can go wrong between here and the Hugging Face hub, as one error that says what to do."""
+"""Failures of the Hugging Face hub as one error that says what to do."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from huggingface_hub.errors import (
 
 from toolkit.errors import InputError, one_line
 
-# What the hub's client raises where it cannot be reached, or a connection breaks: its HTTP library differs
-# by version, and not all of that library's errors are an OSError.
+# Raised by the hub's client if it cannot be reached or a connection breaks.  Its HTTP library differs by
+# version, and not all of that library's errors are an OSError.
 _HTTP = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ in ("HTTPError", "RequestException"))
 NETWORK = (OSError, RuntimeError, _HTTP)
-# What transformers and open_clip raise for files that are missing, damaged or of something else.
+# Raised by transformers and open_clip for files that are missing, damaged or of another kind.
 UNREADABLE = (
     *NETWORK,
     *(ValueError, KeyError, TypeError, AttributeError, ImportError),
@@ -32,8 +32,10 @@ UNREADABLE = (
 
 @contextmanager
 def reading(source: str, revision: str | None) -> Iterator[None]:
-    """Raise `InputError` for whatever keeps the repository `source` from being read in the with statement:
-    consent to its licence, its name, the `revision`, the network."""
+    """Raise `InputError` if the repository `source` cannot be read inside the with statement.
+
+    The error tells apart consent to the licence, the name, the `revision` and the network.
+    """
     page = f"https://huggingface.co/{source}"
     try:
         yield

@@ -1,6 +1,6 @@
-"""Free answers as classes: what a vision-language model says, looked up among the class names.
+"""Free answers as classes: the answer of a vision-language model, looked up among the class names.
 
-The protocol that asks least of a model and loses most: an answer that names no class counts as wrong.
+This protocol asks least of a model and loses most: an answer that names no class counts as wrong.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from toolkit.errors import InputError
 
 NEW_TOKENS = 16  # a name and a few words around it
 _ARTICLES = {"a", "an", "the"}
-# Singular and plural take one form, which need be neither: rose, roses -> ros; bus, buses -> bus;
+# Singular and plural become one form, which may be neither: rose, roses -> ros; bus, buses -> bus;
 # berry, berries -> berrie; glass, glasses -> glass.
 _ENDINGS = ((r"(?<=..[^su])s$", ""), (r"(?<=s|x|z)e$|(?<=[cs]h)e$", ""), (r"y$", "ie"))
 
@@ -35,8 +35,8 @@ def normalise(text: str) -> str:
 def match(answer: str, classes: list[str]) -> int | None:
     """Index of the class that `answer` names; None if it names none.
 
-    Answer and classes are compared as `normalise` has them.  The longest class that occurs in the answer as
-    whole words counts, which is the answer itself where that is a class; among equally long ones the first.
+    Answer and classes are compared after `normalise`.  The longest class that occurs in the answer as whole
+    words counts; among equally long ones the first.
     """
     said = f" {normalise(answer)} "
     found = []
@@ -48,10 +48,10 @@ def match(answer: str, classes: list[str]) -> int | None:
 
 
 class GenerationClassifier(nn.Module):
-    """Classifies by the answer that greedy decoding gives to `question`.
+    """Classifies by the greedily decoded answer to the question in its inputs.
 
     `forward`: `vlm.inputs` of B images, on the model's device -> float32 (B, classes + 1): 1 at the class
-    that `match` finds, or at the last column if it finds none, and 0 elsewhere.
+    that `match` finds, or in the last column if it finds none, and 0 elsewhere.
 
     Raises `InputError` for class names that `match` cannot tell apart and for a pruned vocabulary.
     """
@@ -64,7 +64,7 @@ class GenerationClassifier(nn.Module):
         self.vlm, self.names = vlm, names
 
     def answers(self, inputs: Mapping[str, torch.Tensor]) -> list[str]:
-        """What the model says about each image, at most `NEW_TOKENS` tokens."""
+        """The model's answer about each image, at most `NEW_TOKENS` tokens."""
         tokens = self.vlm.model.generate(
             **self.vlm.cast(inputs),
             do_sample=False,

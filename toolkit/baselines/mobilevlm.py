@@ -1,11 +1,12 @@
 """MobileVLM on transformers' own classes: no code from the hub is run.
 
-MobileVLM (Chu et al. 2023, arXiv 2312.16886) and V2 (2024, arXiv 2402.03766) are a CLIP ViT-L/14 at
+MobileVLM (Chu et al. 2023, arXiv 2312.16886) and V2 (2024, arXiv 2402.03766) consist of a CLIP ViT-L/14 at
 336 px, a projector that turns its 24 x 24 patches into 12 x 12 tokens, and a LLaMA of 1.7 or 3 billion
-parameters.  Their repositories hold pickled weights and a configuration that transformers does not know;
-but for the projector it is LLaVA.  So the weights are renamed and loaded into LLaVA with that projector.
+parameters.  Their repositories hold pickled weights and a configuration that transformers does not know.
+Except for the projector the model is LLaVA, so the weights are renamed and loaded into LLaVA with that
+projector.
 
-Importing this module imports transformers: do it where the model is needed.
+Importing this module imports transformers, which takes seconds: do it where the model is needed.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ CLIP_VIT_L_14_336 = {
     "projection_dim": 768,
 }
 
-# What this module builds, in the words of the repositories' config.json ...
+# The models that this module can build, in the words of the repositories' config.json ...
 _EXPECTED = {
     "model_type": "mobilevlm",
     "mm_vision_select_layer": -2,
@@ -60,7 +61,7 @@ _EXPECTED = {
     "mm_use_im_patch_token": False,
     "image_aspect_ratio": "pad",
 }
-# ... and what it takes from there.
+# ... and the values that it reads from there.
 _PROJECTOR_TYPES = {"ldpnet": "ldp", "ldpnetv2": "ldpv2"}
 _TEXT_KEYS = (
     "vocab_size",
@@ -79,10 +80,10 @@ _TEXT_KEYS = (
     "eos_token_id",
 )
 
-_ROPE = {"rope_theta": 10000.0, "rope_scaling": None}  # of LLaMA, which older files leave out
+_ROPE = {"rope_theta": 10000.0, "rope_scaling": None}  # LLaMA's, which older files leave out
 
 _VISION_TOWER = "model.vision_tower.vision_tower.vision_model."
-_PREFIXES = {  # of weights: here, and in the repositories
+_PREFIXES = {  # of the names of weights: here, and in the repositories
     "lm_head.": "lm_head.",
     "model.language_model.": "model.",
     "model.vision_tower.": _VISION_TOWER,
@@ -161,12 +162,12 @@ def _tokens(image: torch.Tensor) -> torch.Tensor:
 class MobileVLMConfig(LlavaConfig):
     """LLaVA's configuration and the name of the projector.
 
-    Of a type of its own: as `llava` it would be opened with LLaVA's projector and random weights.
+    It has a type of its own: as `llava` it would be opened with LLaVA's projector and random weights.
     """
 
     model_type = "mobilevlm_llava"
 
-    projector: str = "ldpv2"  # of PROJECTORS
+    projector: str = "ldpv2"  # a name in PROJECTORS
     image_token_index: int = IMAGE_TOKEN_ID
     image_seq_length: int = IMAGE_TOKENS
 
@@ -186,15 +187,15 @@ class MobileVLM(LlavaForConditionalGeneration):
 def convert_config(upstream: dict) -> MobileVLMConfig:
     """The configuration for a repository's config.json.
 
-    That names the vision tower only; its dimensions are those of `CLIP_VIT_L_14_336`, unless the file has
-    a `vision_config`.  Raises `InputError` for what is missing or belongs to another kind of model.
+    That file only names the vision tower; its dimensions are those of `CLIP_VIT_L_14_336`, unless the file
+    has a `vision_config`.  Raises `InputError` for missing values and for another kind of model.
     """
     wrong = [key for key, value in _EXPECTED.items() if upstream.get(key) != value]
     if upstream.get("mm_projector_type") not in _PROJECTOR_TYPES:
         wrong.append("mm_projector_type")
     if wrong:
         found = ", ".join(f"{key} {upstream.get(key)!r}" for key in wrong)
-        raise InputError(f"config.json is not of a MobileVLM that can be built here: it has {found}.")
+        raise InputError(f"config.json does not describe a MobileVLM that can be built here: it has {found}.")
     upstream = {"num_key_value_heads": upstream.get("num_attention_heads"), **_ROPE, **upstream}
     missing = [key for key in _TEXT_KEYS if key not in upstream]
     if missing:
@@ -213,10 +214,10 @@ def convert_config(upstream: dict) -> MobileVLMConfig:
 
 
 def convert_state_dict(upstream: dict[str, torch.Tensor], config: MobileVLMConfig) -> dict[str, torch.Tensor]:
-    """A repository's weights under the names that `MobileVLM(config)` has for them.
+    """A repository's weights under their names in `MobileVLM(config)`.
 
-    Tensors that are no weights (rotary frequencies, position indices) are dropped.  Raises `InputError`
-    that names what else is unexpected, missing or of another shape.
+    Tensors that are computed (rotary frequencies, position indices) are dropped.  Raises `InputError` with
+    the names that are unexpected, missing or of another shape.
     """
     with torch.device("meta"):
         own = MobileVLM(config).state_dict()
@@ -248,15 +249,15 @@ def _published_name(name: str, projector: str) -> str:
 
 
 class MobileVLMProcessor:
-    """Images and prompts to what `MobileVLM` takes; `tokenizer` is the LLaMA tokeniser.
+    """Prepares images and prompts for `MobileVLM`; `tokenizer` is the LLaMA tokeniser.
 
-    A prompt is split at `<image>` and its parts are tokenised one by one, as in the model's training:
-    each part is a text of its own, before which the tokeniser puts a space.  `<s>` comes first, once.
+    A prompt is split at `<image>` and its parts are tokenised one by one, as in the model's training: the
+    tokeniser puts a space before each part.  `<s>` comes first, once.
     """
 
     def __init__(self, tokenizer: LlamaTokenizer, image_size: int):
         self.tokenizer = tokenizer
-        # Resizing by Pillow, as the published models were trained and tested.
+        # Pillow resizes, as when the published models were trained and tested.
         self.image_processor = CLIPImageProcessorPil(
             size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
         )
@@ -266,8 +267,8 @@ class MobileVLMProcessor:
     ) -> BatchFeature:
         """Input ids and mask (B, tokens), pixel values (B, 3, size, size) float32.
 
-        Each prompt has `<image>` once, for which it gets 144 placeholders.  Shorter prompts are padded on
-        the left with `</s>`.  Raises `InputError` where images and prompts do not go together.
+        Each prompt has one `<image>`, which becomes 144 placeholders.  Shorter prompts are padded on the
+        left with `</s>`.  Raises `InputError` if images and prompts do not match.
         """
         if len(images) != len(text) or any(prompt.count("<image>") != 1 for prompt in text):
             raise InputError(
@@ -293,7 +294,7 @@ class MobileVLMProcessor:
 
 
 def _square(image: Image.Image) -> Image.Image:
-    """In RGB, with bars of the mean colour on the short sides."""
+    """The image in RGB, padded to a square with bars of the mean colour."""
     image = image.convert("RGB")
     side = max(image.size)
     square = Image.new("RGB", (side, side), MEAN_COLOUR)
@@ -304,14 +305,14 @@ def _square(image: Image.Image) -> Image.Image:
 def load_mobilevlm(
     source: str | Path, *, dtype: torch.dtype, revision: str | None = None
 ) -> tuple[MobileVLM, MobileVLMProcessor]:
-    """A published MobileVLM or MobileVLM V2, on the host, in evaluation mode.
+    """Load a published MobileVLM or MobileVLM V2, on the host, in evaluation mode.
 
-    `source` is a repository of the Hugging Face hub, there at `revision`, or a folder with the same files.
-    The weights of the vision tower are the checkpoint's; a checkpoint of MobileVLM (not V2) without them
-    gets those that its config.json names as `mm_vision_tower`, with which it was trained.
+    `source` is a repository of the Hugging Face hub, at `revision`, or a folder with the same files.  The
+    weights of the vision tower are the checkpoint's; for a checkpoint of MobileVLM (not V2) without them,
+    they are those of the `mm_vision_tower` in config.json, with which it was trained.
 
-    Raises one `InputError` where the repository, the revision, the network or a file is missing, or a file
-    is not what it should be.
+    Raises `InputError` if the repository, the revision, the network or a file is missing, or a file is not
+    what it should be.
     """
     folder = _folder(str(source), revision)
     upstream = _read_json(_file(folder, "config.json"))
@@ -328,7 +329,7 @@ def load_mobilevlm(
 
 
 def _folder(source: str, revision: str | None) -> Path:
-    """`source` if it is a folder, else the repository's files in the hub's cache."""
+    """`source` if it is a folder, otherwise the repository's files in the hub's cache."""
     if Path(source).is_dir():
         return Path(source)
     patterns = ["*.json", "*.bin", "tokenizer.model"]
@@ -353,7 +354,7 @@ def _read_json(path: Path) -> dict:
 
 
 def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors by name, mapped into memory: they are read when they are first used."""
+    """All tensors by name, mapped into memory: each is read on first use."""
     index = folder / "pytorch_model.bin.index.json"
     if index.is_file():
         names = sorted(set(_read_json(index).get("weight_map", {}).values()))
@@ -362,7 +363,7 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
     weights = {}
     for path in [_file(folder, name) for name in names]:
         try:
-            mapped = zipfile.is_zipfile(path)  # torch's older format cannot be
+            mapped = zipfile.is_zipfile(path)  # torch's older format cannot be mapped
             weights |= torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except Exception as error:  # damaged files raise anything
             raise InputError(
@@ -371,12 +372,12 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
             ) from error
     strange = [name for name, value in weights.items() if not isinstance(value, torch.Tensor)]
     if strange:
-        raise InputError(f"{folder}: {strange[0]} in the weights is no tensor; download them again.")
+        raise InputError(f"{folder}: {strange[0]} in the weights is not a tensor; download them again.")
     return weights
 
 
 def _tower_weights(tower: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Weights of a published CLIP's vision tower under the names that checkpoints of MobileVLM V2 use."""
+    """Weights of a published CLIP's vision tower under their names in checkpoints of MobileVLM V2."""
     try:
         model, loading = CLIPVisionModel.from_pretrained(tower, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError) as error:

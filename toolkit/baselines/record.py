@@ -1,5 +1,4 @@
-"""The record of a baseline: the one that a fine-tuned model has, with `prepare_*` for what comes before the
-test."""
+"""The record of a baseline: as a fine-tuned model's, with `prepare_*` for the work before the test."""
 
 from __future__ import annotations
 
@@ -29,10 +28,10 @@ def record_of(
     prepared: Prepared,
     evaluation: Evaluation | None,
 ) -> RunRecord:
-    """Assemble the record of a baseline; `evaluation`: of the test split, None unless that ended well.
+    """Assemble the record of a baseline; `evaluation`: of the test split, None if that failed.
 
-    `config` also has the baseline and the protocol under `backbone` and `method`, so that tables hold
-    them beside the fine-tuned models.
+    `config` repeats baseline and protocol as `backbone` and `method`, so that one table holds baselines and
+    fine-tuned models.
     """
     params_total = summarize(prepared.model).total if prepared.model else None
     env = prepared.environment

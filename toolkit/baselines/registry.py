@@ -1,4 +1,4 @@
-"""Which foundation models are baselines, where their weights come from, and under which licence."""
+"""The foundation models that are baselines, with the sources and licences of their weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from toolkit.errors import check_name
 
-# What a family's models can be asked for; the first is the default.
+# The protocols of each family; the first is the default.
 PROTOCOLS = {
     "contrastive": ("zero_shot",),
     "features": ("logreg", "knn", "centroid", "ridge", "lda", "linear_grid"),
@@ -33,7 +33,7 @@ class Baseline:
 
     @property
     def protocols(self) -> tuple[str, ...]:
-        """How it can be evaluated; the first is the default."""
+        """The protocols that it can be evaluated by; the first is the default."""
         return PROTOCOLS[self.family]
 
 
@@ -43,7 +43,7 @@ _SMOL = "HuggingFaceTB/Smol"
 BASELINES: dict[str, Baseline] = {
     baseline.name: baseline
     for baseline in (
-        # Architectures by the names that carry the activation of the weights (`-quickgelu`).
+        # The names of architectures include the activation of the weights (`-quickgelu`).
         Baseline("clip_b32", "contrastive", "ViT-B-32-quickgelu:openai", "mit"),
         Baseline("openclip_b32", "contrastive", "ViT-B-32:laion2b_s34b_b79k", "mit"),
         Baseline("openclip_b32_256", "contrastive", "ViT-B-32-256:datacomp_s34b_b86k", "mit"),

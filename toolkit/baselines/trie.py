@@ -1,10 +1,10 @@
 """Exact likelihoods of all class names in two passes through a generative vision-language model.
 
 Class names share prefixes, so their tokens form a trie.  One forward pass of image and prompt fills the
-cache; one more holds every inner node of the trie at once, packed into one sequence in which a node sees the
-prompt, its ancestors and itself, at the position that its depth gives.  The log-probability of every token of
-every class is then in the logits: the same numbers as one pass per class, for hardly more than the price of
-the prompt's pass, and without copying the cache for each class.
+cache; a second holds every inner node of the trie at once, packed into one sequence in which a node sees the
+prompt, its ancestors and itself, at the position of its depth.  The logits then hold the log-probability of
+every token of every class: the same numbers as one pass per class, for hardly more than the cost of the
+prompt's pass, and without copying the cache for each class.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LOGITS_BYTES = 64 * 2**20  # of float32 logits at a time: 257,000 tokens take 1 
 
 
 class Trie:
-    """Token sequences, merged where they begin alike.
+    """Token sequences, merged as far as they start the same way.
 
     Node 0 is the root; the others, each a token after its parent, are ordered by depth and, within one, by
     parent, so that the children of consecutive parents are consecutive.
@@ -32,7 +32,7 @@ class Trie:
     the root first.  `paths`: int64 (classes, longest), each class's nodes from the first token to the
     last, then zeros.  `lengths`: int64 (classes,), in tokens.
 
-    Raises `InputError` if there are no candidates or if one begins with another: then the two are not
+    Raises `InputError` if there are no candidates or if one is the start of another: the two are then not
     alternatives (end all with the same terminator, which occurs nowhere else).
     """
 
@@ -40,7 +40,7 @@ class Trie:
         if not candidates:
             raise InputError("there are no candidates to choose among; give at least one.")
         tokens, parents, depths, paths = [0], [0], [0], [[] for _ in candidates]
-        ends = [0] * len(candidates)  # the node where each candidate has arrived
+        ends = [0] * len(candidates)  # the node that each candidate has reached
         for depth in range(max(map(len, candidates))):
             arrivals: dict[tuple[int, int], list[int]] = {}
             for index, candidate in enumerate(candidates):
@@ -63,7 +63,10 @@ class Trie:
         self.paths = torch.tensor([path + [0] * (longest - len(path)) for path in paths])
 
     def sees(self) -> torch.Tensor:
-        """bool (n, n) for the n inner nodes but the root: the row's node follows the column's, or is it."""
+        """Whether the row's node may see the column's: bool (n, n) for the n inner nodes below the root.
+
+        A node sees its ancestors and itself.
+        """
         packed = self.inner[1:].tolist()
         column = {node: index for index, node in enumerate(packed)}
         sees = torch.eye(len(packed), dtype=torch.bool)
@@ -75,9 +78,9 @@ class Trie:
 
 
 def score_trie(vlm: VisionLanguageModel, inputs: Mapping[str, torch.Tensor], trie: Trie) -> torch.Tensor:
-    """Log-probability of every node's token after its parents and each image: float32 (B, nodes).
+    """Log-probability of every node's token, given its ancestors and each image: float32 (B, nodes).
 
-    0 at the root.  `inputs`: what `vlm.inputs` returns, on the model's device.
+    0 at the root.  `inputs`: the result of `vlm.inputs`, on the model's device.
     """
     prefill = vlm.hidden(inputs)
     hidden = prefill.last_hidden_state[:, -1:]  # (B, 1, width), the root's
@@ -86,7 +89,7 @@ def score_trie(vlm: VisionLanguageModel, inputs: Mapping[str, torch.Tensor], tri
         batch, prefix = inputs["input_ids"].shape
         device, dtype = hidden.device, hidden.dtype
         sees = torch.cat([torch.ones(len(packed), prefix, dtype=torch.bool), trie.sees()], dim=1).to(device)
-        # As an additive mask: the eager attention of Gemma 2 adds what it is given.
+        # An additive mask, because Gemma 2's eager attention adds it.
         mask = torch.zeros(sees.shape, dtype=dtype, device=device)
         mask.masked_fill_(~sees, torch.finfo(dtype).min)
         positions = vlm.first_position + prefix + trie.depths[packed] - 1
@@ -94,14 +97,14 @@ def score_trie(vlm: VisionLanguageModel, inputs: Mapping[str, torch.Tensor], tri
             {"input_ids": trie.tokens[packed].expand(batch, -1).to(device)},
             attention_mask=mask.expand(batch, 1, -1, -1),
             position_ids=positions.expand(batch, -1).to(device),
-            past_key_values=prefill.past_key_values,  # grows; nobody uses it again
+            past_key_values=prefill.past_key_values,  # modified in place, not used again
         )
         hidden = torch.cat([hidden, after.last_hidden_state], dim=1)  # (B, inner, width)
     return _log_probabilities(vlm, hidden, trie)
 
 
 def _log_probabilities(vlm: VisionLanguageModel, hidden: torch.Tensor, trie: Trie) -> torch.Tensor:
-    """The table of `score_trie` from the inner nodes' last states (B, inner, width), a few at a time."""
+    """The table of `score_trie` from the inner nodes' last states (B, inner, width), a chunk at a time."""
     slots = torch.searchsorted(trie.inner, trie.parents[1:])  # of each node's parent in `hidden`
     step = max(1, LOGITS_BYTES // (4 * hidden.shape[0] * vlm.vocabulary))
     columns = [hidden.new_zeros(hidden.shape[0], 1, dtype=torch.float32)]
@@ -119,10 +122,10 @@ def aggregate(table: torch.Tensor, trie: Trie, how: str, null: torch.Tensor | No
     """Scores float32 (B, classes) from the table (B, nodes) of `score_trie`.
 
     `sum`: log-probability of the whole name, terminator included.  `mean`: that per token.  `pmi`: the sum
-    minus the same after `null`, the table (1, nodes) of an image without content, which takes out how likely
-    a name is by itself (Holtzman et al. 2021, arXiv 2104.08315, eq. 2).  `sibling`: the sum where each step
-    chooses among the trie's continuations only, as constrained decoding does; these are probabilities of
-    the classes, so exp sums to 1.
+    minus the same for `null`, the table (1, nodes) of an image without content, which removes how likely a
+    name is by itself (Holtzman et al. 2021, arXiv 2104.08315, eq. 2).  `sibling`: the sum if each step
+    chooses only among the trie's continuations, as in constrained decoding; these are probabilities of the
+    classes, so their exponentials sum to 1.
     """
     check_name("aggregation", how, AGGREGATIONS)
     if how == "pmi":
@@ -149,12 +152,12 @@ def _among_siblings(table: torch.Tensor, trie: Trie) -> torch.Tensor:
 class TrieClassifier(nn.Module):
     """Classifies by the likelihood of each class name as the answer to `question`.
 
-    `forward`: `vlm.inputs` of B images, on the model's device -> float32 scores (B, classes), combined as
-    `aggregation` says (see `aggregate`).  `choices`: accuracy in % of each aggregation that `choose` tried.
+    `forward`: `vlm.inputs` of B images, on the model's device -> float32 scores (B, classes), combined by
+    `aggregation` (see `aggregate`).  `choices`: accuracy in % of each aggregation that `choose` tried.
 
     Raises `InputError` for names that cannot be told apart (see `vlm.candidates`), and, if the vocabulary was
     pruned, for names that need other tokens and for an aggregation other than `sibling`: the others need the
-    probabilities of the tokens that are gone.
+    probabilities of the removed tokens.
     """
 
     def __init__(
@@ -175,9 +178,9 @@ class TrieClassifier(nn.Module):
         return self._aggregated(score_trie(self.vlm, inputs, self.trie), self.aggregation)
 
     def choose(self, batches: Iterable) -> None:
-        """Take the aggregation that is right most often on validation `batches` of `(inputs, labels)`.
+        """Choose the most accurate aggregation on validation `batches` of `(inputs, labels)`.
 
-        Among equals the first of `offered`.  One pass serves all.
+        Among equals, the first in `offered`.  One pass serves all.
         """
         hits, total = dict.fromkeys(self.offered, 0), 0
         for inputs, labels in batches:
