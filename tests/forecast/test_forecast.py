@@ -352,7 +352,7 @@ def test_what_fits_and_its_picture(kept, built):
     figure.canvas.draw()
     left, right = figure.axes
     words = [text.get_text() for text in right.texts]
-    assert f"{planned / 1e9:#.2g}" in words and words.count("–") == 1
+    assert f"{planned / 1e9:.2g}" in words and words.count("–") == 1
     assert [label.get_text() for label in left.get_yticklabels()] == ["demo_vit", r"a\$b\$c"]
     shown = [text.get_text() for text in figure.legends[0].get_texts()]
     assert shown == [*limits, "more than 1 GB"]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from toolkit.analysis.statistics import COSTS, SCORES, parameters
 from toolkit.budget import STRATEGIES
@@ -36,31 +35,24 @@ def learning_curves(histories: Sequence[dict] | Mapping[str, Sequence[dict]]) ->
 
     `histories`: rows of `FitResult.history`, of one run or by name of several; empty ones are left out.
     """
-    runs = histories if isinstance(histories, Mapping) else {"": histories}
-    runs = {name: history for name, history in runs.items() if history}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
-    right.set_ylabel("score (%)")
-    for colour, (name, history) in zip(sns.color_palette(n_colors=len(runs)), runs.items()):
-        frame = pd.DataFrame(history)
-        for part, word, line in (("train", "training", "-"), ("val", "validation", "--")):
-            look = {
-                "marker": "o",
-                "color": colour,
-                "linestyle": line,
-                "label": f"{plain(name)} {word}".strip(),
-            }
-            if f"{part}_loss" in frame:
-                left.plot(frame.epoch, frame[f"{part}_loss"].astype(float), **look)
-            if found := score_in(history[-1], part):
-                quantity = QUANTITIES[f"{part}_{found[0]}"]
-                right.plot(frame.epoch, frame[quantity.name].astype(float), **look)
-                right.set_ylabel(QUANTITIES[found[0]].title)
-    left.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
-    right.set(xlabel="epoch", ylim=(0, 101))
-    for axes in (left, right):
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    legend_outside(right, left)
-    return figure
+    runs = histories if isinstance(histories, Mapping) else {"run": histories}
+    rows = []
+    for name, history in runs.items():
+        for row in history:
+            for part, word in (("train", "training"), ("val", "validation")):
+                score, value = score_in(row, part) or ("score", None)
+                known = {"epoch": row["epoch"], "run": plain(name), "part": word}
+                rows.append(known | {"of": "loss", "value": row.get(f"{part}_loss")})
+                rows.append(known | {"of": QUANTITIES[score].title if value else "", "value": value})
+    table = pd.DataFrame(rows).dropna(subset="value")
+    grid = sns.relplot(
+        table.astype({"value": float}), x="epoch", y="value", hue="run", style="part", col="of", kind="line",
+        marker="o", height=3.5, aspect=1.3, facet_kws={"sharey": False}, legend=len(table) > 0,
+    )  # fmt: skip
+    grid.set(ylabel="", ylim=(0, None)).set_titles("{col_name}")
+    for axes in grid.axes.flat:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return grid.figure
 
 
 @styled
@@ -172,12 +164,8 @@ def method_grid(records: pd.DataFrame) -> Figure:
 @styled
 def learning_rates(table: pd.DataFrame) -> Figure:
     """Validation loss against learning rate, one line per column (method)."""
-    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-    for method in table:
-        axes.plot(table.index, table[method], marker="o", label=method)
-    axes.set(xscale="log", xlabel="peak learning rate", ylabel="validation loss", ylim=(0, None))
-    axes.legend()
-    return figure
+    labels = {"xlabel": "peak learning rate", "ylabel": "validation loss"}
+    return table.plot(logx=True, marker="o", figsize=(8, 4), ylim=(0, None), **labels).figure
 
 
 @styled
@@ -233,26 +221,24 @@ def costs_by_batch(stock: pd.DataFrame, lean: pd.DataFrame) -> Figure:
     """
     keys = ["backbone", "batch_size"]
     full = stock[stock.method == "full"].set_index(keys)
-    panels = {
-        "as published: sum of maxima": (stock, "published_bytes"),
-        "true peak": (stock, "peak_bytes"),
-        "true peak, lean layers": (lean, "peak_bytes"),
-    }
-    backbones = list(dict.fromkeys(stock.backbone))
-    figure, rows = grid_of(len(backbones), 3, 3.6, 2.8, sharex=True, sharey=True)
-    for line, backbone in zip(rows, backbones):
-        for axes, (name, (frame, column)) in zip(line, panels.items()):
-            own = frame[frame.backbone == backbone]
-            percent = 100 * own[column] / own.set_index(keys).index.map(full[column])
-            for method, values in percent.groupby(own.method, sort=False):
-                look = {"color": method_colour(method), "marker": "o", "label": plain(method)}
-                axes.plot(own.batch_size[values.index], values, **look)
-            axes.set_title(f"{plain(backbone)}: {name}", fontsize=10)
-            _powers_of_two(axes, "batch size")
-        line[0].set_ylabel("memory (% of full)")
-    rows[0][0].set_ylim(0, None)
-    legend_outside(rows[0][-1])
-    return figure
+    parts = []
+    for name, frame, column in (
+        ("as published: sum of maxima", stock, "published_bytes"),
+        ("true peak", stock, "peak_bytes"),
+        ("true peak, lean layers", lean, "peak_bytes"),
+    ):
+        percent = 100 * frame[column] / frame.set_index(keys).index.map(full[column])
+        parts.append(frame[[*keys, "method"]].assign(percent=percent, counted=name))
+    grid = sns.relplot(
+        pd.concat(parts), x="batch_size", y="percent", hue="method", row="backbone", col="counted",
+        kind="line", marker="o", height=2.8, aspect=1.3,
+        palette={method: method_colour(method) for method in stock.method.unique()},
+    )  # fmt: skip
+    grid.set(ylim=(0, None)).set_titles("{row_name}: {col_name}", size=10)
+    grid.set_axis_labels("batch size", "memory (% of full)")
+    for axes in grid.axes.flat:
+        _powers_of_two(axes, "batch size")
+    return grid.figure
 
 
 def _powers_of_two(axes: Axes, label: str) -> None:

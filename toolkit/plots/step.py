@@ -11,7 +11,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
@@ -19,7 +19,7 @@ from PIL import Image
 from toolkit.budget.memory import CARDS_BYTES
 from toolkit.forecast.explorer import StepPicture, kinds_of
 from toolkit.forecast.step_memory import StepMemory
-from toolkit.plots.style import STRATEGY_MARKERS, legend_outside, plain, styled
+from toolkit.plots.style import STRATEGY_MARKERS, grid_of, legend_outside, plain, styled
 
 MIB = 2**20
 PHASES = ("forward", "backward", "optimizer")  # recomputation is a part of backward
@@ -246,42 +246,32 @@ def batch_sizes_against_memory(frame: pd.DataFrame) -> Figure:
 
 @styled
 def smallest_budgets(frame: pd.DataFrame) -> Figure:
-    """The smallest budget (GB) of each backbone and method, coloured by the smallest card that holds it.
+    """The smallest budget (GB) of each backbone and method, darker for each larger card that it needs.
 
     `frame`: as from `forecast.what_fits`.  A step that cannot be built is grey with a dash.
     """
     cards = [*frame.card.cat.categories, f"more than {frame.card.cat.categories[-1]}"]
-    colours = ListedColormap(sns.color_palette("cividis_r", len(cards)))  # lighter is smaller
-    titles = {"none": "whole batch, nothing checkpointed", "planned": "planned: recomputed, in micro-batches"}
-    strategies = list(dict.fromkeys(frame.strategy))
+    colours = ListedColormap(sns.color_palette("cividis_r", len(cards)))
+    card = frame.card.cat.codes.replace(-1, len(cards) - 1).astype(float)
+    frame = frame.assign(gigabytes=frame.smallest_bytes.astype(float) / 1e9)
+    frame["card"] = card.where(frame.gigabytes.notna())
     methods, backbones = frame.method.nunique(), frame.backbone.nunique()
-    size = (1 + 0.75 * methods * len(strategies), 1.6 + 0.55 * backbones)
-    figure, panels = plt.subplots(
-        1, len(strategies), figsize=size, layout="constrained", sharey=True, squeeze=False
-    )
-    for axes, strategy in zip(panels.flat, strategies):
-        rows = frame[frame.strategy == strategy]
-        gigabytes = rows.smallest_bytes.astype(float) / 1e9
-        place = rows.card.cat.codes.replace(-1, len(cards) - 1).where(gigabytes.notna(), np.nan)
-        texts = gigabytes.map(lambda value: f"{value:#.2g}" if value < 1 else f"{value:.1f}").where(
-            gigabytes.notna(), "–"
-        )
-        by = {"index": "backbone", "columns": "method", "values": "value", "sort": False}
-        places = rows.assign(value=place.astype(float)).pivot_table(**by, dropna=False)
-        texts = rows.assign(value=texts).pivot_table(**by, aggfunc="first")
+    strategies = list(dict.fromkeys(frame.strategy))
+    figure, (row,) = grid_of(1, len(strategies), 0.75 * methods, 1.1 + 0.55 * backbones, sharey=True)
+    for axes, strategy in zip(row, strategies):
+        table = frame[frame.strategy == strategy].set_index(["backbone", "method"])
+        cells, places = table.gigabytes.unstack(sort=False), table.card.unstack(sort=False)
+        texts = cells.map(lambda value: "–" if np.isnan(value) else f"{value:.2g}")
         axes.set_facecolor("0.85")
-        sns.heatmap(
-            places, annot=texts, fmt="", cmap=colours, cbar=False, linewidths=1, ax=axes,
-            norm=BoundaryNorm(np.arange(len(cards) + 1) - 0.5, len(cards)), annot_kws={"fontsize": 9},
-        )  # fmt: skip
-        for row, column in np.argwhere(places.isna().to_numpy()):
-            axes.text(column + 0.5, row + 0.5, "–", ha="center", va="center", color="0.3")
-        axes.set(title=titles[strategy], xlabel="", ylabel="")
+        sns.heatmap(places, cmap=colours, vmin=-0.5, vmax=len(cards) - 0.5, cbar=False, linewidths=1, ax=axes)
+        for (y, x), text in np.ndenumerate(texts.to_numpy()):
+            dark = places.to_numpy()[y, x] >= len(cards) / 2
+            axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", color="w" if dark else "k")
+        axes.set(title=f"checkpointing {strategy}", xlabel="", ylabel="")
         axes.set_yticklabels([plain(name) for name in places.index], rotation=0)
         axes.set_xticklabels(places.columns, rotation=45, ha="right")
     keys = [Patch(facecolor=colours(place), edgecolor="0.5", label=card) for place, card in enumerate(cards)]
     figure.legend(
-        handles=keys, title="smallest budget (GB), coloured by the smallest card that holds it",
-        loc="outside lower center", ncols=len(keys), frameon=False,
-    )  # fmt: skip
+        handles=keys, title="smallest card that holds it", loc="outside lower center", ncols=len(keys)
+    )
     return figure
