@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from toolkit.analysis.results import read
@@ -126,9 +127,10 @@ def recommend(frame: pd.DataFrame, memory_bytes: float, flops_per_step: float) -
     fitting = frame[known & small & light]
     limits = f"{format_bytes(memory_bytes)} and {_mflop(flops_per_step)} a step"
     if fitting.empty:
-        return Recommendation(
-            None, "", _nothing(frame[known], limits), _with_reasons(frame, known, small, light)
-        )
+        why = f"nothing fits into {limits}"
+        for words, column in (("least memory", "peak_bytes"), ("fewest FLOPs", "flops_per_step")):
+            why += _listed(frame[known].nsmallest(1, column), words)
+        return Recommendation(None, "", f"{why}.", frame.assign(fits=_reasons(known, small, light)))
     best = fitting.sort_values(["score_pct", "peak_bytes"], ascending=[False, True]).iloc[0]
     half_widths = frame.score_pct_half_width.astype(float).fillna(0)
     widths = half_widths + half_widths[best.name]
@@ -140,32 +142,20 @@ def recommend(frame: pd.DataFrame, memory_bytes: float, flops_per_step: float) -
     why += _listed(equal[1:], "as good, but no smaller") + _listed(better, "better, but too large")
     if fitting.score_pct_half_width.isna().any():
         why += "; some rows are of one seed, which says nothing about chance"
-    table = _with_reasons(frame, known, small, light, equal.index)
+    table = frame.assign(fits=_reasons(known, small, light, equal.index))
     return Recommendation(chosen.method, chosen.variant, f"{why}.", table)
 
 
-def _nothing(known: pd.DataFrame, limits: str) -> str:
-    if known.empty:
-        return f"nothing fits into {limits}: no row has a score, peak memory and FLOPs."
-    smallest = _described(known.loc[known.peak_bytes.idxmin()])
-    lightest = _described(known.loc[known.flops_per_step.idxmin()])
-    return f"nothing fits into {limits}: least memory: {smallest}; fewest FLOPs: {lightest}."
-
-
-def _with_reasons(
-    frame: pd.DataFrame, known: pd.Series, small: pd.Series, light: pd.Series, equal: Sequence[int] = ()
-) -> pd.DataFrame:
-    """Every method with a column `fits`: yes or no, and why."""
-    reasons = []
-    for row in frame.index:
-        limits = [name for name, fits in (("memory", small), ("FLOPs", light)) if not fits[row]]
-        if not known[row]:
-            reasons.append("not measured")
-        elif limits:
-            reasons.append(f"no: {' and '.join(limits)}")
-        else:
-            reasons.append("yes, as good as the best" if row in equal else "yes, worse")
-    return frame.assign(fits=reasons)
+def _reasons(known: pd.Series, small: pd.Series, light: pd.Series, equal: Sequence[int] = ()) -> np.ndarray:
+    """Whether each method fits, and if not, what stands in its way."""
+    cases = {
+        "not measured": ~known,
+        "no: memory and FLOPs": ~small & ~light,
+        "no: memory": ~small,
+        "no: FLOPs": ~light,
+        "yes, as good as the best": known.index.isin(equal),
+    }
+    return np.select(list(cases.values()), list(cases), "yes, worse")
 
 
 def title(row: pd.Series) -> str:
