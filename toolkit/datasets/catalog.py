@@ -36,7 +36,7 @@ class Dataset:
     load: Callable[..., Splits]  # load(root), or load(root, member) for a family
     policy: Policy = WHOLE
     task: str = "classification"  # a name of `TASKS`
-    members: str = ""  # of a family, the form of what follows its name and a colon: "CORRUPTION:SEVERITY"
+    members: str = ""  # form of the members' names after the family's and a colon: "CORRUPTION:SEVERITY"
     instances: bool = False  # whether detection targets have masks of instances
     image_pixels: int | None = None  # side of dense models' inputs; None: the backbone's own size
     classes: int | None = None  # known without a download; None: loading needs none
@@ -47,10 +47,9 @@ class Dataset:
 DATASETS: dict[str, Dataset] = {}
 
 
-def register_dataset(entry: Dataset) -> Dataset:
+def register_dataset(entry: Dataset) -> None:
     """Add a data set for `load_dataset`, experiments, baselines and sweeps."""
     DATASETS[entry.name] = entry
-    return entry
 
 
 def find_dataset(name: str) -> Dataset:
