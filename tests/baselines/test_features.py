@@ -164,7 +164,7 @@ def test_sources_that_cannot_be_had_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"unknown backbone 'demo_vot'\. Did you mean 'demo_vit'"):
         extractor("demo_vot")
     with pytest.raises(
-        InputError, match=r"local-dir:.*cannot be loaded: .*must be a folder with config\.json"
+        InputError, match=r"local-dir:.*cannot be loaded .*must be a folder with config\.json"
     ):
         extractor(f"local-dir:{tmp_path}")
 

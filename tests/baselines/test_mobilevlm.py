@@ -350,7 +350,7 @@ def test_shards(copy, loaded):
     again, _ = load_mobilevlm(copy, dtype=torch.float32)
     assert torch.equal(logits(again, batch(processor)), logits(model, batch(processor)))
     (copy / "pytorch_model-1.bin").unlink()
-    with pytest.raises(InputError, match=r"holds no pytorch_model-1\.bin"):
+    with pytest.raises(InputError, match=r"cannot be loaded .*pytorch_model-1\.bin"):
         load_mobilevlm(copy, dtype=torch.float32)
 
 
@@ -430,21 +430,16 @@ def test_images_and_prompts_that_do_not_go_together(loaded, images, text):
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.model", "pytorch_model.bin"])
 def test_missing_file(copy, name):
     (copy / name).unlink()
-    with pytest.raises(InputError, match=f"holds no {name}; download"):
+    with pytest.raises(InputError, match=f"cannot be loaded .*{name}.*Delete its files and download"):
         load_mobilevlm(copy, dtype=torch.float32)
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("config.json", "is not JSON"),
-        ("tokenizer.model", "SentencePiece"),
-        ("pytorch_model.bin", "delete it and download"),
-    ],
-)
-def test_damaged_file(copy, name, message):
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.model", "pytorch_model.bin"])
+def test_damaged_file(copy, name):
     (copy / name).write_bytes((copy / name).read_bytes()[:100])
-    with pytest.raises(InputError, match=f"{name} .*{message}"):
+    with pytest.raises(
+        InputError, match=r"copy cannot be loaded .* Delete its files and download them again"
+    ):
         load_mobilevlm(copy, dtype=torch.float32)
 
 
@@ -454,7 +449,7 @@ def test_code_in_a_pickle_is_not_run(copy, tmp_path):
             return (open, (str(tmp_path / "written"), "w"))
 
     torch.save({"lm_head.weight": Code()}, copy / "pytorch_model.bin", pickle_module=pickle)
-    with pytest.raises(InputError, match=r"pytorch_model\.bin .* holds more than tensors"):
+    with pytest.raises(InputError, match=r"cannot be loaded .*UnpicklingError: Weights only load failed"):
         load_mobilevlm(copy, dtype=torch.float32)
     assert not (tmp_path / "written").exists()
 

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import nn
 
 from toolkit import cache
-from toolkit.baselines.hub import UNREADABLE
+from toolkit.baselines import hub
 from toolkit.baselines.prepared import Cost, machine, peak_bytes_of
 from toolkit.baselines.prompts import check_classes, check_templates
 from toolkit.budget import tensors_of
@@ -60,17 +60,13 @@ def load(source: str, *, dtype: torch.dtype) -> ContrastiveModel:
     import open_clip
 
     architecture, tag = _checked(source)
-    try:
+    if tag is None:
+        remedy = "The folder must be whole: configuration, open_clip_model.safetensors and tokenizer."
+    else:
+        remedy = "Connect to the Hugging Face hub once, so that tokenizer and weights are cached."
+    with hub.opening(source, remedy):
         tokenizer = open_clip.get_tokenizer(architecture)  # first, as it is small: SigLIP's is on the hub
         model, preprocess = open_clip.create_model_from_pretrained(architecture, tag)
-    except UNREADABLE as error:
-        remedy = (
-            "The folder must be whole: configuration, open_clip_model.safetensors and tokenizer."
-            if tag is None
-            else "Connect to the Hugging Face hub once, so that tokenizer and weights are cached."
-        )
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise InputError(f"{source} could not be loaded: {reason}. {remedy}") from error
     scale = model.logit_scale.detach().exp().squeeze()
     bias = torch.zeros(()) if model.logit_bias is None else model.logit_bias.detach().squeeze().clone()
     model.eval().requires_grad_(False)

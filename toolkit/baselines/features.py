@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from toolkit import files as paths
 from toolkit.backbones import OWN, build_backbone, data_config
+from toolkit.baselines import hub
 from toolkit.baselines.architectures import check_image_size
 from toolkit.baselines.prepared import Cost, machine, peak_bytes_of
 from toolkit.baselines.probes import GRID_BLOCKS, Probe
@@ -129,13 +130,11 @@ def extractor(source: str, *, dtype: torch.dtype = torch.float32, image_size: in
 
 
 def _build_local(source: str) -> nn.Module:
-    try:
+    remedy = (
+        "It must be a folder with config.json and model.safetensors as timm.models.save_for_hf writes them."
+    )
+    with hub.opening(source, remedy):
         return timm.create_model(source, pretrained=True, num_classes=1)
-    except (OSError, RuntimeError, KeyError, ValueError) as error:  # no folder, no weights, other weights
-        raise InputError(
-            f"{source!r} cannot be loaded: {error}. It must be a folder with config.json and "
-            "model.safetensors as timm.models.save_for_hf writes them."
-        ) from error
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 from toolkit.baselines import hub
-from toolkit.errors import InputError, check_name, one_line
+from toolkit.errors import InputError, check_name
 from toolkit.methods.low_rank import BLOCK_SIZES, quantise
 
 
@@ -95,7 +95,7 @@ def load(
     check_name("kind of vision-language model", kind, KINDS)
     source = str(source)
     _reach(source, revision)
-    try:
+    with hub.opening(source, "Download its files again, all of them."):
         if KINDS[kind].style == "mobilevlm":
             # Here, because it imports transformers, which takes seconds.
             from toolkit.baselines.mobilevlm import load_mobilevlm
@@ -107,13 +107,6 @@ def load(
             model, processor = _from_pretrained(source, kind, dtype, revision)
         vlm = VisionLanguageModel(model.eval().requires_grad_(False), processor, kind)
         vlm.prompt("")  # the template may be missing
-    except InputError:
-        raise
-    except hub.UNREADABLE as error:
-        raise InputError(
-            f"the vision-language model {source} cannot be loaded: {one_line(error)}. Fetch its files "
-            "again, all of them."
-        ) from error
     if vlm.terminator not in range(model.get_input_embeddings().weight.shape[0]):
         raise InputError(f"the tokenizer in {source} does not know {KINDS[kind].terminator!r}.")
     if four_bit:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import safetensors
 from huggingface_hub.errors import (
@@ -22,10 +23,10 @@ from toolkit.errors import InputError, one_line
 # version, and not all of that library's errors are an OSError.
 _HTTP = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ in ("HTTPError", "RequestException"))
 NETWORK = (OSError, RuntimeError, _HTTP)
-# Raised by transformers and open_clip for files that are missing, damaged or of another kind.
+# Raised by transformers, open_clip and timm for files that are missing, damaged or of another kind.
 UNREADABLE = (
     *NETWORK,
-    *(ValueError, KeyError, TypeError, AttributeError, ImportError),
+    *(EOFError, ValueError, KeyError, TypeError, AttributeError, ImportError),
     *(safetensors.SafetensorError, pickle.UnpicklingError, StrictDataclassError),
 )
 
@@ -58,3 +59,15 @@ def reading(source: str, revision: str | None) -> Iterator[None]:
     else:
         return
     raise InputError(f"{source} {problem}; {remedy}.") from cause
+
+
+@contextmanager
+def opening(source: str | Path, remedy: str) -> Iterator[None]:
+    """Raise `InputError`, with the `remedy`, if files of `source` are missing, damaged or of another kind."""
+    try:
+        yield
+    except InputError:
+        raise
+    except UNREADABLE as error:
+        reason = f"{type(error).__name__}: {one_line(error)}".rstrip(".")
+        raise InputError(f"{source} cannot be loaded ({reason}). {remedy}") from error

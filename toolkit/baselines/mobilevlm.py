@@ -18,7 +18,6 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from torch import nn
 from torchvision.models.convnext import LayerNorm2d
@@ -35,7 +34,7 @@ from transformers import (
 )
 
 from toolkit.baselines import hub
-from toolkit.errors import InputError, one_line
+from toolkit.errors import InputError
 
 IMAGE_TOKENS = 144
 IMAGE_TOKEN_ID = 0  # `<unk>`, which byte fallback keeps out of texts, so that no row is added for it
@@ -202,15 +201,12 @@ def convert_config(upstream: dict) -> MobileVLMConfig:
         raise InputError(f"config.json of MobileVLM lacks {', '.join(missing)}; download it again.")
     text = {key: upstream[key] for key in _TEXT_KEYS}
     # Padding is `</s>`: with `<unk>` transformers would take the image's placeholders for padding.
-    try:
-        return MobileVLMConfig(
-            projector=_PROJECTOR_TYPES[upstream["mm_projector_type"]],
-            text_config=LlamaConfig(**text, pad_token_id=text["eos_token_id"]),
-            vision_config=CLIPVisionConfig(**upstream.get("vision_config", CLIP_VIT_L_14_336)),
-            tie_word_embeddings=text["tie_word_embeddings"],
-        )
-    except StrictDataclassError as error:
-        raise InputError(f"config.json of MobileVLM is damaged: {error}; download it again.") from error
+    return MobileVLMConfig(
+        projector=_PROJECTOR_TYPES[upstream["mm_projector_type"]],
+        text_config=LlamaConfig(**text, pad_token_id=text["eos_token_id"]),
+        vision_config=CLIPVisionConfig(**upstream.get("vision_config", CLIP_VIT_L_14_336)),
+        tie_word_embeddings=text["tie_word_embeddings"],
+    )
 
 
 def convert_state_dict(upstream: dict[str, torch.Tensor], config: MobileVLMConfig) -> dict[str, torch.Tensor]:
@@ -314,88 +310,51 @@ def load_mobilevlm(
     Raises `InputError` if the repository, the revision, the network or a file is missing, or a file is not
     what it should be.
     """
-    folder = _folder(str(source), revision)
-    upstream = _read_json(_file(folder, "config.json"))
-    tokenizer_file = _file(folder, "tokenizer.model")
-    config = convert_config(upstream)
-    weights = _read_weights(folder)
-    if config.projector == "ldp" and not any(name.startswith(_VISION_TOWER) for name in weights):
-        if "mm_vision_tower" not in upstream:
-            raise InputError(f"{folder}: neither weights nor config.json name a vision tower.")
-        weights |= _tower_weights(upstream["mm_vision_tower"], dtype)
-    state = convert_state_dict(weights, config)
+    folder = Path(source)
+    if not folder.is_dir():
+        patterns = ["*.json", "*.bin", "tokenizer.model"]
+        with hub.reading(str(source), revision):
+            folder = Path(
+                huggingface_hub.snapshot_download(str(source), revision=revision, allow_patterns=patterns)
+            )
+    with hub.opening(folder, "Delete its files and download them again, all of one published revision."):
+        upstream = json.loads((folder / "config.json").read_text())
+        config = convert_config(upstream)
+        weights = _read_weights(folder)
+        if config.projector == "ldp" and not any(name.startswith(_VISION_TOWER) for name in weights):
+            weights |= _tower_weights(upstream["mm_vision_tower"], dtype)
+        state = convert_state_dict(weights, config)
+        (folder / "tokenizer.model").stat()  # without the file transformers makes an empty tokenizer
+        tokenizer = LlamaTokenizer.from_pretrained(folder)
     model = MobileVLM.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
-    return model, MobileVLMProcessor(_tokenizer(tokenizer_file), config.vision_config.image_size)
-
-
-def _folder(source: str, revision: str | None) -> Path:
-    """`source` if it is a folder, otherwise the repository's files in the hub's cache."""
-    if Path(source).is_dir():
-        return Path(source)
-    patterns = ["*.json", "*.bin", "tokenizer.model"]
-    with hub.reading(source, revision):
-        return Path(huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=patterns))
-
-
-def _file(folder: Path, name: str) -> Path:
-    if not (folder / name).is_file():
-        raise InputError(f"{folder} holds no {name}; download the repository again, with all its files.")
-    return folder / name
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}); download it again.") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds no names and values; download it again.")
-    return content
+    return model, MobileVLMProcessor(tokenizer, config.vision_config.image_size)
 
 
 def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors by name, mapped into memory: each is read on first use."""
+    """All tensors by name, mapped into memory: each is read on first use.
+
+    Pickles that hold anything else, such as code, are refused.
+    """
     index = folder / "pytorch_model.bin.index.json"
     if index.is_file():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     else:
         names = ["pytorch_model.bin"]
     weights = {}
-    for path in [_file(folder, name) for name in names]:
-        try:
-            mapped = zipfile.is_zipfile(path)  # torch's older format cannot be mapped
-            weights |= torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        except Exception as error:  # damaged files raise anything
-            raise InputError(
-                f"{path} is damaged or holds more than tensors by name, so it is not opened "
-                f"({type(error).__name__}: {one_line(error)}); delete it and download it again."
-            ) from error
-    strange = [name for name, value in weights.items() if not isinstance(value, torch.Tensor)]
-    if strange:
-        raise InputError(f"{folder}: {strange[0]} in the weights is not a tensor; download them again.")
+    for path in [folder / name for name in names]:
+        mapped = zipfile.is_zipfile(path)  # torch's older format cannot be mapped
+        weights |= torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     return weights
 
 
 def _tower_weights(tower: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Weights of a published CLIP's vision tower under their names in checkpoints of MobileVLM V2."""
-    try:
+    remedy = (
+        "Connect to the Hugging Face hub once so that it is cached, or name a folder with its files as "
+        "mm_vision_tower in config.json."
+    )
+    with hub.opening(f"the vision tower {tower}", remedy):
         model, loading = CLIPVisionModel.from_pretrained(tower, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"the vision tower {tower} could not be loaded: {one_line(error)}. Connect to the "
-            "Hugging Face hub once so that it is cached, or name a folder with its files as mm_vision_tower "
-            "in config.json."
-        ) from error
     if loading["missing_keys"]:
         raise InputError(f"the vision tower {tower} lacks {sorted(loading['missing_keys'])[0]}.")
     return {_VISION_TOWER + name: value for name, value in model.state_dict().items()}
-
-
-def _tokenizer(path: Path) -> LlamaTokenizer:
-    try:
-        return LlamaTokenizer.from_pretrained(path.parent)
-    except Exception as error:  # damaged files raise anything
-        raise InputError(
-            f"{path} cannot be opened as a SentencePiece model ({one_line(error)}); download it "
-            "again, and see that the packages sentencepiece and protobuf are installed."
-        ) from error
