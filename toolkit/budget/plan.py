@@ -132,9 +132,8 @@ def plan(
     budget_bytes = parse_bytes(budget)
     reserve_bytes = parse_bytes(reserve) if reserve else 0
     if strategy != "planned":
-        return _observed(
-            model, budget_bytes, reserve_bytes, batch, strategy, loss, optimizer, precision, held_bytes
-        )
+        return _plan_of_rule(model, budget_bytes, reserve_bytes, batch, strategy, held_bytes,
+                             loss=loss, optimizer=optimizer, precision=precision)  # fmt: skip
     planner = Planner(model, batch, loss=loss, optimizer=optimizer, precision=precision, blocks=blocks,
                       lean=lean, speed=speed, held_bytes=held_bytes)  # fmt: skip
     return planner.plan(budget_bytes, reserve_bytes, micro_batches=micro_batches)
@@ -386,48 +385,85 @@ def describe(option: Option) -> str:
     return words + (f", in {option.slices} slices" if option.slices > 1 else "")
 
 
-def _observed(
-    model,
-    budget_bytes: int,
-    reserve_bytes: int,
+@dataclass(frozen=True)
+class ObservedStep:
+    """One training step under a strategy that decides block by block; FLOPs as in `Plan`."""
+
+    peak_bytes: int
+    forward_flops: int
+    recompute_flops: int
+    checkpointed: frozenset[str]  # names of blocks
+    seen_bytes: tuple[int, ...]  # every number of allocated bytes that the strategy has read
+
+
+class _Seen:
+    """Allocated bytes of `memory` and `extra` ones, as a strategy reads them; keeps every number."""
+
+    def __init__(self, memory: TensorMemory, extra: int):
+        self._memory, self._extra = memory, extra
+        self.bytes: list[int] = []
+
+    @property
+    def allocated_bytes(self) -> int:
+        self.bytes.append(self._memory.allocated_bytes + self._extra)
+        return self.bytes[-1]
+
+
+def observe(
+    model: nn.Module,
     batch,
-    strategy: str,
-    loss,
-    optimizer,
-    precision: str,
-    held_bytes: int,
-) -> Plan:
-    """The plan of a strategy that does not plan, observed in one step on fake tensors."""
+    strategy,
+    budget_bytes: int,
+    *,
+    loss: Callable | None = None,
+    optimizer="adamw",
+    precision: str = "fp32",
+    extra_bytes: int = 0,
+) -> ObservedStep:
+    """Run one step on fake tensors under `strategy`, which sees `extra_bytes` more than are allocated.
+
+    The optimizer has its state already.  For the arguments see `plan` and `Checkpointing`.
+    """
     make_optimizer = optimizer_like(optimizer, model)
-    peaks, flops = {}, {}
-    for name in dict.fromkeys(("none", strategy)):
-        with on_fake_tensors(model, batch) as fake:
-            memory = TensorMemory(next(model.parameters()).device)
-            memory.track(tensors_of(model))
-            memory.track(leaf for leaf in tree_iter(fake) if isinstance(leaf, torch.Tensor))
-            stepper, counter = make_optimizer(model), FlopCounter()
-            checkpointing = Checkpointing(model, name, memory=memory, budget_bytes=budget_bytes)
-            with memory, checkpointing:
-                make_state(model, stepper)
-                memory.reset_peak()
-                run_step(model, fake, loss, stepper, precision, counter)
-        peaks[name], checkpointed = memory.peak_bytes, checkpointing.checkpointed
-        flops[name] = {
-            phase: sum(n for op, n in counter.counts[phase].items() if op not in NORMS)
-            for phase in ("forward", "recompute")
-        }
+    with on_fake_tensors(model, batch) as fakes:
+        memory = TensorMemory(next(model.parameters()).device)
+        memory.track(tensors_of(model))
+        memory.track(leaf for leaf in tree_iter(fakes) if isinstance(leaf, torch.Tensor))
+        stepper, counter, seen = make_optimizer(model), FlopCounter(), _Seen(memory, extra_bytes)
+        checkpointing = Checkpointing(model, strategy, memory=seen, budget_bytes=budget_bytes)
+        with memory, checkpointing:
+            make_state(model, stepper)
+            memory.reset_peak()
+            run_step(model, fakes, loss, stepper, precision, counter)
+    forward, recompute = (
+        sum(n for name, n in counter.counts[phase].items() if name not in NORMS)
+        for phase in ("forward", "recompute")
+    )
+    return ObservedStep(
+        memory.peak_bytes, forward, recompute, frozenset(checkpointing.checkpointed), tuple(seen.bytes)
+    )
+
+
+def _plan_of_rule(
+    model, budget_bytes: int, reserve_bytes: int, batch, strategy: str, held_bytes: int, **step
+) -> Plan:
+    """The plan of a strategy that does not plan; `step`: options of `observe`."""
+    plain = observe(model, batch, "none", budget_bytes, **step)
+    ran = plain if strategy == "none" else observe(model, batch, strategy, budget_bytes, **step)
     size = batch_size_of(batch)
     return Plan(
         strategy=strategy,
         budget_bytes=budget_bytes,
         reserve_bytes=reserve_bytes,
-        peak_bytes=peaks[strategy] + held_bytes,
-        unplanned_peak_bytes=peaks["none"] + held_bytes,
-        forward_flops=flops[strategy]["forward"],
-        recompute_flops=flops[strategy]["recompute"],
+        peak_bytes=ran.peak_bytes + held_bytes,
+        unplanned_peak_bytes=plain.peak_bytes + held_bytes,
+        forward_flops=ran.forward_flops,
+        recompute_flops=ran.recompute_flops,
         extra_seconds=None,
         plain_seconds=None,
         batch_size=size,
         micro_batch_size=size,
-        levels={name: "recompute all" if name in checkpointed else "keep" for name in find_segments(model)},
+        levels={
+            name: "recompute all" if name in ran.checkpointed else "keep" for name in find_segments(model)
+        },
     )
