@@ -24,7 +24,7 @@ from toolkit.batch.sweep import DEFAULT_COMPARISON, grid, run_experiments
 from toolkit.batch.sweep_file import check_count, preset, read_sweep
 from toolkit.budget import format_bytes
 from toolkit.errors import InputError
-from toolkit.experiment import Experiment, Parameters
+from toolkit.experiment import Experiment, Parameters, option_fields
 from toolkit.files import FIGURES, RUNS
 from toolkit.forecast.forecasts import forecast
 from toolkit.training.record import load_records
@@ -83,17 +83,21 @@ def main(arguments: list[str] | None = None) -> int:
         "baselines", help="what evaluating each foundation model takes, and whether it fits a budget"
     )
     needs.add_argument("--budget", default="2GB", metavar="VALUE", help="default: 2GB")
-    both = {field.name: field for field in (*fields(BaselineExperiment), *fields(Experiment))}
+    own = [field for field in fields(Experiment) if field.name != "options"]
+    both = {field.name: field for field in (*fields(BaselineExperiment), *own)}
     _add_parameters(run, both.values(), nargs="+")
-    _add_parameters(plan, fields(Experiment))
+    _add_parameters(plan, own)
+    _add_options(run, nargs="+")
+    _add_options(plan)
     options = vars(parser.parse_args(arguments))
-    values = {name: options[name] for name in both if name in options}
+    values = {name: options[name] for name in (*both, *option_fields()) if name in options}
     try:
         if options["command"] == "baselines":
             print(estimate_table(options["budget"]).round(2).to_string(index=False))
             return 0
         if options["command"] == "plan":
-            print(_plan(Experiment(**values), options["num_classes"]))
+            given = {name: values.pop(name) for name in option_fields() if name in values}
+            print(_plan(Experiment(**values, options=given), options["num_classes"]))
             return 0
         runs = options["runs"].resolve()
         if options["command"] == "sweep":
@@ -113,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
         figures = options["figures"] or (runs if values else FIGURES)
         kind = BaselineExperiment if "baseline" in values else Experiment
         for name in values:
-            if name not in {field.name for field in fields(kind)}:
+            if name not in kind.flat_types():
                 flag = f"--{name.replace('_', '-')}"
                 needs = "needs --baseline" if kind is Experiment else "is not for baselines"
                 raise InputError(f"{flag} {needs}; see `python -m toolkit run --help`.")
@@ -128,17 +132,30 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _add_parameters(command: argparse.ArgumentParser, parameters: Iterable[Field], **options: object) -> None:
     """A flag for each of these fields of a dataclass."""
-    types = {"str": str, "int": int, "float": float, "bool": _to_bool}
     for field in parameters:
         command.add_argument(
             f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, metavar="VALUE",
-            type=types[field.type], help=f"default: {field.default!r}", **options,
+            type=_TYPES[field.type], help=f"default: {field.default!r}", **options,
+        )  # fmt: skip
+
+
+def _add_options(command: argparse.ArgumentParser, **more: object) -> None:
+    """A flag for each option of a method or a strategy."""
+    for name, owners in option_fields().items():
+        helps: dict[str, list[str]] = {}  # what the option means, and who means it
+        for owner, field in owners.items():
+            helps.setdefault(f"{field.metadata['help']} (default: {field.default!r})", []).append(owner)
+        command.add_argument(
+            f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, metavar="VALUE",
+            type=_TYPES[next(iter(owners.values())).type],
+            help="; ".join(f"{', '.join(who)}: {text}" for text, who in helps.items()).replace("%", "%%"),
+            **more,
         )  # fmt: skip
 
 
 def _plan(experiment: Experiment, num_classes: int) -> str:
     """What an experiment's training step takes; under `planned`, the plan as a table."""
-    if experiment.checkpointing != "planned":
+    if not experiment.strategy.plans:
         found = forecast(experiment, num_classes)
         if found.peak_bytes is None:
             raise InputError(found.reason)
@@ -155,7 +172,8 @@ def _plan(experiment: Experiment, num_classes: int) -> str:
     step = step_of(experiment, num_classes)
     return plan(
         step.model, experiment.budget, step.batch, precision=experiment.precision, loss=step.loss,
-        micro_batches=experiment.micro_batch_size or True, held_bytes=held_bytes(step.model, "planned"),
+        micro_batches=experiment.micro_batch_size or True,
+        held_bytes=held_bytes(step.model, step.hooks, plans=True),
         optimizer=step.optimizer,
     ).explain()  # fmt: skip
 
@@ -198,6 +216,9 @@ def _to_bool(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text.lower() == "true"
+
+
+_TYPES = {"str": str, "int": int, "float": float, "bool": _to_bool, "Size": str}
 
 
 if __name__ == "__main__":

@@ -1,9 +1,14 @@
-"""The one error for input that a person can correct, and the one way to choose among names."""
+"""The error for input that a person can fix, and the checks that raise it: names, types and ranges."""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+_TYPES = {"str": str, "int": int, "float": float, "bool": bool}
 
 
 class InputError(ValueError):
@@ -23,3 +28,52 @@ def check_name(kind: str, name: str, valid: Iterable[str]) -> str:
 def one_line(error: Exception) -> str:
     """The message of an error without line breaks; its type if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def option(
+    default: object,
+    text: str = "",
+    *,
+    between: tuple[float, float] | None = None,
+    choices: Sequence[str] = (),
+) -> dataclasses.Field:
+    """A field of an `Options` class; `text` is the help of its command-line flag."""
+    return dataclasses.field(
+        default=default, metadata={"help": text, "between": between, "choices": tuple(choices)}
+    )
+
+
+@dataclass(frozen=True)
+class Options:
+    """Base of frozen dataclasses whose values are checked: type, range and choices of each field.
+
+    An int is accepted for a float and a path for text.  Raises `InputError`.
+    """
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The names of the options."""
+        return tuple(field.name for field in fields(cls))
+
+
+def _checked(field: dataclasses.Field, value: object) -> object:
+    name = getattr(field.type, "__name__", field.type)
+    expected = _TYPES.get(name)
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if expected is str and isinstance(value, Path):
+        value = str(value)
+    wrong = expected and (not isinstance(value, expected) or (expected is int and isinstance(value, bool)))
+    if wrong:
+        raise InputError(f"{field.name} must be {name}, got {value!r} ({type(value).__name__}).")
+    if field.metadata.get("between"):
+        low, high = field.metadata["between"]
+        if not low <= value <= high:
+            raise InputError(f"{field.name} must lie between {low} and {high}, got {value}.")
+    if field.metadata.get("choices"):
+        check_name(field.name, value, field.metadata["choices"])
+    return value

@@ -5,42 +5,34 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar, Self
 
 import torch
 
-from toolkit.budget import STRATEGIES, format_bytes, parse_bytes
+from toolkit.budget import STRATEGIES, Strategy, format_bytes, parse_bytes
 from toolkit.datasets import find_dataset, task_of
-from toolkit.errors import InputError, check_name
-from toolkit.methods import (
-    BATCH_NORMS,
-    CACHEABLE,
-    DENSE_METHODS,
-    METHODS,
-    SIDE_METHODS,
-    check_statistics,
-    options_not_of,
-)
-from toolkit.methods.learning_rates import hyperparameters
-from toolkit.methods.losa import MIXERS
-from toolkit.methods.losa import STARTS as LOSA_STARTS
-from toolkit.methods.lst import STARTS as LST_STARTS
+from toolkit.errors import InputError, Options, check_name, option
+from toolkit.methods import BATCH_NORMS, METHODS, check_statistics
 
 DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("fp32", "bf16", "fp16")
+Size = int | str  # bytes: a number, or text such as "2GB" or "1.5 GiB"; stored as a number
 
 
-class Parameters:
+@dataclass(frozen=True)
+class Parameters(Options):
     """Base of frozen dataclasses with the fields `dataset`, `budget`, `device` and `seed`, among others.
 
-    Raises `InputError` for a value of another type, and for a budget or device that cannot be had.
+    Raises `InputError` for a value of another type or out of range, and for a budget or device that cannot
+    be had.
     """
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            self._set(field.name, _checked_type(field, getattr(self, field.name)))
-        self._set("budget", str(parse_bytes(self.budget)))
+        super().__post_init__()
+        self._set("budget", parse_bytes(self.budget))
         check_name("device", self.device, DEVICES)
         if self.device == "auto":
             self._set("device", "cuda" if torch.cuda.is_available() else "cpu")
@@ -53,11 +45,10 @@ class Parameters:
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
-    def _check_ranges(self, **bounds: tuple[float, float]) -> None:
-        for name, (low, high) in bounds.items():
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise InputError(f"{name} must lie between {low} and {high}, got {value}.")
+    @classmethod
+    def flat(cls, **values: object) -> Self:
+        """Build from fields and options side by side, as command lines and sweep files name them."""
+        return cls(**values)
 
     @classmethod
     def from_namespace(cls, namespace: dict) -> Self:
@@ -70,11 +61,20 @@ class Parameters:
     @property
     def budget_bytes(self) -> int:
         """The budget in bytes."""
-        return int(self.budget)
+        return self.budget
 
     def to_dict(self) -> dict:
         """The parameters as plain JSON values; `Experiment(**e.to_dict()) == e`."""
         return dataclasses.asdict(self)
+
+    @classmethod
+    def flat_types(cls) -> dict[str, str]:
+        """Names and types of what `flat` takes."""
+        return {field.name: field.type for field in fields(cls)}
+
+    def flat_dict(self) -> dict:
+        """Fields and options side by side."""
+        return self.to_dict()
 
     @property
     def config(self) -> dict:
@@ -93,28 +93,12 @@ class Parameters:
         return "-".join([dataset, model, *rest, f"s{self.seed}", self.id])
 
 
-def _checked_type(field: dataclasses.Field, value: object) -> object:
-    """`value` if it has the field's type; an int is welcome where a float, a path where text is asked for."""
-    expected = {"str": str, "int": int, "float": float, "bool": bool}[field.type]
-    if expected is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if field.name == "budget" and isinstance(value, int) and not isinstance(value, bool):
-        value = str(value)
-    if expected is str and isinstance(value, Path):
-        value = str(value)
-    if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
-        raise InputError(f"{field.name} must be {field.type}, got {value!r} ({type(value).__name__}).")
-    return value
-
-
-PRECISIONS = ("fp32", "bf16", "fp16")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Experiment(Parameters):
     """One fine-tuning run.  Raises `InputError` for a value that cannot be run.
 
-    Options that the chosen method does not have are set back to their defaults: equal runs are one run.
+    `options` are those of the chosen method and checkpointing strategy, such as `{"rank": 4}`; defaults are
+    filled in, so that equal runs are one run.
     """
 
     notebook: ClassVar = "finetune"  # that runs it
@@ -124,152 +108,149 @@ class Experiment(Parameters):
     head: str = ""  # of dense tasks: fpn | upernet | retinanet | faster_rcnn | mask_rcnn; "": the first
     backbone: str = "demo_vit"  # a name of `backbones.BACKBONES` | any timm name | small:NAME
     pretrained: bool = True
-    method: str = "lora"
-    checkpointing: str = "planned"  # none | static | threshold | planned
-    budget: str = "2GB"  # device memory that training may take; stored as whole bytes
-    threshold: float = 0.55  # tau of `checkpointing="threshold"`, a fraction of the budget
-    lora_rank: int = 8
-    lora_alpha: int = 16
-    lora_dropout: float = 0.0
-    lora_targets: str = ""  # regular expression of whole names of layers to adapt; "": the backbone's own
-    clip_rank: bool = False  # layers too narrow for `lora_rank` take the most that they allow
-    depthwise: str = "train"  # beside adapters of convolutions: train | freeze those with groups
-    double_quantisation: bool = False  # of `method="qlora"`: the scales of packed weights are packed too
-    galore_rank: int = 32  # of the subspace in which GaLore keeps the optimizer's state
-    galore_gap: int = 50  # steps from one choice of it to the next
-    galore_scale: float = 1.0  # of the update
-    galore_spectrum: float = 0.0  # share of the squared singular values that it holds, at most `galore_rank`
-    # of them; 0: always `galore_rank`
-    side_rank: int = 8  # of LoSA's mixers, DTL's path, and both factors of E3VA's adapters
-    side_reduction: int = 8  # LST's width and the inside of E3VA's adapters: the backbone's over this
-    side_taps: int = 0  # blocks that LoSA and LST read, spread evenly, the last included; 0: all
-    losa_start: str = "last"  # features that LoSA refines: those that the head reads, or the first tapped
-    losa_mixer: str = "both"  # both | channels | tokens
-    lst_init: str = "auto"  # pruned | random | auto, pruned where the backbone's blocks allow it
-    dtl_feedback: int = 0  # last blocks that DTL's path feeds back into; 0: half of those on the path
-    dtl_backprop: bool = True  # gradients run through these blocks, as published
-    four_bit_backbone: bool = False  # of side methods: linear layers in the frozen blocks are packed
-    feature_cache: str = ""  # bytes on disk for features that are computed once; "": in every epoch
-    batch_norm: str = "auto"  # statistics: frozen | updated | auto, updated by the methods that train all
-    epochs: int = 5
-    batch_size: int = 64
+    method: str = "lora"  # a name of `methods.METHODS`
+    options: dict = dataclasses.field(default_factory=dict)  # of the method and the strategy
+    checkpointing: str = "planned"  # a name of `budget.STRATEGIES`
+    budget: Size = "2GB"  # device memory that training may take
+    batch_norm: str = option("auto", choices=BATCH_NORMS)  # auto: updated by the methods that train all
+    feature_cache: Size = 0  # bytes on disk for features that are computed once; 0: in every epoch
+    epochs: int = option(5, between=(1, 100_000))
+    batch_size: int = option(64, between=(1, 1_000_000))
     micro_batch_size: int = 0  # images per forward pass; 0: the plan's choice, without one the whole batch
-    lr: float = 0.0  # peak learning rate; 0 = that of `hyperparameters.TABLE`
-    weight_decay: float = 0.05
-    warmup_fraction: float = 0.1  # of all steps, linear; cosine to zero afterwards
-    precision: str = "fp32"
-    seed: int = 0
+    lr: float = option(0.0, between=(0, 100))  # peak learning rate; 0: the method's for this backbone
+    weight_decay: float = option(0.05, between=(0, 100))
+    warmup_fraction: float = option(0.1, between=(0, 1))  # of all steps, linear; cosine to zero afterwards
+    precision: str = option("fp32", choices=PRECISIONS)
+    seed: int = option(0, between=(0, 2**31 - 1))
     device: str = "auto"  # stored as cpu or cuda
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_name("method", self.method, METHODS)
+        method = METHODS[check_name("method", self.method, METHODS)]
         check_name("checkpointing strategy", self.checkpointing, STRATEGIES)
-        check_name("precision", self.precision, PRECISIONS)
+        if not 0 <= self.micro_batch_size <= self.batch_size:
+            raise InputError(
+                f"micro_batch_size must lie between 0 and {self.batch_size}, the batch_size, got "
+                f"{self.micro_batch_size}."
+            )
+        self._set("options", _checked_options(self.method, self.checkpointing, self.options))
         if self.precision == "fp16" and self.device == "cpu":
             raise InputError("precision 'fp16' needs a GPU; on the CPU use 'fp32' or 'bf16'.")
+        if self.precision == "fp16" and not method.scales_gradients:
+            raise InputError(
+                f"method {self.method!r} cannot scale gradients, which precision 'fp16' needs; use 'bf16' or "
+                "'fp32'."
+            )
         if self.backbone.startswith("small:"):  # shrunk: there are no weights of that shape
             self._set("pretrained", False)
         if self.lr == 0:
-            self._set("lr", hyperparameters(self.backbone, self.method).lr)
-        check_name("depthwise", self.depthwise, ("train", "freeze"))
-        check_name("batch_norm", self.batch_norm, BATCH_NORMS)
+            self._set("lr", method.learning_rate(self.backbone).lr)
         check_statistics(self.method, self.batch_norm)
-        check_name("losa_start", self.losa_start, LOSA_STARTS)
-        check_name("losa_mixer", self.losa_mixer, MIXERS)
-        check_name("lst_init", self.lst_init, LST_STARTS)
-        if self.task == "detection" and self.checkpointing == "planned":
+        if self.batch_norm == method.batch_norm:
+            self._set("batch_norm", "auto")
+        if self.task == "detection" and STRATEGIES[self.checkpointing].plans:
             raise InputError(
-                "checkpointing 'planned' cannot predict detectors: what their losses compute depends on the "
-                "boxes that they meet; choose 'none', 'static' or 'threshold'."
+                f"checkpointing {self.checkpointing!r} cannot predict detectors: what their losses compute "
+                "depends on the boxes that they meet; choose 'none', 'static' or 'threshold'."
             )
-        self._check_head()
+        self._check_task()
         self._check_feature_cache()
-        if self.method == "galore" and self.precision == "fp16":
-            raise InputError(
-                "method 'galore' cannot scale gradients, which precision 'fp16' needs: it has projected them "
-                "by then; use 'bf16' or 'fp32'."
-            )
-        self._check_ranges(
-            epochs=(1, 100_000),
-            batch_size=(1, 1_000_000),
-            micro_batch_size=(0, self.batch_size),
-            lr=(0, 100),
-            weight_decay=(0, 100),
-            warmup_fraction=(0, 1),
-            threshold=(0, 1),
-            lora_rank=(1, 4096),
-            lora_alpha=(1, 65536),
-            lora_dropout=(0, 0.99),
-            galore_rank=(1, 65536),
-            galore_gap=(1, 1_000_000),
-            galore_scale=(0, 1000),
-            galore_spectrum=(0, 1),
-            side_rank=(1, 4096),
-            side_reduction=(1, 4096),
-            side_taps=(0, 10_000),
-            dtl_feedback=(0, 10_000),
-            seed=(0, 2**31 - 1),
-        )
-        self._forget_what_is_ignored()
 
-    def _check_head(self) -> None:
-        heads = task_of(self.dataset).heads
-        if not heads:
-            if self.head:
-                raise InputError(
-                    f"head {self.head!r} is for dense tasks, and dataset {self.dataset!r} is for "
-                    "classification: leave it empty."
-                )
-        else:
-            self._set("head", check_name(f"head for {self.task}", self.head or heads[0], heads))
-            if self.head == "mask_rcnn" and not find_dataset(self.dataset).instances:
-                raise InputError(
-                    f"head 'mask_rcnn' learns from masks of instances, which dataset {self.dataset!r} lacks; "
-                    "choose 'faster_rcnn', or dataset 'digit_scenes'."
-                )
-            if self.feature_cache:
-                raise InputError(f"feature_cache is for classification; {self.task} computes its features.")
-        if self.method in DENSE_METHODS and not heads:
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def _check_task(self) -> None:
+        heads, tasks = task_of(self.dataset).heads, METHODS[self.method].tasks
+        if not heads and self.head:
             raise InputError(
-                f"method {self.method!r} is for dense tasks, and dataset {self.dataset!r} is for "
-                "classification; choose 'losa', 'lst' or 'dtl'."
+                f"head {self.head!r} is for dense tasks, and dataset {self.dataset!r} is for "
+                "classification: leave it empty."
             )
-        if heads and self.method in SIDE_METHODS:
-            raise InputError(f"method {self.method!r} is for classification; for {self.task} choose 'e3va'.")
+        if heads:
+            self._set("head", check_name(f"head for {self.task}", self.head or heads[0], heads))
+        if self.head == "mask_rcnn" and not find_dataset(self.dataset).instances:
+            raise InputError(
+                f"head 'mask_rcnn' learns from masks of instances, which dataset {self.dataset!r} lacks; "
+                "choose 'faster_rcnn', or dataset 'digit_scenes'."
+            )
+        if self.task not in tasks:
+            similar = [
+                repr(name)
+                for name, other in METHODS.items()
+                if self.task in other.tasks and other.frozen_backbone
+            ]
+            raise InputError(
+                f"method {self.method!r} is for {' and '.join(tasks)}, and dataset {self.dataset!r} is for "
+                f"{self.task}; choose {' or '.join(similar)}."
+            )
 
     def _check_feature_cache(self) -> None:
-        if not self.feature_cache:
-            return
-        self._set("feature_cache", str(parse_bytes(self.feature_cache)))
-        if self.method not in CACHEABLE:
+        self._set("feature_cache", parse_bytes(self.feature_cache) if self.feature_cache else 0)
+        if self.feature_cache and task_of(self.dataset).heads:
+            raise InputError(f"feature_cache is for classification; {self.task} computes its features.")
+        if self.feature_cache and not METHODS[self.method].frozen_features:
+            able = [name for name, method in METHODS.items() if method.frozen_features]
             raise InputError(
                 f"feature_cache: under method {self.method!r} features change as it trains; choose "
-                f"{' or '.join(CACHEABLE)}, or leave it empty."
+                f"{' or '.join(able)}, or leave it empty."
             )
+
+    @classmethod
+    def flat(cls, **values: object) -> Self:
+        """Build from fields and options side by side, as command lines and sweep files name them.
+
+        Options of other methods and strategies are left out, so that one list of values serves several
+        methods.  Raises `InputError` for a name that no method or strategy has.
+        """
+        given, declared = dict(values), option_fields()
+        options = dict(given.pop("options", {}))
+        for name in (*given, *options):
+            check_name("parameter or option", name, cls.flat_types())
+        options |= {name: given.pop(name) for name in declared if name in given}
+        defaults = {field.name: field.default for field in fields(cls)}
+        chosen = {given.get(name, defaults[name]) for name in ("method", "checkpointing")}
+        return cls(**given, options={n: v for n, v in options.items() if chosen & set(declared[n])})
+
+    @classmethod
+    def flat_types(cls) -> dict[str, str]:
+        """Names and types of what `flat` takes."""
+        options = {name: next(iter(owners.values())).type for name, owners in option_fields().items()}
+        return {field.name: field.type for field in fields(cls) if field.name != "options"} | options
+
+    def flat_dict(self) -> dict:
+        """Fields and options side by side."""
+        flat = self.to_dict()
+        return flat | flat.pop("options")
+
+    def variant(self, **changes: object) -> Self:
+        """A copy with other fields or options.
+
+        Options that another method or strategy does not share (declares for itself) are left out.
+        """
+        flat, declared = self.to_dict() | changes, option_fields()
+        for name in self.options:
+            for kind in ("method", "checkpointing"):
+                before, now = declared[name].get(getattr(self, kind)), declared[name].get(flat[kind])
+                if before is not None and before is not now:
+                    del flat["options"][name]
+        return self.flat(**flat)
 
     @property
     def task(self) -> str:
         """classification | segmentation | detection, by the data set."""
         return task_of(self.dataset).name
 
-    def _forget_what_is_ignored(self) -> None:
-        ignored = options_not_of(self.method)
-        if self.batch_norm == METHODS[self.method].batch_norm:  # as "auto" says
-            ignored.add("batch_norm")
-        for field in fields(self):
-            if field.name in ignored:
-                self._set(field.name, field.default)
-
     @property
     def method_options(self) -> dict:
         """The parameters that `adapt(model, method, **options)` takes for this method."""
-        return {name: getattr(self, name) for name in METHODS[self.method].options}
+        own = {name: self.options[name] for name in METHODS[self.method].options.names()}
+        return own | {"batch_norm": self.batch_norm}
 
     @property
-    def optimizer_options(self) -> dict:
-        """The parameters that `optimizer_for(model, method, **options)` takes for this method."""
-        return {name: getattr(self, name) for name in METHODS[self.method].optimizer_options}
+    def strategy(self) -> Strategy:
+        """The checkpointing strategy with its options."""
+        chosen = STRATEGIES[self.checkpointing]
+        return chosen(**{name: self.options[name] for name in chosen.names()})
 
     @property
     def name(self) -> str:
@@ -283,3 +264,75 @@ class Experiment(Parameters):
             f"budget {format_bytes(self.budget_bytes)}, {self.epochs} epochs of batch {self.batch_size}, "
             f"{self.precision} on {self.device}, seed {self.seed}"
         )
+
+
+def option_fields() -> dict[str, dict[str, dataclasses.Field]]:
+    """All options by name, each with the methods and strategies that have it and its field there."""
+    found: dict[str, dict[str, dataclasses.Field]] = {}
+    kinds = {name: method.options for name, method in METHODS.items()} | STRATEGIES
+    for owner, kind in kinds.items():
+        for field in fields(kind):
+            found.setdefault(field.name, {})[owner] = field
+    return found
+
+
+def _checked_options(method: str, checkpointing: str, options: object) -> dict:
+    """`options` with defaults filled in; raises `InputError` for those that neither of the two has."""
+    if not isinstance(options, Mapping):
+        raise InputError(f"options must be a mapping such as {{'rank': 4}}, got {options!r}.")
+    kinds = METHODS[method].options, STRATEGIES[checkpointing]
+    own = [name for kind in kinds for name in kind.names()]
+    owners = option_fields()
+    for name in options:
+        if name not in own and name in owners:
+            raise InputError(
+                f"method {method!r} with checkpointing {checkpointing!r} has no option {name!r}; "
+                f"options of that name: {', '.join(owners[name])}."
+            )
+        check_name(f"option of method {method!r}", name, own or ["(it has none)"])
+    checked = {}
+    for kind in kinds:
+        checked |= dataclasses.asdict(kind(**{n: v for n, v in options.items() if n in kind.names()}))
+    return checked
+
+
+# --- the previous schema: options of all methods were fields ---
+
+_OLD_RANKS = {"galore": "galore_rank", "losa": "side_rank", "dtl": "side_rank", "e3va": "side_rank"}
+_OLD_NAMES = {
+    "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "lora_targets", "gap": "galore_gap",
+    "scale": "galore_scale", "reduction": "side_reduction", "taps": "side_taps",
+    "feedback": "dtl_feedback", "four_bit": "four_bit_backbone", "tau": "threshold",
+}  # fmt: skip
+# Fields of the previous schema that are gone, with the value by which runs are as today's.  Pruned starts of
+# LST ("pruned", "auto" on transformers) are not.
+_REMOVED = {
+    "galore": {"galore_spectrum": 0.0},
+    "losa": {"losa_start": "last", "losa_mixer": "both"},
+    "lst": {"lst_init": "random"},
+    "dtl": {"dtl_backprop": True},
+}
+OLD_FIELDS = {"lora_rank", "clip_rank", "depthwise", "double_quantisation"}.union(
+    _OLD_RANKS.values(), _OLD_NAMES.values(), *_REMOVED.values()
+)
+
+
+def upgrade(parameters: Mapping) -> dict:
+    """Parameters of a run under today's names, from those of the previous schema (or today's, unchanged).
+
+    A removed option whose value made another run stays among `options`, where `Experiment` refuses it.
+    """
+    if "options" in parameters:
+        return dict(parameters)
+    method, checkpointing = parameters["method"], parameters["checkpointing"]
+    kinds = METHODS[check_name("method", method, METHODS)].options, STRATEGIES[checkpointing]
+    options = {}
+    for name in (name for kind in kinds for name in kind.names()):
+        old = _OLD_RANKS.get(method, "lora_rank") if name == "rank" else _OLD_NAMES.get(name, name)
+        if old in parameters:
+            options[name] = parameters[old]
+    for name, today in _REMOVED.get(method, {}).items():
+        if parameters.get(name, today) != today:
+            options[name] = parameters[name]
+    names = [field.name for field in fields(Experiment) if field.name in parameters]
+    return {name: parameters[name] for name in names} | {"options": options}

@@ -1,7 +1,8 @@
-"""The model of an experiment: a seeded backbone with a fresh head for its task."""
+"""The model of an experiment, a seeded backbone with a fresh head for its task, and its optimizer."""
 
 from __future__ import annotations
 
+import torch
 from timm.utils import random_seed
 from torch import nn
 
@@ -11,6 +12,7 @@ from toolkit.budget import format_bytes, tensors_of
 from toolkit.datasets import find_dataset
 from toolkit.errors import InputError
 from toolkit.experiment import Experiment
+from toolkit.methods import METHODS
 
 
 def seed_everything(seed: int) -> None:
@@ -41,3 +43,10 @@ def build_model(experiment: Experiment, num_classes: int, pretrained: bool | Non
         experiment.backbone, experiment.head, num_classes, pretrained, experiment.task,
         image_size=find_dataset(experiment.dataset).image_pixels,
     )  # fmt: skip
+
+
+def optimizer_of(model: nn.Module, experiment: Experiment) -> torch.optim.Optimizer:
+    """The optimizer of the experiment's method, on what trains of the adapted `model`."""
+    method = METHODS[experiment.method]
+    options = method.options(**{name: experiment.options[name] for name in method.options.names()})
+    return method.make_optimizer(model, options, lr=experiment.lr, weight_decay=experiment.weight_decay)

@@ -24,7 +24,7 @@ def runs(method="full", change=0.0, spread=0.1, **columns) -> pd.DataFrame:
             "checkpointing": "none", "seed": SEEDS, "budget_bytes": 2**30, "status": "ok",
             "phase": "training", "environment": "E1", "train_sha256": "a", "test_sha256": "b",
             "test_top1_pct": FULL + change + (np.array([-spread, 0, spread]) if method != "full" else 0),
-            "lora_rank": 8, "galore_rank": 32, "clip_rank": False, "epochs": 5, "batch_size": 64,
+            "rank": 8, "clip_rank": False, "epochs": 5, "batch_size": 64,
         }
     )  # fmt: skip
     return frame.assign(**columns)
@@ -94,7 +94,7 @@ def test_all_four_methods_are_needed():
 
 
 def test_settings_that_full_does_not_have_are_paired():
-    frame = both(runs(), *(runs("norm", -38, clip_rank=True, lora_rank=rank) for rank in (2, 4)))
+    frame = both(runs(), *(runs("norm", -38, clip_rank=True, rank=rank) for rank in (2, 4)))
     found = verdict(frame, "up to 40 points")
     assert found.verdict == SUPPORTED and "largest loss of 2 settings" in found.ours and "−38" in found.ours
 
@@ -114,11 +114,11 @@ def test_up_to_is_refuted_by_no_smaller_loss(change, expected):
     ],
 )
 def test_swing_of_settings(backbone, change, expected, n):
-    frame = both(runs("lora"), runs("lora", change, lora_rank=64)).assign(backbone=backbone)
+    frame = both(runs("lora"), runs("lora", change, rank=64)).assign(backbone=backbone)
     found = verdict(frame, "swing")
     assert (found.verdict, found.n) == (expected, n)
     if n:
-        assert "lora_rank 8 against 64" in found.ours
+        assert "rank 8 against 64" in found.ours
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_swing_of_settings(backbone, change, expected, n):
     [((0, 4, 1), SUPPORTED), ((0, 4, 8), REFUTED), ((0, 4, 4.01), UNTESTED), ((0,), UNTESTED)],
 )
 def test_ranks(changes, expected):
-    frame = both(*(runs("lora", change, 0.1 * i, lora_rank=2**i) for i, change in enumerate(changes)))
+    frame = both(*(runs("lora", change, 0.1 * i, rank=2**i) for i, change in enumerate(changes)))
     assert verdict(frame, "higher rank").verdict == expected
 
 

@@ -134,7 +134,7 @@ def records() -> pd.DataFrame:
                     "status": "ok" if accuracy else "oom", "phase": "training", "dataset": "digits",
                     "backbone": "demo_vit", "method": method, "checkpointing": "none", 
                     "budget": "20971520", "budget_bytes": 20971520,
-                    "lora_rank": rank, "batch_size": 64, "seed": seed, "n_classes": 10,
+                    "rank": rank, "batch_size": 64, "seed": seed, "n_classes": 10,
                     "test_top1_pct": accuracy, "train_peak_bytes": 10 * MIB, "train_seconds": 5.0 + seed,
                     "train_energy_joules": None, "energy_source": "none", "train_sha256": "a",
                     "test_sha256": "b", "env_hash": "e", "memory_source": "tracked_tensors",
@@ -148,7 +148,7 @@ def records() -> pd.DataFrame:
 def test_ranking_averages_seeds_and_tells_variants_apart():
     frame = ranking(records())
     assert list(frame.method) == ["full", "lora", "lora"]
-    assert list(frame.variant) == ["", "lora rank 8", "lora rank 4"]
+    assert list(frame.variant) == ["", "rank 8", "rank 4"]
     assert list(frame.n) == [1, 2, 3] and frame.score_pct[2] == 82
     assert frame.score_pct_half_width[2] == pytest.approx(
         4.303 * 2 / math.sqrt(3), rel=1e-3
@@ -168,7 +168,7 @@ def test_rows_without_a_traced_step_have_no_flops():
 def test_the_ranking_is_written_by_environment_for_people_and_programs(tmp_path):
     for number, run in enumerate(records().to_dict("records")):
         run |= {"schema_version": SCHEMA_VERSION, "experiment_id": str(number)}
-        run |= {"env_hash": "new" if run["lora_rank"] == 4 else "old"}
+        run |= {"env_hash": "new" if run["rank"] == 4 else "old"}
         if math.isnan(run["test_top1_pct"]):
             run["test_top1_pct"] = None
         (tmp_path / str(number)).mkdir()

@@ -187,13 +187,13 @@ def test_partners_need_not_share_options_that_only_one_method_has():
     lora = runs()[3:]
     frame = pd.concat(
         [
-            runs(lora_rank=8, batch_norm="auto")[:3],
-            lora.assign(lora_rank=4, batch_norm="auto"),
-            lora.assign(lora_rank=16, batch_norm="updated"),
+            runs(rank=8, batch_norm="auto")[:3],
+            lora.assign(rank=4, batch_norm="auto"),
+            lora.assign(rank=16, batch_norm="updated"),
         ],
         ignore_index=True,
     )
-    table = differences(frame, "score_pct", {"method": "full"}).set_index("lora_rank")
+    table = differences(frame, "score_pct", {"method": "full"}).set_index("rank")
     assert table.n.to_dict() == {4: 3, 16: 3} and table["mean"].tolist() == pytest.approx([-2.0, -2.0])
     # Two ranks among the partners: none of them is the one to compare with.
     assert differences(frame, "score_pct", {"method": "lora"}).empty

@@ -160,7 +160,7 @@ def test_blocks_and_adapters_are_the_trunks_and_the_whole_head_trains():
     model = build("retinanet")
     names = [*find_blocks(model)]
     assert names[0] == "trunk.layers.0.blocks.0" and len(names) == 8
-    adapted = adapt(model, "lora", lora_rank=4)
+    adapted = adapt(model, "lora", rank=4)
     trained = summarize(adapted).names
     assert all("lora_" in name or ".dense_head." in name for name in trained)
     assert sum("lora_" in name for name in trained) == 8 * 4 * 2

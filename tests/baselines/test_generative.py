@@ -20,7 +20,7 @@ from tiny_models import tiny_generative, tiny_mobilevlm
 from toolkit import InputError
 from toolkit.baselines import hub
 from toolkit.baselines.generative import KINDS, load, prune_vocabulary
-from toolkit.methods.low_rank import four_bit_layers
+from toolkit.methods.lean import is_packed
 
 NAMES = ["can", "candle", "maple tree", "cat"]
 QUESTION = "What type of object is in this photo?"
@@ -178,7 +178,7 @@ def test_weights_come_in_the_type_asked_for_and_frozen(folder, dtype):
 def test_four_bits_are_for_all_linear_layers_but_the_last(folder):
     vlm = load(folder("paligemma"), "paligemma", **CPU, four_bit=True)
     linear = {name for name, layer in vlm.named_modules() if isinstance(layer, torch.nn.Linear)}
-    assert linear - four_bit_layers(vlm).keys() == {"model.lm_head"}
+    assert linear - {name for name, m in vlm.named_modules() if is_packed(m)} == {"model.lm_head"}
     assert vlm.model.lm_head.weight is vlm.model.get_input_embeddings().weight  # still
 
 

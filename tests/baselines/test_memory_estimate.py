@@ -32,7 +32,8 @@ from toolkit.baselines.memory_estimate import (
 )
 from toolkit.baselines.trie import Trie, score_trie
 from toolkit.budget import TensorMemory, tensors_of
-from toolkit.methods.low_rank import four_bit_layers, quantise
+from toolkit.methods.lean import is_packed
+from toolkit.methods.qlora import quantise
 
 CPU = torch.device("cpu")
 NAMES = ["can", "candle", "maple tree", "cat"]
@@ -143,7 +144,7 @@ def test_weights_are_predicted_to_the_byte(folder, kind):
     meta = on_meta(plain.model)
     assert allocated(tensors_of(plain.model)) == weights_bytes(meta, "fp32")
     assert allocated(tensors_of(packed.model)) == weights_bytes(meta, "nf4")
-    assert len(packed_layers(meta)) == len(four_bit_layers(packed.model)) > 0
+    assert len(packed_layers(meta)) == sum(map(is_packed, packed.model.modules())) > 0
 
     tokens = packed.used_tokens(QUESTION, NAMES)
     prune_vocabulary(packed, tokens)

@@ -31,7 +31,7 @@ from toolkit.baselines.mobilevlm import (
     load_mobilevlm,
 )
 from toolkit.errors import InputError
-from toolkit.methods.low_rank import quantise
+from toolkit.methods.qlora import quantise
 
 KINDS = ("mobilevlm", "mobilevlm_v2")
 TEXTS = ["maple tree", "can", "candle", "What type of object is in this photo?"]

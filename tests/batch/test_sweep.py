@@ -1,7 +1,6 @@
 """Batch execution and the command line, on runs of one short epoch where a run is needed."""
 
 import json
-from dataclasses import replace
 
 import filelock
 import nbformat
@@ -216,7 +215,7 @@ def test_weights_are_checked_as_they_will_be():
     fits = toolkit.Experiment(method="qlora", batch_size=16, budget="1.8 MB")
     assert set(sweep.check_runnable([fits])) == {"digits"}
     with pytest.raises(InputError, match="smaller than the weights alone"):
-        sweep.check_runnable([replace(fits, method="full")])
+        sweep.check_runnable([fits.variant(method="full")])
 
 
 def test_an_error_is_one_line(fake_run, tmp_path):

@@ -67,15 +67,15 @@ def test_law_product_minus_exclusions_in_order(write, methods, strategies, seeds
     )
 )
 def test_law_parameters_survive_the_file(write, experiments):
-    assert read_sweep(write({"runs": [e.to_dict() for e in experiments]})) == experiments
+    assert read_sweep(write({"runs": [e.flat_dict() for e in experiments]})) == experiments
 
 
 def test_several_grids_run_one_after_the_other(write):
-    grids = [{"method": ["lora", "dora"], "lora_rank": [2, 4]}, {"method": ["full"], "batch_size": [8, 16]}]
+    grids = [{"method": ["lora", "dora"], "rank": [2, 4]}, {"method": ["full"], "batch_size": [8, 16]}]
     experiments = read_sweep(write({"common": {"epochs": 1}, "grid": grids, "seeds": [5]}))
     expected = [("lora", 2, 64), ("lora", 4, 64), ("dora", 2, 64), ("dora", 4, 64)]
-    expected += [("full", 8, 8), ("full", 8, 16)]  # the rank is none of its options
-    assert [(e.method, e.lora_rank, e.batch_size) for e in experiments] == expected
+    expected += [("full", None, 8), ("full", None, 16)]  # the rank is none of its options
+    assert [(e.method, e.options.get("rank"), e.batch_size) for e in experiments] == expected
     assert {(e.epochs, e.seed) for e in experiments} == {(1, 5)}
 
 
@@ -173,7 +173,7 @@ def test_what_is_named_twice_runs_once(write):
         ("seeds: 2\nruns: [{seed: 3}]", "keep one of the two"),
         ("seeds: 1_000_000_000_000_000_000_000\nruns: [{method: lora}]", "seeds must be a count from 1 to"),
         ("seeds: [0, 1, 0]\nruns: [{method: lora}]", "seeds has the same one twice"),
-        ("seeds: 100\ngrid: {epochs: &n %s, lora_rank: *n}" % ([1] * 100), "names 1,000,000 experiments"),
+        ("seeds: 100\ngrid: {epochs: &n %s, rank: *n}" % ([1] * 100), "names 1,000,000 experiments"),
         ("runs: [{method: lora}]\nexclude: [{method: full}]", r"exclude\[1\] matches no.*method is {'lora'}"),
         ("runs: [{method: lora}]\nexclude: [{budget: lots}]", "'lots' is not a size"),
         ("runs: [{method: lora}]\nexclude: [{epochs: '5'}]", "must be a number, got the text '5'"),
@@ -218,7 +218,7 @@ def test_paper_is_complete():
     levels = ("dataset", "backbone", "method", "checkpointing", "seed")
     assert [len({getattr(e, name) for e in tuned}) for name in levels] == [2, 4, 5, 4, 3]
     assert len({e.id for e in tuned}) == len(tuned) == 2 * 4 * 5 * 4 * 3
-    assert {(e.budget, e.precision) for e in tuned} == {("2000000000", "bf16")}
+    assert {(e.budget, e.precision) for e in tuned} == {(2_000_000_000, "bf16")}
     baselines = Counter(e.baseline for e in experiments if isinstance(e, BaselineExperiment))
     once, thrice = ("openclip_b16", "siglip_b16", "dinov2_b"), ("paligemma", "mobilevlm_1.7b", "smolvlm")
     assert baselines == dict.fromkeys(once, 2) | dict.fromkeys(thrice, 6)  # of two data sets

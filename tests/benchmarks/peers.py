@@ -37,6 +37,7 @@ from torch import nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from toolkit.budget import Checkpointing, TensorMemory, format_bytes
+from toolkit.budget.checkpointing import Threshold
 from toolkit.budget.flops import PHASES
 
 TAUS = (0.50, 0.55, 0.65, 0.70)  # of arXiv 2607.02158's rule
@@ -134,7 +135,7 @@ class _Readings:
 
 def _threshold_rule(model, readings: _Readings, tau: float, budget: int, trace: Trace) -> Checkpointing:
     readings.memory = trace.memory
-    return Checkpointing(model, "threshold", memory=readings, budget_bytes=budget, threshold=tau)
+    return Checkpointing(model, Threshold(tau), memory=readings, budget_bytes=budget)
 
 
 # Micro-batches

@@ -27,9 +27,6 @@ from toolkit.budget import TensorMemory, format_bytes, tensors_of
 from toolkit.budget.step import on_fake_tensors
 from toolkit.measure.memory import KeptTensors
 from toolkit.methods import set_train_mode, summarize
-from toolkit.methods.dtl import dtl
-from toolkit.methods.losa import losa
-from toolkit.methods.lst import lst
 from toolkit.training.feature_cache import FeatureModel, layout_of
 
 CLASSES = 100
@@ -37,10 +34,9 @@ CPU = torch.device("cpu")
 METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "full": lambda model: toolkit.adapt(model, "full"),
     "lora": lambda model: toolkit.adapt(model, "lora"),
-    "dtl": dtl,
-    "dtl without backprop": lambda model: dtl(model, dtl_backprop=False),
-    "lst": lst,
-    "losa": losa,
+    "dtl": lambda model: toolkit.adapt(model, "dtl"),
+    "lst": lambda model: toolkit.adapt(model, "lst"),
+    "losa": lambda model: toolkit.adapt(model, "losa"),
     "linear": lambda model: toolkit.adapt(model, "linear"),
 }
 
@@ -99,7 +95,7 @@ def at_scale(name: str = "vit_giant_patch14_224", batch_size: int = 8, **options
         labels = torch.empty(batch_size, dtype=torch.long)
     inference = inference_peak(model, images)
     parameters = sum(p.numel() for p in model.parameters())
-    model = losa(model, **options)
+    model = toolkit.adapt(model, "losa", **options)
     set_train_mode(model)
     made = toolkit.plan(model, "1TB", (images, labels))
     return Scale(parameters, summarize(model).trainable, inference, made.peak_bytes)

@@ -49,7 +49,7 @@ def test_a_lora_layer_inside_a_sequential_is_not_a_block():
         def get_classifier(self):
             return self.head
 
-    model = toolkit.adapt(Net(), "lora", lora_rank=2)
+    model = toolkit.adapt(Net(), "lora", rank=2)
     assert [name.split(".")[-2:] for name in find_blocks(model)] == [["blocks", str(i)] for i in range(3)]
 
 

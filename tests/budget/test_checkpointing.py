@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from toolkit.budget import Checkpointing, TensorMemory, find_blocks
+from toolkit.budget.checkpointing import Threshold
 from toolkit.errors import InputError
 
 CPU = torch.device("cpu")
 METHODS = ("linear", "bitfit", "lora", "full")
 
 
-def step(model, batch, strategy, budget_bytes=10**9, threshold=0.55):
+def step(model, batch, strategy, budget_bytes=10**9, tau=0.55):
     """One forward and backward: (loss, gradients, peak bytes, forward passes per block, wrapper)."""
     x, y = batch
     memory = TensorMemory(CPU)
@@ -25,7 +26,8 @@ def step(model, batch, strategy, budget_bytes=10**9, threshold=0.55):
         next(block.children()).register_forward_hook(lambda *_, name=name: passes.update([name]))
         for name, block in find_blocks(model).items()
     ]
-    wrapper = Checkpointing(model, strategy, memory=memory, budget_bytes=budget_bytes, threshold=threshold)
+    chosen = Threshold(tau) if strategy == "threshold" else strategy
+    wrapper = Checkpointing(model, chosen, memory=memory, budget_bytes=budget_bytes)
     torch.manual_seed(1)
     with memory, wrapper:
         loss = F.cross_entropy(model(x), y)
@@ -52,7 +54,7 @@ def some_blocks_budget(model, batch):
 def test_losses_and_gradients_are_bit_identical(demo_model, batch, method, strategy):
     budget = some_blocks_budget(demo_model(method), batch)
     plain = step(demo_model(method), batch, "none")
-    other = step(demo_model(method), batch, strategy, budget, threshold=0.8)
+    other = step(demo_model(method), batch, strategy, budget, tau=0.8)
     assert other[0] == plain[0]
     assert other[1].keys() == plain[1].keys()
     assert all(torch.equal(other[1][name], gradient) for name, gradient in plain[1].items())
@@ -61,8 +63,8 @@ def test_losses_and_gradients_are_bit_identical(demo_model, batch, method, strat
 
 
 def test_dropout_is_recomputed_with_the_same_mask(demo_model, batch):
-    plain = step(demo_model("lora", lora_dropout=0.5).train(), batch, "none")
-    static = step(demo_model("lora", lora_dropout=0.5).train(), batch, "static")
+    plain = step(demo_model("lora", dropout=0.5).train(), batch, "none")
+    static = step(demo_model("lora", dropout=0.5).train(), batch, "static")
     assert static[0] == plain[0]
     assert all(torch.equal(static[1][name], gradient) for name, gradient in plain[1].items())
 
@@ -127,7 +129,7 @@ def test_threshold_keeps_a_prefix_and_recomputes_the_rest(demo_model, batch):
         # Just above the entry of the last block that is to be kept, so that the next one reaches it.
         limit = entries[kept - 1] + 1 if kept else entries[0]
         model = demo_model()
-        _, _, _, passes, wrapper = step(model, batch, "threshold", budget_bytes=2 * limit, threshold=0.5)
+        _, _, _, passes, wrapper = step(model, batch, "threshold", budget_bytes=2 * limit, tau=0.5)
         assert passes == [1] * kept + [2] * (4 - kept)
         assert wrapper.checkpointed == {f"blocks.{i}" for i in range(kept, 4)}
 
@@ -136,7 +138,7 @@ def test_threshold_keeps_a_prefix_and_recomputes_the_rest(demo_model, batch):
 def test_peak_orders_none_threshold_static(demo_model, batch, method):
     budget = some_blocks_budget(demo_model(method), batch)
     none, threshold, static = (
-        step(demo_model(method), batch, strategy, budget, threshold=0.8)[2]
+        step(demo_model(method), batch, strategy, budget, tau=0.8)[2]
         for strategy in ("none", "threshold", "static")
     )
     assert none > threshold >= static

@@ -235,7 +235,7 @@ def test_a_real_network_keeps_within_its_budget(build, precision, batch):
 
 
 def test_lean_lora_keeps_within_its_budget(demo_model, batch):
-    model = demo_model("lora", lora_dropout=0.1).train()
+    model = demo_model("lora", dropout=0.1).train()
     planner = Planner(model, batch)
     for budget in (planner.smallest_bytes(), HUGE):
         made = planner.plan(budget)

@@ -20,20 +20,20 @@ from papermill.iorw import read_yaml_file
 import toolkit
 from toolkit import cache as explorer_cache
 from toolkit import plots
-from toolkit.budget import plan
+from toolkit.budget import STRATEGIES, plan
 from toolkit.errors import InputError
 from toolkit.experiment import Experiment
 from toolkit.files import NOTEBOOKS
 from toolkit.forecast import explorer as explorer_module
 from toolkit.forecast import forecasts as forecast_module
 from toolkit.forecast.explorer import Explorer
-from toolkit.methods import set_train_mode
+from toolkit.methods import Hooks, set_train_mode
 from toolkit.training.loop import held_bytes
 from toolkit.widgets import BudgetExplorer
 
 EXPERIMENT = Experiment(
-    backbone="small:vit_small", pretrained=False, method="bitfit", batch_size=4, threshold=0.7, lr=5e-5,
-    device="cpu", budget="1 MiB",
+    backbone="small:vit_small", pretrained=False, method="bitfit", batch_size=4, lr=5e-5,
+    device="cpu", budget="1 MiB", checkpointing="threshold", options={"tau": 0.7},
 )  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def planned_anew(budget: int, strategy: str, images: int = 4, micro_batches: boo
     model = toolkit.adapt(model, "bitfit", **EXPERIMENT.method_options)
     set_train_mode(model)
     batch = torch.zeros(images, 3, 32, 32), torch.zeros(images, dtype=torch.long)
-    held = held_bytes(model, strategy)
+    held = held_bytes(model, Hooks(), STRATEGIES[strategy].plans)
     return plan(model, budget, batch, strategy=strategy, micro_batches=micro_batches, held_bytes=held)
 
 
@@ -106,12 +106,10 @@ def test_threshold_row_is_the_rule_with_this_threshold(explorer):
 def test_rule_rows_are_the_forecast(tmp_path, monkeypatch):
     monkeypatch.setattr(explorer_module, "STOPS", 2)
     # All parameters train: state and gradients are large, and in micro-batches the latter add up.
-    e = replace(EXPERIMENT, method="full", batch_size=2, micro_batch_size=1, threshold=0.5)
+    e = EXPERIMENT.variant(method="full", batch_size=2, micro_batch_size=1)
     explorer = Explorer(e, 10, tmp_path)
     rows = explorer.table(explorer.stops[-1])[:3]
-    asked = [
-        replace(e, checkpointing=row.strategy, budget=str(row.budget_bytes)) for row in rows.itertuples()
-    ]
+    asked = [e.variant(checkpointing=row.strategy, budget=row.budget_bytes) for row in rows.itertuples()]
     found = forecast_module.forecasts(asked, {e.dataset: 10}, tmp_path / "forecasts")
     for row, expected in zip(rows.itertuples(), found):
         assert (row.peak_bytes, row.recompute_pct) == (expected.peak_bytes, expected.recompute_pct)
@@ -125,7 +123,7 @@ def test_written_parameters_are_the_experiment(explorer, tmp_path):
     assert command == ["papermill", str(NOTEBOOKS / "finetune.ipynb"), str(path.with_suffix(".ipynb")),
                        "-f", str(path)]  # fmt: skip
     parameters = read_yaml_file(str(path))  # as papermill does
-    assert Experiment(**parameters) == replace(EXPERIMENT, budget="2 MiB", checkpointing="planned")
+    assert Experiment(**parameters) == EXPERIMENT.variant(budget="2 MiB", checkpointing="planned")
     assert set(parameters) <= set(papermill.inspect_notebook(command[1]))
 
 
@@ -155,9 +153,10 @@ def test_what_answers_depend_on(explorer, monkeypatch):
     monkeypatch.setattr(explorer_cache, "read", read)
     for changes in (
         {}, {"backbone": "demo_vit"}, {"method": "norm"}, {"batch_size": 5}, {"micro_batch_size": 2},
-        {"precision": "bf16"}, {"threshold": 0.6}, {"method": "lora"}, {"method": "lora", "lora_rank": 2},
+        {"precision": "bf16"}, {"checkpointing": "threshold", "tau": 0.6}, {"method": "lora"},
+        {"method": "lora", "rank": 2},
     ):  # fmt: skip
-        Explorer(replace(EXPERIMENT, **changes), 10)
+        Explorer(EXPERIMENT.variant(**changes), 10)
     Explorer(EXPERIMENT, 11)
     monkeypatch.setattr(forecast_module, "code_sha256", lambda: "other code")
     Explorer(EXPERIMENT, 10)
@@ -291,7 +290,7 @@ def test_slider_changes_picture_and_table(shown):
 def test_button_writes_what_is_shown(shown):
     shown.slider.value = shown.explorer.stops[3]
     shown.button.click()
-    assert read_yaml_file(str(shown.path))["budget"] == str(shown.explorer.stops[3])
+    assert read_yaml_file(str(shown.path))["budget"] == shown.explorer.stops[3]
     assert "papermill" in shown.message.value
 
 

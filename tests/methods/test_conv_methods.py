@@ -23,20 +23,18 @@ import toolkit
 from toolkit.budget import Planner, TensorMemory
 from toolkit.errors import InputError
 from toolkit.methods import (
-    DENSE_METHODS,
     METHODS,
-    SIDE_METHODS,
+    Hooks,
     check_batch_norms,
     merge,
     set_train_mode,
 )
-from toolkit.methods.allocation import allocation_of
-from toolkit.methods.optimizer import optimizer_for
+from toolkit.methods.adalora import RankAllocation
 from toolkit.methods.targets import Targets, narrow_layers, targets_of
 
 ADAPTERS = ("lora", "dora", "adalora", "ia3", "lokr")
 LOW_RANK = ("lora", "dora", "adalora")
-CONVOLUTIONAL = [m for m in METHODS if m not in ("qlora", *SIDE_METHODS, *DENSE_METHODS)]
+CONVOLUTIONAL = [name for name, m in METHODS.items() if name != "qlora" and not m.frozen_backbone]
 NETWORKS = ("resnet18", "mobilenetv2_100", "mobilenetv3_small_100", "mobilenetv3_large_100")
 PADDED = "tf_mobilenetv3_small_100"  # whose convolutions pad in a way of their own
 
@@ -87,8 +85,8 @@ def images_of(network, number=4):
 
 def adapted(network, method, dtype=torch.float32, **options):
     """Narrow layers, as those of squeeze-excite, take the ranks that they can."""
-    if "clip_rank" in METHODS[method].options:
-        options = {"lora_rank": 8, "clip_rank": True} | options
+    if "clip_rank" in METHODS[method].options.names():
+        options = {"rank": 8, "clip_rank": True} | options
     return toolkit.adapt(build(network).to(dtype), method, **options)
 
 
@@ -97,18 +95,16 @@ def train(model, images, steps=4):
     set_train_mode(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     labels = torch.arange(len(images)) % 10
-    allocation = allocation_of(model)
-    if allocation:
-        allocation.begin(steps)
+    hooks = RankAllocation(model) if hasattr(getattr(model, "base_model", None), "rankallocator") else Hooks()
+    hooks.begin(steps)
     moved = set()
     for step in range(1, steps + 1):
         loss = F.cross_entropy(model(images), labels)
-        (loss + allocation.penalty() if allocation else loss).backward()
+        (loss + (hooks.penalty() or 0)).backward()
         if step <= 2:
             moved |= {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
         optimizer.step()
-        if allocation:
-            allocation.update(step)
+        hooks.after_step(step)
         optimizer.zero_grad()
     model.eval()
     return moved
@@ -147,7 +143,7 @@ def test_what_trains_and_nothing_else_changes(network, method):
 @pytest.mark.parametrize("network, method", networks(*ADAPTERS))
 def test_adapters_begin_as_nothing_and_are_merged_and_loaded_exactly(network, method, tmp_path):
     # The clipped ranks of AdaLoRA are more than plain peft can load.
-    options = {"lora_rank": 4, "clip_rank": False} if method == "adalora" else {}
+    options = {"rank": 4, "clip_rank": False} if method == "adalora" else {}
     # In double precision, as some 50 layers make 1e-5 of float32's rounding.
     plain, images = build(network).double(), images_of(network).double()
     model = adapted(network, method, dtype=torch.float64, **options).eval()
@@ -202,7 +198,7 @@ def test_the_size_of_adapters_on_resnet18():
         pairs += [(width // 2, width, 9), (width // 2, width, 1)] + [(width, width, 9)] * 3
     head = 512 * 10 + 10
     expected = head + sum(4 * (a * k + b) for a, b, k in pairs)
-    assert toolkit.summarize(toolkit.adapt(model, "lora", lora_rank=4)).trainable == expected
+    assert toolkit.summarize(toolkit.adapt(model, "lora", rank=4)).trainable == expected
 
 
 def test_a_vision_transformer_keeps_its_linear_layers():
@@ -231,28 +227,28 @@ def state_of(model):
 
 
 REFUSED = [
-    ("lora", {"lora_targets": "conv("}, r"'conv\(' is no regular expression"),
-    ("lora", {"lora_targets": "conv2"}, r"no module's whole name .* 2 layers end like it: .*\(\?:conv2"),
-    ("lora", {"lora_targets": "nothing"}, r"0 layers end like it: names look like stem, blocks\.0\.conv"),
-    ("ia3", {"lora_targets": r".*\.bn1"}, r"no layer that adapters are for.*only BatchNorm.*blocks\.0\.bn1"),
-    ("lokr", {"lora_targets": "head"}, "not the head"),
+    ("lora", {"targets": "conv("}, r"'conv\(' is not a regular expression"),
+    ("lora", {"targets": "conv2"}, r"no module's whole name .* 2 layers end like it: .*\(\?:conv2"),
+    ("lora", {"targets": "nothing"}, r"0 layers end like it: names look like stem, blocks\.0\.conv"),
+    ("ia3", {"targets": r".*\.bn1"}, r"neither a linear layer .*only BatchNorm.*blocks\.0\.bn1"),
+    ("lokr", {"targets": "head"}, "outside the head"),
     (
         "lora",
-        {"lora_targets": ".*", "depthwise": "freeze"},
+        {"targets": ".*", "depthwise": "freeze"},
         r"conv_dw, .* 16 groups.*ia3 or lokr, or depthwise",
     ),
-    ("lora", {"lora_targets": ".*conv_dw"}, "are convolutions with groups; choose ia3 or lokr"),
+    ("lora", {"targets": ".*conv_dw"}, "are convolutions with groups; choose ia3 or lokr"),
     (
         "lora",
-        {"lora_rank": 13},
+        {"rank": 13},
         r"13 is above the 8 that .*reduce \(16 -> 8, 1x1\) .* at most 8, or clip_rank=T",
     ),
-    ("adalora", {"lora_rank": 6}, r"6 \(begins with 9\) is above the 8 that .* at most 5, or clip_rank=True"),
-    ("adalora", {"lora_rank": 500, "clip_rank": True}, "has none to move"),
+    ("adalora", {"rank": 6}, r"6 \(starts with 9\) is above the 8 that .* at most 5, or clip_rank=True"),
+    ("adalora", {"rank": 500, "clip_rank": True}, "has none to move"),
     ("qlora", {}, r"linear layers only, and blocks\.0\.conv_pw is a convolution; choose lora or"),
     ("lora", {"depthwise": "tran"}, "unknown depthwise 'tran'. Did you mean 'train'"),
     ("linear", {"batch_norm": "frosen"}, "unknown batch_norm 'frosen'. Did you mean 'frozen'"),
-    ("ia3", {"lora_rank": 4}, "option of method 'ia3' 'lora_rank'"),
+    ("ia3", {"rank": 4}, "option of method 'ia3' 'rank'"),
 ]
 
 
@@ -297,8 +293,8 @@ def test_convolutions_that_peft_would_compute_wrongly(layer, able, method):
         with pytest.raises(InputError, match=rf"blocks\.4\.1 .*{' or '.join(sorted(able))}"):
             targets_of(model, method)
         return
-    options = {"lora_rank": 4} if method in LOW_RANK else {}
-    model = toolkit.adapt(model, method, lora_targets=r"blocks\.4\.1", **options)
+    options = {"rank": 4} if method in LOW_RANK else {}
+    model = toolkit.adapt(model, method, targets=r"blocks\.4\.1", **options)
     train(model, images_of("small"))
     with torch.no_grad():
         expected = model(images_of("small"))
@@ -339,7 +335,7 @@ def test_a_rank_is_too_high_where_it_is_above_that_of_the_weights(layer, rank):
 @pytest.mark.parametrize("method", ["lora", "dora", "adalora"])
 def test_narrow_layers_take_what_they_allow_at_the_same_scale(method):
     rank, alpha = 14, 20
-    model = toolkit.adapt(Small(), method, lora_rank=rank, lora_alpha=alpha, clip_rank=True)
+    model = toolkit.adapt(Small(), method, rank=rank, alpha=alpha, clip_rank=True)
     begins = 21 if method == "adalora" else rank
     found = set()
     for layer in model.modules():
@@ -356,26 +352,26 @@ def test_narrow_layers_take_what_they_allow_at_the_same_scale(method):
     assert found == {True, False}
 
 
-@pytest.mark.parametrize("options", [{"lora_rank": 2}, {"lora_rank": 6, "clip_rank": True}])
+@pytest.mark.parametrize("options", [{"rank": 2}, {"rank": 6, "clip_rank": True}])
 def test_adalora_moves_ranks_between_convolutions(options):
     model = Small()
     usual = targets_of(model, "adalora").adapted
     if "clip_rank" not in options:  # without the narrow ones
-        options = options | {"lora_targets": r".*(conv_pwl?|conv[12])"}
-        usual = [n for n in usual if re.fullmatch(options["lora_targets"], n)]
-    allowed = narrow_layers(model, Targets(tuple(usual), ()), options["lora_rank"], clip=True)
+        options = options | {"targets": r".*(conv_pwl?|conv[12])"}
+        usual = [n for n in usual if re.fullmatch(options["targets"], n)]
+    allowed = narrow_layers(model, Targets(tuple(usual), ()), options["rank"], clip=True)
     model = toolkit.adapt(model, "adalora", **options)
     train(model, images_of("small"), steps=10)
-    ranks = allocation_of(model).ranks
+    ranks = RankAllocation(model).ranks
     assert len(ranks) == len(usual)
-    assert sum(ranks.values()) == sum(allowed.get(name, options["lora_rank"]) for name in usual)
+    assert sum(ranks.values()) == sum(allowed.get(name, options["rank"]) for name in usual)
     values = {n: p for n, p in model.named_parameters() if "lora_E" in n}
     assert sum(int(p.count_nonzero()) for p in values.values()) == sum(ranks.values())
 
 
 def test_the_penalty_of_convolutions_is_nought_for_orthogonal_factors():
-    model = toolkit.adapt(Small(), "adalora", lora_rank=2, lora_targets=r"blocks\.[23]\.conv.*")
-    allocation = allocation_of(model)
+    model = toolkit.adapt(Small(), "adalora", rank=2, targets=r"blocks\.[23]\.conv.*")
+    allocation = RankAllocation(model)
     assert float(allocation.penalty().detach()) > 0.1
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -449,7 +445,8 @@ def test_planned_keeps_its_budget(network, method):
     set_train_mode(model)
     pixels = 32 if network == "small" else 64
     batch = torch.randn(8, 3, pixels, pixels), torch.arange(8)
-    optimizer = optimizer_for(model, method, lr=1e-3, weight_decay=0.05)
+    chosen = METHODS[method]
+    optimizer = chosen.make_optimizer(model, chosen.options(), lr=1e-3, weight_decay=0.05)
     planner = Planner(model, batch, optimizer=optimizer)
     stock_bytes = toolkit.plan(model, "4GB", batch, strategy="none", optimizer=optimizer).peak_bytes
     budget = (planner.smallest_bytes() + stock_bytes) // 2

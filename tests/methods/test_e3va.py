@@ -12,7 +12,6 @@ from toolkit.backbones.dense import build_dense
 from toolkit.budget.plan import Planner
 from toolkit.errors import InputError
 from toolkit.methods import set_train_mode, summarize
-from toolkit.methods.e3va import e3va
 
 PIXELS = 32
 
@@ -131,7 +130,7 @@ def test_slices_of_a_blocks_batch_change_nothing():
 def test_less_than_five_percent_of_swin_tiny_trains():
     with torch.device("meta"):
         dense = build_dense("swin_tiny_patch4_window7_224", "fpn", 21, False, "segmentation")
-        sizes = summarize(e3va(dense))
+        sizes = summarize(toolkit.adapt(dense, "e3va"))
     assert 0.01 < sizes.trainable / sizes.total < 0.05
     # Both factors of both projections, and biases: 2 (d r + r d / 8) + d / 8 + d for each of 24 adapters.
     widths = [96] * 4 + [192] * 4 + [384] * 12 + [768] * 4
@@ -143,8 +142,8 @@ def test_less_than_five_percent_of_swin_tiny_trains():
     ("model", "options", "message"),
     [
         ("demo_vit", {}, "'e3va' adapts dense models on Swin transformers, not VisionTransformer"),
-        ("dense", {"side_reduction": 25}, "side_reduction 25 .* 24 channels .* choose 1 to 24"),
-        ("dense", {"side_rank": 0}, "side_rank must be at least 1, got 0"),
+        ("dense", {"reduction": 25}, "reduction 25 .* 24 channels .* choose 1 to 24"),
+        ("dense", {"rank": 0}, "rank must lie between"),
     ],
 )
 def test_what_it_cannot_adapt_is_said(model, options, message):
@@ -153,7 +152,7 @@ def test_what_it_cannot_adapt_is_said(model, options, message):
     else:
         built = toolkit.build_backbone(model, 5, pretrained=False)
     with pytest.raises(InputError, match=message):
-        e3va(built, **options)
+        toolkit.adapt(built, "e3va", **options)
     assert all(p.requires_grad for p in built.parameters())
 
 

@@ -14,7 +14,7 @@ import toolkit
 from toolkit.backbones import data_config, small_instance
 from toolkit.budget import STRATEGIES
 from toolkit.datasets import in_memory
-from toolkit.methods import DENSE_METHODS, METHODS, set_train_mode
+from toolkit.methods import METHODS, set_train_mode
 
 BACKBONES = ("vit_small", "tiny_vit", "vim_small", "mambavision_t")
 STEPS = 30
@@ -25,7 +25,7 @@ LR_OF_CELL = {("vit_small", "bitfit"): 5e-3}
 
 
 def cells():
-    methods = [method for method in METHODS if method not in DENSE_METHODS]
+    methods = [name for name, method in METHODS.items() if "classification" in method.tasks]
     for (b, backbone), (m, method) in itertools.product(enumerate(BACKBONES), enumerate(methods)):
         for s, strategy in enumerate(STRATEGIES):
             slow = backbone == "tiny_vit" and method == "adalora"
@@ -60,7 +60,7 @@ def as_if_pretrained(model, images):
 @pytest.mark.parametrize("backbone, method, strategy", cells())
 def test_it_trains(digits, backbone, method, strategy):
     toolkit.seed_everything(0)
-    options = {"lora_rank": 4} if "lora_rank" in METHODS[method].options else {}
+    options = {"rank": 4} if "depthwise" in METHODS[method].options.names() or method == "qlora" else {}
     model = small_instance(backbone, 10)
     size = data_config(model)["input_size"]
     batch_size = BATCH_SIZES[backbone]

@@ -282,7 +282,7 @@ class MobileNet(nn.Module):
 def cnn(method, name=None):
     toolkit.seed_everything(0)
     model = MobileNet() if name is None else timm.create_model(name, num_classes=10)
-    model = toolkit.adapt(model, method, **({"lora_rank": 1} if method in TUNERS else {}))
+    model = toolkit.adapt(model, method, **({"rank": 1} if method in TUNERS else {}))
     fill(model)
     toolkit.methods.set_train_mode(model)
     return model

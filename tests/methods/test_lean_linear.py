@@ -21,7 +21,7 @@ def adapted_model(method="lora", dtype=torch.float32, **options):
     """demo_vit with adapters no part of which is zero, so that every part has a gradient."""
     toolkit.seed_everything(0)
     model = toolkit.build_backbone("demo_vit", 10, False).to(dtype)
-    model = toolkit.adapt(model, method, lora_alpha=12, **options).to(dtype)
+    model = toolkit.adapt(model, method, alpha=12, **options).to(dtype)
     fill_adapters(model)
     return model.train()
 
@@ -108,13 +108,13 @@ KINDS = [("lora", 0.0), ("lora", 0.3), ("dora", 0.0), ("adalora", 0.0), ("adalor
          ("qlora", 0.3)]  # fmt: skip
 
 
-@pytest.mark.parametrize("method, lora_dropout", KINDS)
+@pytest.mark.parametrize("method, dropout", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_lean_gradients_are_those_of_peft(batch, method, lora_dropout, dtype):
+def test_lean_gradients_are_those_of_peft(batch, method, dropout, dtype):
     if method == "qlora" and dtype == torch.float64:
         pytest.skip("bitsandbytes unpacks to float32 at most")
     x, y = batch[0][:4].to(dtype), batch[1][:4]
-    model = adapted_model(method, dtype, lora_dropout=lora_dropout)
+    model = adapted_model(method, dtype, dropout=dropout)
     lean, stock = (step(model, x, y, form)[0] for form in (True, False))
     for part in ("lora_A", "lora_B", *{"dora": ["magnitude"], "adalora": ["lora_E"]}.get(method, [])):
         assert sum(part in name for name in lean) == 16
@@ -295,10 +295,10 @@ def test_outputs_without_gradients_and_in_evaluation_are_those_of_peft():
         torch.testing.assert_close(model(ROWS), stock, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("method, lora_dropout", KINDS)
-def test_under_autocast_gradients_are_close_and_the_peak_is_lower(batch, method, lora_dropout):
+@pytest.mark.parametrize("method, dropout", KINDS)
+def test_under_autocast_gradients_are_close_and_the_peak_is_lower(batch, method, dropout):
     """bf16 has 8 bits: the sum in another order is another number, in the same direction."""
-    model = adapted_model(method, lora_dropout=lora_dropout)
+    model = adapted_model(method, dropout=dropout)
     (lean, lean_peak), (stock, stock_peak) = (step(model, *batch, form, "bf16") for form in (True, False))
     assert lean.keys() == stock.keys()
     assert all(lean[name].dtype == stock[name].dtype for name in stock)

@@ -11,28 +11,32 @@ from torch import nn
 import toolkit
 from toolkit.backbones import small_instance
 from toolkit.errors import InputError
-from toolkit.methods import merge, set_train_mode
-from toolkit.methods.allocation import RankAllocation, allocation_of
-from toolkit.methods.low_rank import four_bit_layers, quantise, unpacked_weight
+from toolkit.methods import Hooks, merge, set_train_mode
+from toolkit.methods.adalora import RankAllocation
+from toolkit.methods.lean import is_packed, unpacked_weight
+from toolkit.methods.qlora import quantise
 from toolkit.methods.targets import targets_of
 
 LOW_RANK = ("lora", "dora", "adalora", "qlora")
 ADAPTERS = (*LOW_RANK, "ia3", "lokr")
 
 
+def four_bit_layers(model):
+    """Packed layers by name; not peft's, which wrap them."""
+    return {name: module for name, module in model.named_modules() if is_packed(module)}
+
+
 def trained(model, batch, steps=4, lr=1e-2):
     """`model` after some steps, ranks moved where the method moves them."""
     set_train_mode(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
-    allocation = allocation_of(model)
-    if allocation:
-        allocation.begin(steps)
+    hooks = RankAllocation(model) if hasattr(model.base_model, "rankallocator") else Hooks()
+    hooks.begin(steps)
     for step in range(steps):
         loss = F.cross_entropy(model(batch[0]), batch[1])
-        (loss + allocation.penalty() if allocation else loss).backward()
+        (loss + (hooks.penalty() or 0)).backward()
         optimizer.step()
-        if allocation:
-            allocation.update(step + 1)
+        hooks.after_step(step + 1)
         optimizer.zero_grad()
     return model.eval()
 
@@ -102,14 +106,16 @@ def test_merging_what_has_no_adapters(demo_model):
 
 
 def test_adalora_moves_ranks_until_they_add_up_to_the_target(few_digits):
-    experiment = toolkit.Experiment(method="adalora", epochs=6, batch_size=16, lora_rank=4, device="cpu")
+    experiment = toolkit.Experiment(
+        method="adalora", epochs=6, batch_size=16, options={"rank": 4}, device="cpu"
+    )
     toolkit.seed_everything(0)
     model = toolkit.adapt(toolkit.build_backbone("demo_vit", 10), "adalora", **experiment.method_options)
     assert all(
         p.shape == (6, 1) for n, p in model.named_parameters() if "lora_E" in n
     )  # 1.5 times the target
     result = toolkit.fit(model, few_digits, experiment)
-    ranks = allocation_of(model).ranks
+    ranks = RankAllocation(model).ranks
     assert len(ranks) == 16 and sum(ranks.values()) == 4 * 16 and len(set(ranks.values())) > 1
     values = {n: p for n, p in model.named_parameters() if "lora_E" in n}
     assert sum(int(p.count_nonzero()) for p in values.values()) == 4 * 16  # the others are off
@@ -119,19 +125,18 @@ def test_adalora_moves_ranks_until_they_add_up_to_the_target(few_digits):
 
 
 def test_the_schedule_follows_the_number_of_steps(demo_model):
-    allocation = allocation_of(demo_model("adalora"))
+    allocation = RankAllocation(demo_model("adalora"))
     allocation.begin(1000)
     config = allocation.config
     assert (config.tinit, config.tfinal, config.deltaT, config.total_step) == (100, 300, 10, 1000)
     with pytest.raises(InputError, match="at least 2"):
         allocation.begin(1)
-    assert allocation_of(demo_model("lora")) is None and allocation_of(demo_model("full")) is None
 
 
 def test_steps_that_overflow_do_not_spoil_the_scores(demo_model, batch):
     """A GradScaler skips them; a score that is no number once would be none for ever."""
-    model = demo_model("adalora", lora_rank=4)
-    allocation = allocation_of(model)
+    model = demo_model("adalora", rank=4)
+    allocation = RankAllocation(model)
     allocation.begin(10)
     for step in range(1, 11):
         (F.cross_entropy(model(batch[0]), batch[1]) + allocation.penalty()).backward()
@@ -141,15 +146,15 @@ def test_steps_that_overflow_do_not_spoil_the_scores(demo_model, batch):
                 if p.requires_grad:
                     p.grad.mul_(1 if finite else torch.inf)
                     p.sub_(0.05 * p.grad if finite else 0)
-        allocation.update(step, finite)
+        allocation.after_step(step, finite=finite)
         assert all(torch.isfinite(score).all() for score in allocation.tensors)
         model.zero_grad()
     assert sum(allocation.ranks.values()) == 4 * 16
 
 
 def test_ranks_move_down_to_one(demo_model, batch):
-    model = trained(demo_model("adalora", lora_rank=1), batch, steps=10)
-    assert sum(allocation_of(model).ranks.values()) == 16
+    model = trained(demo_model("adalora", rank=1), batch, steps=10)
+    assert sum(RankAllocation(model).ranks.values()) == 16
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -196,19 +201,19 @@ def test_allocation_goes_on_from_its_state(demo_model, batch):
                 for p in model.parameters():
                     if p.requires_grad:
                         p -= 0.05 * p.grad
-            allocation.update(step)
+            allocation.after_step(step)
             model.zero_grad()
 
     straight = demo_model("adalora").eval()
-    steps(straight, allocation_of(straight), range(1, 9))
+    steps(straight, RankAllocation(straight), range(1, 9))
     first = demo_model("adalora").eval()
-    steps(first, allocation_of(first), range(1, 5))
+    steps(first, RankAllocation(first), range(1, 5))
     second = demo_model("adalora").eval()
     second.load_state_dict(first.state_dict())
-    allocation = allocation_of(second)
-    allocation.load_state(allocation_of(first).state())
+    allocation = RankAllocation(second)
+    allocation.load_state(RankAllocation(first).state())
     steps(second, allocation, range(5, 9))
-    assert allocation.ranks == allocation_of(straight).ranks != {}
+    assert allocation.ranks == RankAllocation(straight).ranks != {}
     for name, value in straight.state_dict().items():
         assert torch.equal(value, second.state_dict()[name]), name
 
@@ -263,8 +268,8 @@ def test_four_bits_without_bitsandbytes(demo_model, monkeypatch):
 
 @pytest.mark.parametrize("method", LOW_RANK)
 def test_a_rank_above_what_a_layer_allows(demo_model, method):
-    with pytest.raises(InputError, match=r"lora_rank 97 .*above the 96 that blocks\.0\.attn\.qkv"):
-        demo_model(method, lora_rank=97)
+    with pytest.raises(InputError, match=r"rank 97 .*above the 96 that blocks\.0\.attn\.qkv"):
+        demo_model(method, rank=97)
 
 
 def test_targets_that_cannot_be_adapted():
@@ -289,7 +294,7 @@ def test_targets_that_cannot_be_adapted():
     with pytest.raises(InputError, match="0 has 40 inputs"):
         quantise(odd, ["0"], double_quantisation=False)
     Net.lora_targets = r"nothing"
-    with pytest.raises(InputError, match="lora_targets 'nothing' matches no module"):
+    with pytest.raises(InputError, match="targets 'nothing' matches no module"):
         toolkit.adapt(Net(), "lora")
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 import toolkit
 from toolkit.errors import InputError
-from toolkit.methods import DENSE_METHODS, METHODS, head_name
+from toolkit.methods import METHODS, head_name
 
 VIT_S, HEAD_100 = 21_665_664, 384 * 100 + 100
 
@@ -60,7 +60,7 @@ def test_lora_starts_as_the_identity(demo_model, batch):
     assert torch.equal(plain(batch[0]), adapted(batch[0]))
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in DENSE_METHODS])
+@pytest.mark.parametrize("method", [name for name, m in METHODS.items() if "classification" in m.tasks])
 def test_exactly_the_trainable_parameters_get_gradients(demo_model, batch, method):
     model = demo_model(method)
     model(batch[0]).sum().backward()
@@ -71,10 +71,10 @@ def test_exactly_the_trainable_parameters_get_gradients(demo_model, batch, metho
 def test_unknown_method_and_option():
     with pytest.raises(InputError, match=r"unknown method 'lorra'.*Did you mean 'lora'"):
         toolkit.adapt(vit_small(), "lorra")
-    with pytest.raises(InputError, match="lora_rnk"):
-        toolkit.adapt(vit_small(), "lora", lora_rnk=4)
+    with pytest.raises(InputError, match="Did you mean 'rank'"):
+        toolkit.adapt(vit_small(), "lora", rnk=4)
     with pytest.raises(InputError, match="option of method 'full'"):
-        toolkit.adapt(vit_small(), "full", lora_rank=4)
+        toolkit.adapt(vit_small(), "full", rank=4)
 
 
 def test_model_without_a_head():
@@ -86,15 +86,10 @@ def test_model_without_a_head():
         head_name(headless)
 
 
-def test_what_methods_take_and_mean():
-    """Names of options, and what "auto" means for batch norms: other modules go by them."""
-    assert set(METHODS["galore"].optimizer_options) == {
-        "galore_rank",
-        "galore_gap",
-        "galore_scale",
-        "galore_spectrum",
-    }
-    assert all("batch_norm" in method.options for method in METHODS.values())
+def test_what_auto_means_for_batch_norms():
     assert {name for name, method in METHODS.items() if method.batch_norm == "updated"} == {"full", "galore"}
+
+
+def test_tables_list_full_fine_tuning_last():
     names = [*METHODS]
-    assert names[-1] == "full" and names.index("galore") < names.index("full")
+    assert names[0] == "linear" and names[-1] == "full"

@@ -84,7 +84,7 @@ def test_taps_are_spread_evenly_and_include_the_last():
     assert [t.name for t in taps_of(model, survey, 4).taps] == names[1::2]
     assert [t.name for t in taps_of(model, survey, 1).taps] == names[-1:]
     assert [t.name for t in taps_of(model, survey, 8).taps] == names
-    with pytest.raises(InputError, match=r"side_taps is 9, .* 8 blocks .* choose 0 \(all\) to 8"):
+    with pytest.raises(InputError, match=r"taps is 9, .* 8 blocks .* choose 0 \(all\) to 8"):
         taps_of(model, survey, 9)
 
 

@@ -1,19 +1,19 @@
 """The presets that make the runs of `5_small_devices.ipynb`."""
 
 from toolkit.batch.sweep_file import check_count, preset
-from toolkit.methods import DENSE_METHODS, METHODS, SIDE_METHODS
+from toolkit.methods import METHODS
 
 
 def test_the_preset_runs_every_method_that_convolutions_allow():
     runs = preset("edge")
     methods = {run.method for run in runs if run.dataset == "digits-c:mixed:5"}
-    assert methods == set(METHODS) - {"qlora", *SIDE_METHODS, *DENSE_METHODS}
+    assert methods == {name for name, m in METHODS.items() if not m.frozen_backbone} - {"qlora"}
     assert {run.seed for run in runs} == {0, 1, 2} and len(runs) == len(set(runs)) <= 140
-    ranks = {run.lora_rank for run in runs if run.method == "lora" and run.batch_size == 64}
+    ranks = {run.options["rank"] for run in runs if run.method == "lora" and run.batch_size == 64}
     assert ranks == {1, 4, 8, 16, 64}
     galore = [run for run in runs if run.method == "galore" and run.batch_size == 64]
-    assert {run.galore_rank for run in galore} == {1, 4, 16, 32, 64}
-    assert {run.galore_gap for run in galore if run.galore_rank == 32} == {1, 5, 20, 50}
+    assert {run.options["rank"] for run in galore} == {1, 4, 16, 32, 64}
+    assert {run.options["gap"] for run in galore if run.options["rank"] == 32} == {1, 5, 20, 50}
 
 
 def test_the_papers_preset_needs_no_leave():

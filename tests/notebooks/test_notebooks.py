@@ -75,8 +75,8 @@ def test_pretraining_runs_at_toy_size(tmp_path, backbone, sources):
 @pytest.mark.long  # test_sweep_processes.py kills sweeps, test_training.py kills training
 def test_a_run_killed_in_the_middle_resumes_to_the_losses_of_an_unbroken_one(tmp_path, digits):
     """The kernel of the killed command ends, and the next sweep resumes."""
-    experiment = toolkit.Experiment(method="lora", epochs=2, lora_dropout=0.1)
-    flags = ["--method", "lora", "--epochs", "2", "--lora-dropout", "0.1"]
+    experiment = toolkit.Experiment(method="lora", epochs=2, options={"dropout": 0.1})
+    flags = ["--method", "lora", "--epochs", "2", "--dropout", "0.1"]
 
     folder = toolkit.run_folder(experiment, tmp_path / "runs")
     killed = subprocess.Popen(

@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolkit import analysis, plots
+from toolkit.budget import STRATEGIES
 from toolkit.methods import METHODS
 from toolkit.plots.runs import front_of
-from toolkit.plots.style import STRATEGY_MARKERS, method_colour
+from toolkit.plots.style import method_colour
 
 MIB = 2**20
 
@@ -31,9 +32,9 @@ FRAME = pd.DataFrame(
         row("full", 93, 20, 300),
         row("linear", 60, 4, 50),
         row("ia3", 58, 6, 90),
-        row("lora", 80, 10, 200, variant="rank 8", lora_rank=8),
-        row("lora", 75, 9, 190, variant="rank 2", lora_rank=2),
-        row("lora", 85, 12, 210, variant="rank 32", lora_rank=32, score_pct_half_width=np.nan),
+        row("lora", 80, 10, 200, variant="rank 8", rank=8),
+        row("lora", 75, 9, 190, variant="rank 2", rank=2),
+        row("lora", 85, 12, 210, variant="rank 32", rank=32, score_pct_half_width=np.nan),
         row("zero_shot", 50, 2, np.nan, backbone="clip"),
     ]
 )  # fmt: skip
@@ -54,12 +55,10 @@ def test_scores_are_drawn_over_each_cost_with_the_front():
 
 
 def test_strategies_have_markers_and_methods_colours():
-    frame = pd.DataFrame(
-        [row("lora", 80, 10 + n, checkpointing=name) for n, name in enumerate(STRATEGY_MARKERS)]
-    )
+    frame = pd.DataFrame([row("lora", 80, 10 + n, checkpointing=name) for n, name in enumerate(STRATEGIES)])
     (axes,) = plots.accuracy_against(frame, "memory").axes
     drawn = [bars.lines[0] for bars in axes.containers]
-    assert [line.get_marker() for line in drawn] == list(STRATEGY_MARKERS.values())
+    assert [line.get_marker() for line in drawn] == [strategy.marker for strategy in STRATEGIES.values()]
     assert {line.get_color() for line in drawn} == {method_colour("lora")}
     assert len({method_colour(method) for method in METHODS}) == len(METHODS)
 
@@ -84,7 +83,7 @@ def test_every_data_set_and_environment_has_panels_of_its_own():
 
 
 def test_nothing_to_draw_is_said():
-    for figure in (plots.accuracy_against(pd.DataFrame(), "memory"), plots.over_option(FRAME, "galore_gap")):
+    for figure in (plots.accuracy_against(pd.DataFrame(), "memory"), plots.over_option(FRAME, "gap")):
         assert figure.axes[0].texts[0].get_text().startswith("no ")
 
 
@@ -103,9 +102,9 @@ def test_front_is_its_definition(rows):
 
 
 def test_curves_over_an_option_join_rows_that_differ_in_nothing_else():
-    other = row("lora", 99, 30, 999, lora_rank=16, batch_size=16)
+    other = row("lora", 99, 30, 999, rank=16, batch_size=16)
     frame = pd.concat([FRAME.assign(batch_size=64), pd.DataFrame([other])], ignore_index=True)
-    left, right = plots.over_option(frame, "lora_rank").axes
+    left, right = plots.over_option(frame, "rank").axes
     (lora,) = left.containers
     assert lora.lines[0].get_xydata().tolist() == [[2, 75], [8, 80], [32, 85]]
     assert right.lines[0].get_xydata().tolist() == [[2, 190], [8, 200], [32, 210]]

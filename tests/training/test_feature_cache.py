@@ -21,10 +21,7 @@ from toolkit.backbones.demo import DATA_CONFIG
 from toolkit.budget.step import autocast
 from toolkit.datasets import Policy, in_memory, loader
 from toolkit.errors import InputError
-from toolkit.methods import set_train_mode
-from toolkit.methods.losa import losa
-from toolkit.methods.lst import lst
-from toolkit.methods.trainable import linear
+from toolkit.methods import METHODS, set_train_mode
 from toolkit.training import feature_cache
 from toolkit.training.feature_cache import (
     STORED,
@@ -37,7 +34,6 @@ from toolkit.training.feature_cache import (
 )
 
 SPLITS = ("train", "val", "test")
-METHODS = {"losa": losa, "lst": lst, "linear": linear}
 
 
 def tiny():
@@ -49,9 +45,8 @@ def tiny():
 
 def build(method="losa", backbone="tiny", seed=0, **options):
     toolkit.seed_everything(seed)
-    if backbone == "tiny":
-        return METHODS[method](tiny(), **options)
-    return METHODS[method](toolkit.build_backbone(backbone, 10, pretrained=False), **options)
+    model = tiny() if backbone == "tiny" else toolkit.build_backbone(backbone, 10, pretrained=False)
+    return METHODS[method].apply(model, METHODS[method].options(**options))
 
 
 @pytest.fixture
@@ -180,7 +175,7 @@ def losses(model, batches_of, call, epochs=2):
     return found
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["losa", "lst", "linear"])
 def test_training_through_the_cache_gives_the_losses_of_training_without(cached, few_digits, method):
     """Digits are not augmented, so the only difference is the rounding of batches of another size."""
     plain = build(method)
@@ -270,7 +265,7 @@ def test_the_key_changes_with_all_that_features_depend_on(few_digits):
         "precision": key(precision="bf16"),
         "preprocessing": key(resized),
         "data": key(splits=renamed),
-        "features": key(build(side_taps=1)),
+        "features": key(build(taps=1)),
     }
     for name, other in others.items():
         changed = {part for part in usual if other[part] != usual[part]}
@@ -297,8 +292,8 @@ def test_a_frozen_buffer_is_part_of_the_key_and_the_head_is_not(few_digits):
 @pytest.mark.long
 def test_packed_weights_are_part_of_the_key(few_digits):
     pytest.importorskip("bitsandbytes")
-    plain, packed = (build(backbone="demo_vit", four_bit_backbone=packed) for packed in (False, True))
-    again = build(backbone="demo_vit", four_bit_backbone=True)
+    plain, packed = (build(backbone="demo_vit", four_bit=packed) for packed in (False, True))
+    again = build(backbone="demo_vit", four_bit=True)
     keys = [cache_key(model, few_digits, layout_of(model, "fp32")) for model in (plain, packed, again)]
     assert keys[0]["weights"] != keys[1]["weights"] and keys[1] == keys[2]
 
@@ -351,7 +346,6 @@ SCRIPT = """
 import sys, numpy, toolkit
 from pathlib import Path
 from toolkit.training.feature_cache import cached_features
-from toolkit.methods.trainable import linear
 toolkit.seed_everything(0)
 model = linear(toolkit.build_backbone("demo_vit", 10, pretrained=False))
 digits = toolkit.load_dataset("digits")
@@ -390,7 +384,7 @@ def test_features_above_the_budget_are_refused_before_any_is_computed(cached, tm
         InputError, match=r"take .*MiB, more than .*feature_cache; allow more, tap fewer"
     ) as e:
         cached(model, budget_bytes=need - 1)
-    assert "side_taps" in str(e.value) and "feature_cache=''" in str(e.value)
+    assert "(taps)" in str(e.value) and "feature_cache=0" in str(e.value)
     assert not (tmp_path / "features").exists()
 
 
@@ -433,7 +427,7 @@ def test_a_model_that_does_not_end_in_its_classifier_is_refused(cached):
     model = tiny()
     model.__class__ = Softened
     with pytest.raises(InputError, match="Softened does not end in its classifier"):
-        cached(linear(model))
+        cached(METHODS["linear"].apply(model))
 
 
 def test_features_that_are_not_finite_are_refused(cached, tmp_path):

@@ -35,10 +35,10 @@ def test_record_round_trip(finished, tmp_path):
     assert row.train_peak_bytes == result.peak_bytes
     assert row.train_seconds == result.train_seconds
     assert (
-        toolkit.Experiment(
+        toolkit.Experiment.flat(
             **{
                 name: row[name].item() if hasattr(row[name], "item") else row[name]
-                for name in experiment.to_dict()
+                for name in experiment.flat_dict()
             }
         )
         == experiment
@@ -71,7 +71,7 @@ def test_provenance_is_complete(finished):
     ):  # fmt: skip
         assert name in record.env
     assert record.packages["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert record.run["schema_version"] == 5 and record.config["seed"] == 0
+    assert record.run["schema_version"] == 6 and record.config["seed"] == 0
     assert len(record.quality["weights_sha256"]) == 64 and record.memory["memory_source"]
     assert record.data["train_sha256"] != record.data["test_sha256"]
     assert record.energy["energy_joules"] is None and "no GPU" in record.missing["energy_joules"]
@@ -205,11 +205,12 @@ def test_older_runs_have_the_defaults_of_parameters_that_came_later(finished, tm
     record, *_ = finished
     path = record.save(tmp_path / "old")
     content = json.loads(path.read_text())
-    del content["config"]["batch_norm"]
-    content["config"] |= {"method": "full", "lora_rank": 4}
+    del content["config"]["batch_norm"], content["config"]["options"]
+    content["config"] |= {"method": "galore", "lora_rank": 4, "galore_rank": 16, "budget": "1000"}
     path.write_text(json.dumps(content))
-    (row,) = toolkit.load_records(tmp_path).itertuples()
-    assert (row.batch_norm, row.method, row.lora_rank) == ("auto", "full", 8)
+    (row,) = toolkit.load_records(tmp_path).to_dict("records")
+    assert (row["batch_norm"], row["method"], row["rank"], row["gap"]) == ("auto", "galore", 16, 50)
+    assert row["budget"] == 1000 and "lora_rank" not in row and "options" not in row
 
 
 def test_no_records_is_an_empty_frame(tmp_path):

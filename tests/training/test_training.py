@@ -198,20 +198,20 @@ def test_resume_after_a_kill_is_bit_identical(
     """Three steps an epoch; killed in the first epoch, at an epoch's end, after it, and in the third."""
     e = experiment(
         method="lora",
-        lora_dropout=0.2,
+        options={"dropout": 0.2},
         epochs=3,
         precision=precision,
         checkpointing="threshold",
         budget="14 MiB",
     )
-    reference = demo_model("lora", lora_dropout=0.2)
+    reference = demo_model("lora", dropout=0.2)
     expected = toolkit.fit(reference, few_digits, e)
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
         stop_after(patch, killed_at)
-        toolkit.fit(demo_model("lora", lora_dropout=0.2), few_digits, e, folder=tmp_path, snapshot_seconds=0)
+        toolkit.fit(demo_model("lora", dropout=0.2), few_digits, e, folder=tmp_path, snapshot_seconds=0)
     torch.rand(7)  # whatever the new process does before it resumes
-    model = demo_model("lora", lora_dropout=0.2)
+    model = demo_model("lora", dropout=0.2)
     result = toolkit.fit(model, few_digits, e, folder=tmp_path, snapshot_seconds=0)
 
     assert result.resumes == 1 and result.steps == 9
@@ -466,7 +466,7 @@ def test_fit_trains_a_model_of_ones_own(few_digits):
         def forward(self, x):
             return x + self.mlp(self.norm(x)).relu()
 
-    model = toolkit.adapt(Net(), "lora", lora_rank=2)
+    model = toolkit.adapt(Net(), "lora", rank=2)
     result = toolkit.fit(model, few_digits, experiment(epochs=1, checkpointing="static", backbone="mine"))
     assert result.status == "ok" and result.checkpointed_blocks == 3
 

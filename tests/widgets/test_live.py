@@ -134,19 +134,19 @@ def pause_then_interrupt(view):
 
 
 def test_a_stopped_run_resumes_bit_for_bit(demo_model, few_digits, every_step, tmp_path):
-    e = experiment(method="lora", lora_dropout=0.2)
-    reference = demo_model("lora", lora_dropout=0.2)
+    e = experiment(method="lora", options={"dropout": 0.2})
+    reference = demo_model("lora", dropout=0.2)
     toolkit.fit(reference, few_digits, e)
     expected = reference.state_dict()
 
     for stop in (stop_at_once, pause_then_stop, pause_then_interrupt):
         view, folder = Scripted(), tmp_path / stop.__name__
         view.script = {2: functools.partial(stop, view)}
-        model = demo_model("lora", lora_dropout=0.2)
+        model = demo_model("lora", dropout=0.2)
         result = toolkit.fit(model, few_digits, e, folder=folder, view=view)
         assert (result.status, result.steps) == ("interrupted", 2), stop.__name__
         assert view.message.startswith("stopped after step 2 of 6") and "is saved" in view.message
-        model, again = demo_model("lora", lora_dropout=0.2), Scripted()
+        model, again = demo_model("lora", dropout=0.2), Scripted()
         assert toolkit.fit(model, few_digits, e, folder=folder, view=again).status == "ok"
         assert [p.step for p in again.seen] == [3, 4, 5, 6]
         trained = model.state_dict()

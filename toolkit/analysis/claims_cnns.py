@@ -38,6 +38,7 @@ CNNS = "(small:)?(demo_cnn|resnet|mobilenet)"  # backbones that make a run one o
 MOBILE = "mobilenet|demo_cnn"  # those with depthwise convolutions
 NEAR = 5.0  # points: what counts as the published figure
 OUR_GAP, AUTHORS_GAP = 50, 200  # our default, and that of the code of GaLore's authors
+OUR_RANK = 32  # of GaLore's subspaces, our default
 AT_224 = "224 px, ten classes, rank 1; counted on fake tensors"
 
 
@@ -71,8 +72,8 @@ def _count_costs() -> list[dict]:
 
 
 def _costs(backbone: str, method: str, batch_size: int) -> StepCosts:
-    gap = {"galore_gap": OUR_GAP} if method == "galore" else {}
-    return step_costs(backbone, method, batch_size=batch_size, **gap, **PUBLISHED_SETTING)
+    own = {"gap": OUR_GAP, "rank": OUR_RANK} if method == "galore" else PUBLISHED_SETTING
+    return step_costs(backbone, method, batch_size=batch_size, **own)
 
 
 def _change(backbone: str, method: str, other: str, batch_size: int, figure: str) -> float:
@@ -127,7 +128,7 @@ def _galore_flops(batch_size: int) -> dict:
         held = held and all(10 <= value <= 30 for value in more.values())
         ours.append(f"{backbone} {', '.join(f'{_percent(v)} at gap {gap}' for gap, v in more.items())}")
     text = "GaLore takes 10 to 30 % more FLOPs than full fine-tuning, because of its SVD."
-    where = f"batch {batch_size}, rank 32, 224 px, ten classes; counted from shapes"
+    where = f"batch {batch_size}, rank {OUR_RANK}, 224 px, ten classes; counted from shapes"
     why = "SVD and projections are made once per step; the paper's gap and rank are not known"
     return _counted(text, where, ours, held, why)
 
@@ -230,10 +231,10 @@ def _judge_swing(part: pd.DataFrame) -> Evidence:
 def _judge_rank(part: pd.DataFrame) -> Evidence:
     """Each rank of LoRA against the next higher one, paired by seed."""
     lora = part[part.method == "lora"]
-    ranks = sorted(lora.lora_rank.dropna().unique())
+    ranks = sorted(lora["rank"].dropna().unique())
     steps = []
     for low, high in itertools.pairwise(ranks):
-        table = differences(lora[lora.lora_rank.isin((low, high))], "score_pct", {"lora_rank": low})
+        table = differences(lora[lora["rank"].isin((low, high))], "score_pct", {"rank": low})
         steps += [
             row | {"ranks": f"{low:g} to {high:g}"} for row in table.to_dict("records") if row["n"] >= ENOUGH
         ]

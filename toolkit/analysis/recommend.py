@@ -7,7 +7,7 @@ tell the methods apart, so the one that takes less memory is chosen, and the oth
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -58,10 +58,11 @@ def _flops(run: pd.Series) -> tuple[float, float]:
     phases = [run.get(f"{phase}_flops_per_image") for phase in ("forward", "backward", "recompute")]
     if any(pd.isna(phase) for phase in phases):
         return float("nan"), float("nan")
-    types = {"int": int, "float": float, "bool": bool, "str": str}
-    own = {f.name: types[f.type](run[f.name]) for f in fields(Experiment) if pd.notna(run.get(f.name))}
+    types = {"int": int, "float": float, "bool": bool, "str": str, "Size": int}
+    kinds = {name: types[kind] for name, kind in Experiment.flat_types().items()}
+    own = {name: kind(run[name]) for name, kind in kinds.items() if pd.notna(run.get(name))}
     # What the optimizer does depends on the weights alone, wherever the run was.
-    experiment = Experiment(**own | {"device": "cpu", "precision": "fp32"})
+    experiment = Experiment.flat(**own | {"device": "cpu", "precision": "fp32"})
     optimizer = optimizer_flops(step_of(experiment, int(run.n_classes)).optimizer).per_step
     return float(sum(phases)) * int(run.batch_size) + optimizer, float(optimizer)
 

@@ -53,7 +53,7 @@ def read(folder: Path | str = "") -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def runs_of(records: pd.DataFrame, experiments: Iterable[Experiment]) -> pd.DataFrame:
     """The rows of `records` that are runs of `experiments`, on any device."""
-    wanted = pd.DataFrame([experiment.to_dict() for experiment in experiments])
+    wanted = pd.DataFrame([experiment.flat_dict() for experiment in experiments])
     keys = [
         "seed",
         *(name for name in parameters() if name in wanted and name in records and name != "device"),

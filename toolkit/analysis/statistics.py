@@ -19,7 +19,7 @@ from toolkit.baselines.registry import PROTOCOLS
 from toolkit.budget import STRATEGIES
 from toolkit.datasets.tasks import TASKS
 from toolkit.errors import InputError, check_name
-from toolkit.experiment import Experiment
+from toolkit.experiment import Experiment, option_fields
 from toolkit.measure.quantities import QUANTITIES, Quantity, register
 from toolkit.measure.scores import hypervolume, pareto_rank
 from toolkit.methods import METHODS
@@ -34,10 +34,11 @@ ROUNDING = 1e-9  # half width of an interval that is nothing but rounding of equ
 
 
 def parameters() -> list[str]:
-    """Columns of records that hold parameters of experiments, but for the seed."""
+    """Columns of records that hold parameters and options of experiments, but for the seed."""
     names = [f.name for kind in (Experiment, BaselineExperiment) for f in dataclasses.fields(kind)]
     # Records hold a baseline and its protocol under `backbone` and `method`.
-    hidden = ("seed", "baseline", "protocol", "budget")
+    hidden = ("seed", "baseline", "protocol", "budget", "options")
+    names += option_fields()
     return ["budget_bytes", *(name for name in dict.fromkeys(names) if name not in hidden)]
 
 
@@ -236,6 +237,8 @@ def differences(records: pd.DataFrame, quantity: str, against: Mapping[str, obje
     parts = []
     for method, runs in ok.groupby("method", sort=False):
         own = _own_options(method, against["method"]) if "method" in against else set()
+        if "checkpointing" in against:
+            own |= {name for strategy in STRATEGIES.values() for name in strategy.names()}
         own = {name for name in own & set(by) if ok.loc[partners, name].nunique(dropna=False) == 1}
         own |= {"lr"} if one_lr else set()
         key = [name for name in by if name not in own and name not in against] + ["seed"]
@@ -256,9 +259,9 @@ def _own_options(method: str, other: str) -> set[str]:
     """Parameters that need not be alike in runs of two methods."""
     if method == other or not {method, other} <= set(METHODS):
         return set()
-    options = {name: {*m.options, *m.optimizer_options} for name, m in METHODS.items()}
-    shared = options[method] & options[other]
-    return set().union(*options.values()) - shared | {"batch_norm"}  # "auto" differs between methods
+    # Two methods share an option if it is declared once for both.
+    shared = {name for name, owners in option_fields().items() if owners.get(method, 0) is owners.get(other)}
+    return {*option_fields()} - shared | {"batch_norm"}  # "auto" differs between methods
 
 
 def _is_cost(quantity: str) -> bool:

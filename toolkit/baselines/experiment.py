@@ -9,8 +9,8 @@ from typing import ClassVar
 from toolkit.baselines.registry import FORMS, FOUR_BIT_FORMS, Baseline, baseline_named
 from toolkit.budget import format_bytes
 from toolkit.datasets import task_of
-from toolkit.errors import InputError, check_name
-from toolkit.experiment import Parameters
+from toolkit.errors import InputError, check_name, option
+from toolkit.experiment import Parameters, Size
 
 DRAWN = ("linear_grid", "likelihood")  # protocols that draw random numbers
 
@@ -27,10 +27,11 @@ class BaselineExperiment(Parameters):
     protocol: str = ""  # see `baselines.PROTOCOLS`; empty: the first of the family
     source: str = ""  # a folder with the files of the hub repository; empty: the hub
     form: str = "auto"  # of the weights: fp32 | bf16 | fp16 | nf4 | nf4_pruned; auto: see `form_and_batch`
-    budget: str = "2GB"  # limit on device memory; stored as whole bytes
-    batch_size: int = 64  # most images at a time; fewer if the budget requires it
-    image_size: int = 224  # pixels a side, for frozen features (demo_vit: always 32)
-    seed: int = 0  # of linear_grid, and of likelihood's validation images; 0 if nothing is drawn
+    budget: Size = "2GB"  # limit on device memory
+    batch_size: int = option(64, between=(1, 1_000_000))  # most images at a time; fewer if they do not fit
+    image_size: int = option(224, between=(16, 4096))  # pixels a side, for frozen features (demo_vit: 32)
+    # of linear_grid, and of likelihood's validation images; 0 if nothing is drawn
+    seed: int = option(0, between=(0, 2**31 - 1))
     device: str = "auto"  # stored as cpu or cuda
 
     def __post_init__(self) -> None:
@@ -56,7 +57,6 @@ class BaselineExperiment(Parameters):
                 raise InputError(f"source {self.source}: there is no such folder.")
         if self.protocol not in DRAWN:
             self._set("seed", 0)
-        self._check_ranges(batch_size=(1, 1_000_000), image_size=(16, 4096), seed=(0, 2**31 - 1))
 
     @property
     def entry(self) -> Baseline:

@@ -18,7 +18,7 @@ from torch import nn
 
 from toolkit.baselines import hub
 from toolkit.errors import InputError, check_name
-from toolkit.methods.low_rank import BLOCK_SIZES, quantise
+from toolkit.methods.qlora import BLOCK_SIZES, quantise
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from toolkit.budget import TensorMemory, format_bytes, parse_bytes, tensors_of
 from toolkit.budget.memory import rounded
 from toolkit.budget.step import on_fake_tensors
 from toolkit.errors import InputError, check_name
-from toolkit.methods.low_rank import BLOCK_SIZES
+from toolkit.methods.qlora import BLOCK_SIZES
 
 _PREFERENCE = {"cpu": ("fp32", "bf16", *FOUR_BIT_FORMS), "cuda": ("bf16", *FOUR_BIT_FORMS)}
 TOKENS_PER_CLASS = 2  # by CLIP's tokenizer the names of DTD have 1.96 on average, those of CIFAR-100 1.19

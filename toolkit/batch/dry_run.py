@@ -21,7 +21,7 @@ from toolkit.baselines.memory_estimate import form_and_batch
 from toolkit.baselines.prompts import class_names
 from toolkit.datasets import find_dataset, load_dataset
 from toolkit.errors import InputError, one_line
-from toolkit.experiment import Experiment, Parameters
+from toolkit.experiment import Experiment, Parameters, upgrade
 from toolkit.files import RUNS
 from toolkit.forecast.forecasts import FORECASTS, Forecast, forecasts
 from toolkit.measure.environment import device_name
@@ -187,7 +187,8 @@ def _finished(runs: Path) -> Iterator[tuple[Parameters, float]]:
         try:
             record = json.loads(path.read_bytes())
             kind = BaselineExperiment if record["run"]["phase"] == BaselineExperiment.phase else Experiment
-            e = kind(**{field.name: record["config"][field.name] for field in fields(kind)})
+            config = upgrade(record["config"]) if kind is Experiment else record["config"]
+            e = kind(**{field.name: config[field.name] for field in fields(kind)})
             notebook = json.loads((path.parent / f"{e.notebook}.ipynb").read_bytes())
             seconds = notebook["metadata"]["papermill"]["duration"]
             here = record["env"]["device_name"] == device_name(e.device)

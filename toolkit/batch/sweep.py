@@ -52,8 +52,11 @@ DEFAULT_COMPARISON = {
 
 
 def grid(kind: type[Parameters] = Experiment, **values: Iterable) -> list[Parameters]:
-    """The experiments (of class `kind`) of all combinations, the last parameter varying fastest."""
-    return [kind(**dict(zip(values, combination))) for combination in itertools.product(*values.values())]
+    """The experiments (of class `kind`) of all combinations, the last parameter varying fastest.
+
+    `values`: parameters, and options by their names, such as `rank=[2, 4]`.
+    """
+    return [kind.flat(**dict(zip(values, each))) for each in itertools.product(*values.values())]
 
 
 def check_runnable(experiments: Iterable[Parameters], runs: Path = RUNS) -> dict[str, Splits]:
@@ -83,7 +86,7 @@ def check_runnable(experiments: Iterable[Parameters], runs: Path = RUNS) -> dict
             check_fits_weights(model, e.budget_bytes)
             check_batch_norms(model, batch_sizes(e, len(splits.train)), data_config(model)["input_size"])
             if e.feature_cache:
-                checked_size(model, splits, int(e.feature_cache), e.precision)
+                checked_size(model, splits, e.feature_cache, e.precision)
     try:
         runs.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=runs):

@@ -14,14 +14,14 @@
       grid: {protocol: [logreg, knn]}
 
 At least one `grid` or list of `runs` is needed, all else is optional.  `grid` may also be a list of grids.
-Parameters are those of `Experiment`.
+Parameters are those of `Experiment` and, by their own names, the options of methods and strategies: a method
+ignores those of others.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
 from datetime import date
 from pathlib import Path
 from reprlib import repr as short
@@ -109,7 +109,7 @@ def _experiments(
     common = _parameters(kind, f"{at}common", section["common"]) if "common" in section else {}
     blocks = []  # of lists, whose product is taken; a single run is a product too
     for where, one in _grids(at, section):
-        lists = _mapping(where, one, _types(kind))
+        lists = _mapping(where, one, kind.flat_types())
         for name, values in lists.items():
             for value in _filled(f"{where}.{name}", values, list):
                 _check_value(kind, f"{where}.{name}", name, value)
@@ -151,10 +151,10 @@ def _without(exclusions: dict[str, dict], experiments: list[Parameters]) -> list
     excluded = set()
     for where, exclusion in exclusions.items():
         if "budget" in exclusion:  # as experiments store it
-            exclusion = exclusion | {"budget": str(parse_bytes(exclusion["budget"]))}
-        matched = {e for e in experiments if all(getattr(e, n) == v for n, v in exclusion.items())}
+            exclusion = exclusion | {"budget": parse_bytes(exclusion["budget"])}
+        matched = {e for e in experiments if exclusion.items() <= e.flat_dict().items()}
         if not matched:
-            known = {name: {getattr(e, name) for e in experiments} for name in exclusion}
+            known = {name: {e.flat_dict().get(name) for e in experiments} for name in exclusion}
             there = "; ".join(f"{name} is {short(values)}" for name, values in known.items())
             raise InputError(f"{where} matches no experiment: in this file {there}.  Mend or remove it.")
         excluded |= matched
@@ -176,10 +176,6 @@ def _seeds(sweep: dict) -> Sequence[int] | None:
     if len(set(map(str, seeds))) < len(seeds):
         raise InputError(f"seeds has the same one twice, {short(seeds)}; remove it.")
     return seeds
-
-
-def _types(kind: type[Parameters]) -> dict[str, str]:
-    return {field.name: field.type for field in fields(kind)}
 
 
 def _one_each(parameters: dict) -> dict[str, list]:
@@ -210,14 +206,14 @@ def _numbered(at: str, section: dict, key: str) -> list[tuple[str, object]]:
 
 
 def _parameters(kind: type[Parameters], where: str, value: object) -> dict:
-    for name, one in _mapping(where, value, _types(kind)).items():
+    for name, one in _mapping(where, value, kind.flat_types()).items():
         _check_value(kind, f"{where}.{name}", name, one)
     return value
 
 
 def _check_value(kind: type[Parameters], where: str, name: str, value: object) -> None:
     """Refuse what YAML makes of a value that was meant otherwise; the experiment checks all else."""
-    expected = _types(kind)[name]
+    expected = kind.flat_types()[name]
     if isinstance(value, (list, dict)):
         raise InputError(f"{where} must be one value, got {short(value)}; a list of values belongs in grid.")
     if value is None:

@@ -14,7 +14,7 @@ Other rooms register what they know: operators' workspaces (`memory.register_wor
 
 from toolkit.budget.auto import AutoCheckpoint, auto_checkpoint, untracked_bytes
 from toolkit.budget.blocks import find_blocks
-from toolkit.budget.checkpointing import STRATEGIES, Checkpointing
+from toolkit.budget.checkpointing import STRATEGIES, Checkpointing, Strategy, register_strategy
 from toolkit.budget.lean import LeanForms
 from toolkit.budget.memory import (
     CudaMemory,
@@ -38,6 +38,7 @@ __all__ = [
     "LeanForms",
     "Plan",
     "Planner",
+    "Strategy",
     "TensorMemory",
     "auto_checkpoint",
     "device_memory",
@@ -46,6 +47,7 @@ __all__ = [
     "is_out_of_memory",
     "parse_bytes",
     "plan",
+    "register_strategy",
     "release_failed_backward",
     "tensors_of",
     "untracked_bytes",

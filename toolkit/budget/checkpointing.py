@@ -1,24 +1,22 @@
-"""Which blocks drop their activations and compute them again in the backward pass.
+"""Strategies of gradient checkpointing: which blocks drop their activations and recompute them in backward.
 
-* `none`: no block.
-* `static`: every block, what `set_grad_checkpointing(True)` of the model libraries does.
-* `threshold`: the adaptive rule of arXiv 2607.02158, read off its code.  On entering a block, if the
-  bytes allocated right then reach `threshold * budget`, this block is checkpointed, otherwise not.
-  Kept faithful, with its weakness: it looks at memory before the block and never at what backward
-  will need, so **nothing guarantees the budget**.
+A strategy is one class: its fields are its options, and it decides on entering a block.  `register_strategy`
+makes it known by its name to `Experiment`, forecasts, the training loop and plots.  "planned" is ours; it
+does not decide block by block, see `plan` and `auto`.
 
-The fourth strategy, `planned`, is ours: see `plan` and `auto`.
-
-Recomputation is torch's non-reentrant `checkpoint`: equal losses and gradients, frozen parameters
-and autocast included.  Batch norms update their running statistics in the first pass only; torch alone
-would do it again in the second.
+Recomputation is torch's non-reentrant `checkpoint`: losses and gradients stay equal, with frozen parameters
+and under autocast.  Batch norms update their running statistics in the first pass only; torch alone would do
+it again in the second.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import warnings
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -26,33 +24,110 @@ from torch.utils.checkpoint import checkpoint
 
 from toolkit.budget.blocks import find_blocks
 from toolkit.budget.memory import DeviceMemory
-from toolkit.errors import check_name
+from toolkit.errors import Options, check_name, option
 
-RULES = ("none", "static", "threshold")
-STRATEGIES = (*RULES, "planned")
+
+@dataclass(frozen=True)
+class Strategy(Options):
+    """Decides which blocks are checkpointed; the fields of a subclass are its options."""
+
+    name: ClassVar[str] = ""
+    label: ClassVar[str] = ""  # in figures and tables
+    marker: ClassVar[str] = "o"  # of matplotlib
+    plans: ClassVar[bool] = False  # keeps the budget by a plan, and decides nothing block by block
+    reads_memory: ClassVar[bool] = False  # the decision needs the allocated bytes at every block
+
+    def limit_bytes(self, budget_bytes: int) -> float | None:
+        """Blocks that start with this many bytes allocated, or more, are checkpointed.
+
+        None for a strategy that decides otherwise, by its own `checkpoints`.
+        """
+        return None
+
+    def checkpoints(self, block: str, allocated_bytes: int, budget_bytes: int) -> bool:
+        """Whether the block of this name, entered with so much memory allocated, is checkpointed."""
+        return allocated_bytes >= self.limit_bytes(budget_bytes)
+
+
+@dataclass(frozen=True)
+class NoCheckpointing(Strategy):
+    """Keep all activations."""
+
+    name, label, marker = "none", "none", "o"
+
+    def limit_bytes(self, budget_bytes: int) -> float:
+        return math.inf
+
+
+@dataclass(frozen=True)
+class Static(Strategy):
+    """Checkpoint every block, as `set_grad_checkpointing(True)` of the model libraries does."""
+
+    name, label, marker = "static", "static", "s"
+
+    def limit_bytes(self, budget_bytes: int) -> float:
+        return 0
+
+
+@dataclass(frozen=True)
+class Threshold(Strategy):
+    """The adaptive rule of arXiv 2607.02158, read off its code.
+
+    A block is checkpointed if `tau * budget` bytes or more are allocated on entering it.  Reproduced with its
+    weakness: it looks at memory before the block and never at what backward will need, so nothing guarantees
+    the budget.
+    """
+
+    name, label, marker = "threshold", "threshold", "^"
+    reads_memory = True
+
+    tau: float = option(0.55, "fraction of the budget from which on blocks are checkpointed", between=(0, 1))
+
+    def limit_bytes(self, budget_bytes: int) -> float:
+        return self.tau * budget_bytes
+
+
+@dataclass(frozen=True)
+class Planned(Strategy):
+    """The fastest plan whose peak stays below the budget at every moment of the step."""
+
+    name, label, marker = "planned", "planned", "D"
+    plans = True
+
+
+STRATEGIES: dict[str, type[Strategy]] = {}
+
+
+def register_strategy(strategy: type[Strategy]) -> type[Strategy]:
+    """Make a strategy known by its name; also as a decorator."""
+    STRATEGIES[strategy.name] = strategy
+    return strategy
+
+
+for _strategy in (NoCheckpointing, Static, Threshold, Planned):
+    register_strategy(_strategy)
 
 
 class Checkpointing:
     """Wraps the blocks of `model` until `remove()`, or as a context manager.
 
-    `budget_bytes`, `threshold` and `memory` matter to the strategy `threshold` only.
-    `checkpointed` holds the names of the blocks that the latest forward pass checkpointed.
+    `strategy`: a name, or a `Strategy` with its options.  `checkpointed` holds the names of the blocks that
+    the latest forward pass checkpointed.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        strategy: str,
-        *,
-        memory: DeviceMemory,
-        budget_bytes: int,
-        threshold: float = 0.55,
+        self, model: nn.Module, strategy: str | Strategy, *, memory: DeviceMemory, budget_bytes: int
     ):
-        self.strategy = check_name("checkpointing strategy", strategy, RULES)
+        if isinstance(strategy, str):
+            names = [name for name, known in STRATEGIES.items() if not known.plans]
+            strategy = STRATEGIES[check_name("checkpointing strategy", strategy, names)]()
+        self.strategy = strategy
         self.memory = memory
-        self.threshold_bytes = threshold * budget_bytes
+        self.budget_bytes = budget_bytes
         self.checkpointed: set[str] = set()
-        self.blocks = {} if strategy == "none" else find_blocks(model)
+        # Some models have no blocks, and without checkpointing none are needed.
+        never = strategy.limit_bytes(budget_bytes) == math.inf
+        self.blocks = {} if never else find_blocks(model)
         _warn_if_few(model, self.blocks)
         for name, block in self.blocks.items():
             block.forward = functools.partial(self._run, name, block, block.forward)
@@ -61,7 +136,7 @@ class Checkpointing:
         self.checkpointed.discard(name)
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        if self.strategy == "threshold" and self.memory.allocated_bytes < self.threshold_bytes:
+        if not self.strategy.checkpoints(name, self.memory.allocated_bytes, self.budget_bytes):
             return forward(*args, **kwargs)
         self.checkpointed.add(name)
         contexts = functools.partial(_first_pass_and_recomputation, block)
@@ -105,7 +180,7 @@ def _running_statistics_kept(block: nn.Module):
 
 
 def _warn_if_few(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
-    """Say so where the blocks are a small part of the model: little can be saved then."""
+    """Warn where the blocks are a small part of the model, so that little can be saved."""
     total = sum(p.numel() for p in model.parameters())
     inside = sum(p.numel() for block in blocks.values() for p in block.parameters())
     if blocks and inside < total / 2:

@@ -19,8 +19,7 @@ import yaml
 from tqdm.auto import tqdm
 
 from toolkit import cache as explorer_cache
-from toolkit.budget import Plan, format_bytes, parse_bytes
-from toolkit.budget.checkpointing import RULES
+from toolkit.budget import STRATEGIES, Plan, format_bytes, parse_bytes
 from toolkit.budget.memory import CARDS_BYTES
 from toolkit.errors import InputError
 from toolkit.experiment import Experiment
@@ -97,7 +96,10 @@ class Explorer:
     """
 
     def __init__(self, experiment: Experiment, num_classes: int, folder: Path = ANSWERS):
-        self.experiment = replace(experiment, checkpointing="planned")
+        self.experiment = experiment.variant(checkpointing="planned")
+        rules = [name for name, strategy in STRATEGIES.items() if not strategy.plans]
+        # With the options that `experiment` has for its own.
+        self._rules = [experiment.variant(checkpointing=name).strategy for name in rules]
         self._training = TrainingStep(self.experiment, num_classes)
         self.num_classes, self.folder = num_classes, folder
         self._plans: dict[int, Plan] = {}
@@ -184,7 +186,7 @@ class Explorer:
             raise InputError(f"parameters cannot be written to {path}: it is a folder; name a file in it.")
         size = parse_bytes(budget)
         self._answer(size)
-        chosen = replace(self.experiment, budget=str(size))
+        chosen = replace(self.experiment, budget=size)
         # Not json.dumps: it writes 5e-05, which YAML takes for text.
         write_atomically(path, yaml.safe_dump(chosen.to_dict(), sort_keys=False).encode())
         notebook, output = NOTEBOOKS / "finetune.ipynb", path.with_suffix(".ipynb")
@@ -229,7 +231,7 @@ class Explorer:
         training = self._training.of_images(images)
         e = replace(self.experiment, batch_size=images, micro_batch_size=0)  # all images in one pass
         peaks = {
-            strategy: training.by_rule(replace(e, checkpointing=strategy)).peak_bytes
+            strategy: training.by_rule(e.variant(checkpointing=strategy)).peak_bytes
             for strategy in ("none", "static")
         }
         peaks["planned"] = training.planner.smallest_bytes()
@@ -245,7 +247,7 @@ class Explorer:
         for size in tqdm(self._micro_batch_sizes(), desc="profiling", unit="size", leave=False):
             self._training.planner.chain(size, size == self.experiment.batch_size)
         smallest = self._training.smallest_bytes(self.experiment.micro_batch_size)
-        plain = self._training.by_rule(replace(self.experiment, checkpointing="none"))
+        plain = self._training.by_rule(self.experiment.variant(checkpointing="none"))
         self._range = smallest, max(smallest, plain.peak_bytes)
         for stop in tqdm(self.stops, desc="budgets", unit="budget", leave=False):
             self._answer(stop)
@@ -264,9 +266,10 @@ class Explorer:
     def _answer(self, size: int) -> tuple[list[dict], StepPicture]:
         if size not in self._answers:
             plan = self.plan(size)
-            e = replace(self.experiment, budget=str(size))
-            rules = [(rule, self._training.by_rule(replace(e, checkpointing=rule))) for rule in RULES]
-            found = [*rules, ("planned", Forecast.of_plan(plan))]
+            found = [
+                (e.checkpointing, self._training.by_rule(replace(e, budget=size))) for e in self._by_rule()
+            ]
+            found.append(("planned", Forecast.of_plan(plan)))
             rows = [_row(strategy, forecast) for strategy, forecast in found]
             self._answers[size] = rows, picture_of(plan, self._without)
         return self._answers[size]
@@ -278,8 +281,12 @@ class Explorer:
             **self._training.key,
             "asked": asked,
             "micro_batch_size": e.micro_batch_size,
-            "threshold": e.threshold,
+            "strategies": {other.checkpointing: asdict(other.strategy) for other in self._by_rule()},
         }
+
+    def _by_rule(self) -> list[Experiment]:
+        """The experiment under each strategy that decides block by block."""
+        return [self.experiment.variant(checkpointing=rule.name, **asdict(rule)) for rule in self._rules]
 
     def _keep(self) -> None:
         explorer_cache.write(self.folder, self._question("plans"), *self._to_keep())

@@ -25,10 +25,10 @@ from toolkit.datasets import find_dataset
 from toolkit.errors import InputError, one_line
 from toolkit.experiment import Experiment
 from toolkit.files import CACHE
-from toolkit.forecast.rules import RuleStep, rule_step
+from toolkit.forecast.rules import AtLimit, RuleStep, rule_step
 from toolkit.forecast.steps import Step, step_of
 from toolkit.measure.environment import PACKAGES, code_sha256, device_name, installed_packages
-from toolkit.methods import DENSE_METHODS, METHODS
+from toolkit.methods import METHODS
 from toolkit.model import check_fits_weights
 from toolkit.training.loop import held_bytes
 from toolkit.training.progress import live_notebook
@@ -150,7 +150,6 @@ class TrainingStep:
             "cached_features": bool(e.feature_cache),
             "method": e.method,
             **e.method_options,
-            **e.optimizer_options,
             "batch_size": e.batch_size,
             "precision": e.precision,
             "num_classes": self.num_classes,
@@ -159,8 +158,8 @@ class TrainingStep:
 
     def key_of(self, e: Experiment) -> dict:
         """All that the forecast of `e` depends on: not its seed, learning rate or epochs."""
-        key = self.key | {"budget": e.budget, "strategy": e.checkpointing, "micro_batch": e.micro_batch_size}
-        return key | ({"threshold": e.threshold} if e.checkpointing == "threshold" else {})
+        own = {"strategy": e.checkpointing, **asdict(e.strategy)}
+        return self.key | own | {"budget": e.budget, "micro_batch": e.micro_batch_size}
 
     def forecast(self, e: Experiment, folder: Path) -> Forecast:
         """The forecast of `e`, which has this step, from `folder` if it is there."""
@@ -222,12 +221,15 @@ class TrainingStep:
     def planner(self) -> Planner:
         return Planner(
             self.step.model, self.step.batch, loss=self.step.loss, optimizer=self.step.optimizer,
-            precision=self.experiment.precision, held_bytes=held_bytes(self.step.model, "planned"),
+            precision=self.experiment.precision, held_bytes=self._held_bytes(plans=True),
         )  # fmt: skip
+
+    def _held_bytes(self, plans: bool) -> int:
+        return held_bytes(self.step.model, self.step.hooks, plans)
 
     def _forecast(self, e: Experiment) -> Forecast:
         check_fits_weights(self.step.whole, e.budget_bytes)
-        if e.checkpointing != "planned":
+        if not e.strategy.plans:
             return self.by_rule(e)
         self.chain(min(e.micro_batch_size or e.batch_size, e.batch_size))
         try:
@@ -239,18 +241,16 @@ class TrainingStep:
 
     def by_rule(self, e: Experiment) -> Forecast:
         """The forecast of `e`, which has this step and a strategy that does not plan."""
-        limit = {"none": math.inf, "static": 0, "threshold": e.threshold * e.budget_bytes}[e.checkpointing]
-        held = held_bytes(self.step.model, "none")  # AdaLoRA's scores
-        limit -= held
+        held = self._held_bytes(plans=False)
         size = e.micro_batch_size or e.batch_size
         chain = self.chain(size)
-        ran = self._rule_step(size, limit)
-        # The threshold rule sees less in the very first step, there is no state of the optimizer and no
-        # score yet, and more in all but the first micro-batch of a step: the gradients of those before.
+        ran = self._step_under(e, size, held)
+        # A strategy sees less in the very first step, without the optimizer's and the method's state, and
+        # more in all but the first micro-batch of a step: the gradients of those before.
         besides = [0, -chain.profile.fixed["optimizer"] - held]
         if size < e.batch_size:
             besides += [beside + chain.profile.fixed["gradients"] for beside in besides]
-        peak = max(self._rule_step(size, limit - beside).peak_bytes + beside for beside in besides)
+        peak = max(self._step_under(e, size, held + beside).peak_bytes + beside for beside in besides)
         passes = 3 + ran.recompute_pct / 100  # forward and backward together count as three
         ops = round(len(chain.profile.ops) * passes / 3)
         seconds = self.planner.speed.step_seconds(passes * chain.plain_seconds, ops, False)
@@ -260,21 +260,32 @@ class TrainingStep:
             above if peak > e.budget_bytes else None,
         )  # fmt: skip
 
+    def _step_under(self, e: Experiment, size: int, extra_bytes: int) -> RuleStep:
+        """A step of `size` images under the strategy of `e`, which sees `extra_bytes` besides tensors."""
+        limit = e.strategy.limit_bytes(e.budget_bytes)
+        if limit is not None:
+            return self._rule_step(size, limit - extra_bytes)
+        with _models_own_errors("profiled"):
+            part, precision = self._part(size), self.experiment.precision
+            return rule_step(part, precision, e.strategy, e.budget_bytes, extra_bytes)
+
     def _rule_step(self, size: int, limit: float) -> RuleStep:
-        """A step of `size` images under the threshold rule with this limit."""
+        """A step of `size` images whose blocks are checkpointed from this limit on."""
         for ran in self._ran[size]:
             if ran.above < limit <= ran.up_to:
                 return ran
-        part = replace(self.step, batch=tuple(tensor[:size] for tensor in self.step.batch))
         with _models_own_errors("profiled"):
-            self._ran[size].append(rule_step(part, self.experiment.precision, limit))
+            self._ran[size].append(rule_step(self._part(size), self.experiment.precision, AtLimit(limit)))
         return self._ran[size][-1]
+
+    def _part(self, size: int) -> Step:
+        return replace(self.step, batch=tuple(tensor[:size] for tensor in self.step.batch))
 
 
 def what_fits(
     budgets: Iterable[int | str],
     backbones: Iterable[str] = SHOWN_BACKBONES,
-    methods: Iterable[str] = tuple(m for m in METHODS if m not in DENSE_METHODS),
+    methods: Iterable[str] = tuple(name for name, m in METHODS.items() if "classification" in m.tasks),
     *,
     batch_size: int = 64,
     precision: str = "bf16",

@@ -1,8 +1,4 @@
-"""What the strategies without a plan do with one training step, under any budget.
-
-The threshold rule checkpoints the blocks that begin with some limit allocated: under no limit no block,
-which is the strategy "none", and under a limit of 0 each, which is "static".
-"""
+"""One training step under a strategy that decides block by block, under any budget."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ import math
 import sys
 from dataclasses import dataclass
 
-from toolkit.budget import Checkpointing, TensorMemory, tensors_of
+from toolkit.budget import Checkpointing, Strategy, TensorMemory, tensors_of
 from toolkit.budget.flops import NORMS, FlopCounter
 from toolkit.budget.step import make_state, on_fake_tensors, optimizer_like, run_step
 from toolkit.forecast.steps import Step
@@ -18,8 +14,18 @@ from toolkit.training.loop import held_bytes
 
 
 @dataclass(frozen=True)
+class AtLimit(Strategy):
+    """Checkpoint the blocks that start with `limit` bytes or more allocated."""
+
+    limit: float = math.inf
+
+    def limit_bytes(self, budget_bytes: int) -> float:
+        return self.limit
+
+
+@dataclass(frozen=True)
 class RuleStep:
-    """What a step takes under every limit in (above, up_to] bytes."""
+    """The costs of a step under every limit in (above, up_to] bytes."""
 
     above: float
     up_to: float
@@ -34,33 +40,36 @@ class RuleStep:
 
 
 class _Readings:
-    """Stands for `memory`, and notes every number that the rule reads."""
+    """Allocated bytes of `memory` and `extra` ones, as a strategy reads them; keeps every reading."""
 
-    def __init__(self, memory: TensorMemory):
-        self._memory = memory
+    def __init__(self, memory: TensorMemory, extra: int):
+        self._memory, self._extra = memory, extra
         self.bytes: list[int] = []
 
     @property
     def allocated_bytes(self) -> int:
-        self.bytes.append(self._memory.allocated_bytes)
+        self.bytes.append(self._memory.allocated_bytes + self._extra)
         return self.bytes[-1]
 
 
-def rule_step(step: Step, precision: str, limit: float) -> RuleStep:
-    """Run a step on fake tensors; blocks that begin with `limit` bytes or more are checkpointed.
+def rule_step(
+    step: Step, precision: str, strategy: Strategy, budget_bytes: int = 0, extra_bytes: int = 0
+) -> RuleStep:
+    """Run a step on fake tensors under `strategy`, which sees `extra_bytes` more than are allocated.
 
-    The rule compares the limit with what is allocated as each block begins.  So the step is the same under
-    every limit between two of these numbers.  Without a limit no block is needed: some models have none.
+    A limit is compared with the allocated bytes as each block starts, so the step is the same under every
+    limit between two of these numbers.
     """
+    limit = strategy.limit_bytes(budget_bytes)
+    if limit is None:  # nothing is known of other limits
+        limit = math.inf
     make_optimizer = optimizer_like(step.optimizer, step.model)
     with on_fake_tensors(step.model, step.batch) as batch:
         memory = TensorMemory(batch[0].device)
         memory.track([*tensors_of(step.model), *batch])
         stepper, counter = make_optimizer(step.model), FlopCounter()
-        readings = _Readings(memory)
-        strategy = "none" if limit == math.inf else "threshold"
-        rule = Checkpointing(step.model, strategy, memory=readings, budget_bytes=0)
-        rule.threshold_bytes = limit
+        readings = _Readings(memory, extra_bytes)
+        rule = Checkpointing(step.model, strategy, memory=readings, budget_bytes=budget_bytes)
         with memory, rule:
             make_state(step.model, stepper)
             memory.reset_peak()
@@ -73,7 +82,7 @@ def rule_step(step: Step, precision: str, limit: float) -> RuleStep:
     return RuleStep(
         above=max((size for size in readings.bytes if size < limit), default=nothing_read),
         up_to=min((size for size in readings.bytes if size >= limit), default=math.inf),
-        peak_bytes=memory.peak_bytes + held_bytes(step.model, "none"),
+        peak_bytes=memory.peak_bytes + held_bytes(step.model, step.hooks, plans=False),
         forward_flops=forward,
         recompute_flops=recompute,
     )

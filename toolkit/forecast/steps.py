@@ -4,7 +4,7 @@ made of."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,10 +14,8 @@ from torch.utils._pytree import tree_map
 from toolkit.backbones import data_config
 from toolkit.datasets import task_of
 from toolkit.experiment import Experiment
-from toolkit.methods import adapt, set_train_mode
-from toolkit.methods.allocation import allocation_of
-from toolkit.methods.optimizer import optimizer_of
-from toolkit.model import build_model
+from toolkit.methods import METHODS, Hooks, adapt, set_train_mode
+from toolkit.model import build_model, optimizer_of
 from toolkit.training.feature_cache import FeatureModel, layout_of
 
 
@@ -30,6 +28,7 @@ class Step:
     batch: tuple[Any, Any]  # what the model takes, of images (B, C, H, W), and targets
     loss: Callable[[Any, Any], torch.Tensor]  # of outputs and targets
     optimizer: torch.optim.Optimizer
+    hooks: Hooks = field(default_factory=Hooks)
 
 
 def step_of(experiment: Experiment, num_classes: int) -> Step:
@@ -48,10 +47,11 @@ def step_of(experiment: Experiment, num_classes: int) -> Step:
     set_train_mode(model)
     images = torch.zeros(size, *shape, dtype=dtype, device=experiment.device)
     targets = tree_map(lambda t: t.to(experiment.device), task.zeros(size, *sides))
-    allocation = allocation_of(model)
+    hooks = METHODS[experiment.method].hooks(whole)
 
     def loss(outputs: Any, targets: Any) -> torch.Tensor:
-        loss = task.loss(outputs, targets)
-        return loss + allocation.penalty() if allocation else loss
+        loss, penalty = task.loss(outputs, targets), hooks.penalty()
+        return loss if penalty is None else loss + penalty
 
-    return Step(model, whole, (task.inputs(images, targets), targets), loss, optimizer_of(model, experiment))
+    batch = task.inputs(images, targets), targets
+    return Step(model, whole, batch, loss, optimizer_of(model, experiment), hooks)

@@ -1,8 +1,9 @@
-"""Where batch norms get the mean and variance by which they normalise, in training.
+"""Where batch norms get the mean and variance by which they normalise in training.
 
 From their running statistics, as the backbone brought them ("frozen"), or from the batch, which the running
-statistics then follow ("updated").  The statistics are no parameters, so no method trains them, but moving
-them alone adapts a network to shifted data, and small batches make them drift: so it is said for each run.
+statistics then follow ("updated").  The statistics are not parameters, so no method trains them, but moving
+them alone adapts a network to shifted data, and small batches make them drift: so the choice is recorded with
+each run.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ BATCH_NORMS = ("auto", "frozen", "updated")
 
 
 def freeze_statistics(model: nn.Module, frozen: bool = True) -> None:
-    """Let the batch norms of `model` keep the statistics that they have, in training too, or not."""
+    """Let the batch norms of `model` keep their statistics in training, or not."""
     for module in model.modules():
         if isinstance(module, _NormBase):
             module.frozen_statistics = frozen
@@ -29,27 +30,26 @@ def freeze_statistics(model: nn.Module, frozen: bool = True) -> None:
 def set_train_mode(model: nn.Module) -> None:
     """`model.train()`, but batch norms with frozen statistics stay in evaluation mode.
 
-    Those of a model that was not adapted do if all their parameters are frozen.
+    In a model that was not adapted, batch norms with no trained parameter do.  So do modules that a method
+    marked `always_evaluates`.
     """
     model.train()
     for module in model.modules():
-        if isinstance(module, _NormBase):
+        if getattr(module, "always_evaluates", False):
+            module.training = False
+        elif isinstance(module, _NormBase):
             parameters = list(module.parameters(recurse=False))
             untrained = bool(parameters) and not any(p.requires_grad for p in parameters)
             if getattr(module, "frozen_statistics", untrained):
                 module.eval()
-        elif hasattr(module, "lokr_w1"):
-            # In training peft's LoKr draws a number in each layer to drop it at a rate of 0, and so takes
-            # from the run's random numbers and follows a value, which no plan can.
-            module.training = False
 
 
 def check_batch_norms(model: nn.Module, batch_sizes: Iterable[int], input_size: tuple[int, int, int]) -> None:
-    """Raise `InputError` if a batch of one image would give a batch norm in training one value per channel,
-    of which there is no variance.
+    """Raise `InputError` if a batch of one image gives a batch norm in training one value per channel, which
+    has no variance.
 
     `batch_sizes`: of all batches that training will meet, in images; `input_size`: (channels, height, width)
-    in pixels.  Computes nothing, and leaves the model as it is.
+    in pixels.  Computes nothing and does not change the model.
     """
     sizes = sorted(set(batch_sizes))
     if 1 not in sizes:
@@ -71,7 +71,7 @@ def check_batch_norms(model: nn.Module, batch_sizes: Iterable[int], input_size: 
 
         return hook
 
-    # Mode and hooks go when the model comes back from being fake.
+    # The real model gets neither the mode nor the hooks.
     with on_fake_tensors(model, images) as fake, torch.no_grad():
         set_train_mode(model)
         norms = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.training}

@@ -1,63 +1,62 @@
-"""DTL: a compact path beside the backbone carries low-rank updates and feeds them back late (Fu, Zhu, Wu
+"""DTL: a compact path next to the backbone carries low-rank updates and feeds them back late (Fu, Zhu, Wu
 2024, "DTL: Disentangled Transfer Learning for Visual Recognition", arXiv 2312.07856).
 
-    h_(i+1) = h_i + B_i A_i x_i,   x_(i+1) = block_i(x_i) + swish(h_(i+1)), this sum in the last blocks only
+    h_(i+1) = h_i + B_i A_i x_i,   x_(i+1) = block_i(x_i) + swish(h_(i+1)), the sum only in the last blocks
 
-x_i: what block i reads; swish(h) = h sigmoid(100 h).  B_i starts at zero, so training starts from the linear
+x_i: input of block i; swish(h) = h sigmoid(100 h).  B_i starts at zero, so training starts from the linear
 probe.  Blocks before the first feedback, and that block itself, run without a graph; gradients run through
-the blocks behind it.  As published for transformers, whose features keep one shape: in a hierarchical
-backbone the path is in the last stage, at the blocks that return what the last block returns and keep the
-positions.
+the blocks behind it.  Published for transformers, whose features keep one shape: in a hierarchical backbone
+the path is in the last stage, at the blocks that return features like the last block's and keep positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from toolkit.errors import InputError
-from toolkit.methods.side import OnFrozen, check_positive, low_rank, silent, to_four_bits
+from toolkit.errors import InputError, option
+from toolkit.methods.registry import TUNED_ON, rates, register
+from toolkit.methods.side import OnFrozen, SideOptions, low_rank, silent, to_four_bits
 from toolkit.methods.taps import CHANNELS_FIRST, Form, Survey, forms_of, hooked
 
 BETA = 100.0  # of swish, as in the authors' code
 
 
-def dtl(
-    model: nn.Module,
-    side_rank: int = 8,
-    dtl_feedback: int = 0,
-    dtl_backprop: bool = True,
-    four_bit_backbone: bool = False,
-) -> DtlModel:
-    """A path of rank `side_rank` beside `model`, which is used up.
+@dataclass(frozen=True)
+class DtlOptions(SideOptions):
+    """Options of DTL."""
 
-    `dtl_feedback`: how many of the last blocks get feedback; 0: half of those on the path.  `dtl_backprop`:
-    gradients run through these blocks, as published; False: what a block reads counts as constant, gradients
-    reach the path through the sums alone.  Raises `InputError` for more feedback than blocks on the path.
+    rank: int = option(8, "rank of the path's updates", between=(1, 4096))
+    feedback: int = option(0, "last blocks with feedback; 0: half of those on the path", between=(0, 10_000))
+
+
+def dtl(model: nn.Module, options: DtlOptions) -> DtlModel:
+    """A path next to `model`, which is modified in place.
+
+    Raises `InputError` for more feedback than blocks on the path.
     """
-    check_positive(side_rank=side_rank)
     survey = Survey.of(model)
     names, form, widths = _path(model, survey)
-    if not 0 <= dtl_feedback <= len(names):
+    if options.feedback > len(names):
         raise InputError(
-            f"dtl_feedback is {dtl_feedback}, and the path of {type(model).__name__} has {len(names)} "
+            f"feedback is {options.feedback}, and the path of {type(model).__name__} has {len(names)} "
             f"blocks: choose 0 (half of them) to {len(names)}."
         )
-    if four_bit_backbone:
+    if options.four_bit:
         to_four_bits(model)
     with torch.device(next(model.parameters()).device):
-        path = nn.ModuleList(low_rank(width, form.width, side_rank) for width in widths)
+        path = nn.ModuleList(low_rank(width, form.width, options.rank) for width in widths)
     for update in path:
         silent(update[1])
-    feedback = dtl_feedback or -(-len(names) // 2)
-    return DtlModel(model, survey, path, names, form, feedback, dtl_backprop)
+    return DtlModel(model, survey, path, names, form, options.feedback or -(-len(names) // 2))
 
 
 def _path(model: nn.Module, survey: Survey) -> tuple[list[str], Form, list[int]]:
-    """Names of the blocks on the path, the form of what they return, and the widths that they read."""
+    """Names of the blocks on the path, the form of their outputs, and the widths of their inputs."""
     forms, _ = forms_of(model, survey)
     last, form = survey.blocks[-1], forms[-1]
     axis = 1 if form.layout == CHANNELS_FIRST else -1
@@ -78,7 +77,7 @@ def _path(model: nn.Module, survey: Survey) -> tuple[list[str], Form, list[int]]
 
 
 class DtlModel(OnFrozen):
-    """`side`: the path, one low-rank map for each block in `names`, of which the last `feedback` get sums."""
+    """`side`: the path, one low-rank map for each block in `names`; the last `feedback` blocks get sums."""
 
     def __init__(
         self,
@@ -88,25 +87,22 @@ class DtlModel(OnFrozen):
         names: list[str],
         form: Form,
         feedback: int,
-        backprop: bool,
     ):
         super().__init__(model, survey, path)
-        self.names, self.form, self.feedback, self.backprop = names, form, feedback, backprop
+        self.names, self.form, self.feedback = names, form, feedback
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         carried: list[torch.Tensor] = []  # h, once there is one
 
         def before(update: nn.Module) -> Callable:
-            def read(module: nn.Module, args: tuple) -> tuple:
-                x = args[0] if self.backprop else args[0].detach()
-                h = self._updated(update, x)
+            def read(module: nn.Module, args: tuple) -> None:
+                h = self._updated(update, args[0])
                 carried[:] = [carried[0] + h if carried else h]
-                return (x, *args[1:])
 
             return read
 
         def after(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-            # swish(h) = silu(100 h) / 100, of which autograd keeps one tensor.
+            # swish(h) = silu(100 h) / 100, for which autograd keeps one tensor.
             return output + F.silu(BETA * carried[0]) / BETA
 
         hooks = {name: before(update) for name, update in zip(self.names, self.side)}
@@ -115,7 +111,20 @@ class DtlModel(OnFrozen):
         return self.head.forward_head(features)
 
     def _updated(self, update: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """What the path gets from x, in the layout of the blocks."""
+        """The path's update from x, in the layout of the blocks."""
         if self.form.layout != CHANNELS_FIRST:
             return update(x)
         return update(x.movedim(1, -1)).movedim(-1, 1)
+
+
+register(
+    "dtl",
+    dtl,
+    {
+        **rates(TUNED_ON.format("digits and textures"), demo_vit=1e-2),
+        **rates("authors' scripts of arXiv 2312.07856", default=3e-4),
+    },
+    DtlOptions,
+    tasks=("classification",),
+    frozen_backbone=True,
+)

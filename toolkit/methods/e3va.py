@@ -1,31 +1,42 @@
-"""E3VA: adapters of Swin transformers on a highway beside them, without a backward pass through the backbone.
+"""E3VA: adapters on a highway next to a Swin transformer, without a backward pass through the backbone.
 
 Yin et al., "Parameter-efficient is not sufficient: exploring parameter, memory, and time efficient adapter
-tuning for dense predictions" (ACM MM 2024, arXiv 2306.09729).  There is no published code; what the paper's
-text, as far as it could be had, does not say is our reading:
+tuning for dense predictions" (ACM MM 2024, arXiv 2306.09729).  There is no published code; where the text
+does not say, this is our reading:
 
     of each block of the frozen trunk    a, m    outputs of (shifted) window attention and of the MLP
     in a stage, on the highway           h <- h + A(a),  h <- h + A'(m)
     between stages                       h <- P(x + h) - P(x)
     to the head, for each stage          x + h
 
-with x the trunk's map, P its frozen patch merging, of which the highway inherits weights (so its norm and
-product, but not their gradients, are part of the backward pass; the difference keeps h = 0 at 0, where P(h)
-alone would not), and A the adapter with both projections factorised ("dual low-rank structure"):
+with x the trunk's map, P its frozen patch merging, whose weights the highway inherits (backward runs through
+its norm and product, but computes no gradients of them; the difference keeps h = 0 at 0, which P(h) alone
+would not), and A the adapter with both projections factorised ("dual low-rank structure"):
 
     A(z) = gelu(z P1 Q1 + b1) P2 Q2 + b2,   P1 (d, r), Q1 (r, d'), P2 (d', r), Q2 (r, d)
 
-Q2 and b2 begin at 0, so the model begins as the one that method `linear` trains.
+Q2 and b2 start at 0, so training starts from the linear probe.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from toolkit.backbones.dense import DenseModel
-from toolkit.errors import InputError
+from toolkit.errors import InputError, Options, option
+from toolkit.methods.registry import NOT_TRIED, TRIED_ON_MOSAICS, rates, register
 from toolkit.methods.trainable import linear
+
+
+@dataclass(frozen=True)
+class E3vaOptions(Options):
+    """Options of E3VA."""
+
+    rank: int = option(8, "rank of both factors of an adapter", between=(1, 4096))
+    reduction: int = option(8, "an adapter's inside is the stage's width over this", between=(1, 4096))
 
 
 class E3vaModel(DenseModel):
@@ -34,11 +45,11 @@ class E3vaModel(DenseModel):
     The trunk is frozen, without a graph, and always in evaluation mode.
     """
 
-    def __init__(self, model: DenseModel, side_rank: int, side_reduction: int):
+    def __init__(self, model: DenseModel, rank: int, reduction: int):
         super().__init__(model.trunk, model.head)
         self.highway = nn.ModuleList(
             nn.ModuleList(
-                nn.ModuleList(_adapter(block.dim, side_rank, block.dim // side_reduction) for _ in range(2))
+                nn.ModuleList(_adapter(block.dim, rank, block.dim // reduction) for _ in range(2))
                 for block in stage.blocks
             )
             for stage in self.trunk.layers
@@ -70,9 +81,9 @@ class E3vaModel(DenseModel):
 
 @torch.no_grad()
 def _run(block: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What a Swin block makes of x (B, H, W, C), and what its attention and its MLP add."""
+    """Output of a Swin block for x (B, H, W, C), and what its attention and its MLP added."""
     branches = ([], [])  # a plan may have the block run its batch in slices
-    # Both pass these modules alone, which do nothing in evaluation mode.
+    # Each branch ends in one of these modules, which do nothing in evaluation mode.
     hooks = [
         module.register_forward_hook(lambda _module, _inputs, output, parts=parts: parts.append(output))
         for module, parts in zip((block.drop_path1, block.drop_path2), branches)
@@ -86,7 +97,7 @@ def _run(block: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
 
 
 def _adapter(width: int, rank: int, middle: int) -> nn.Sequential:
-    """(..., width) -> (..., width), through `middle`, by products of `rank`; zero at first."""
+    """(..., width) -> (..., width) through `middle`, by products of rank `rank`; zero at first."""
     adapter = nn.Sequential(
         nn.Linear(width, rank, bias=False),
         nn.Linear(rank, middle),
@@ -99,23 +110,33 @@ def _adapter(width: int, rank: int, middle: int) -> nn.Sequential:
     return adapter
 
 
-def e3va(model: nn.Module, side_rank: int = 8, side_reduction: int = 8) -> E3vaModel:
-    """`model`, as `build_dense` gives it, with adapters of rank `side_rank` and a middle of the stage's width
-    / `side_reduction`; it shares trunk and head with what is returned.
+def e3va(model: nn.Module, options: E3vaOptions) -> E3vaModel:
+    """`model`, a dense model on a Swin transformer, with adapters; it shares trunk and head with the result.
 
-    Raises `InputError` for another model, and for sizes that leave an adapter nothing.
+    Raises `InputError` for another model, and for sizes that leave an adapter without a middle.
     """
     if not isinstance(model, DenseModel):
         raise InputError(
-            f"method 'e3va' adapts dense models on Swin transformers, not {type(model).__name__}: take a "
+            f"method 'e3va' adapts dense models on Swin transformers, not {type(model).__name__}: choose a "
             "data set for segmentation or detection, or method 'losa' or 'lst' for classification."
         )
     narrowest = min(block.dim for stage in model.trunk.layers for block in stage.blocks)
-    if side_rank < 1:
-        raise InputError(f"side_rank must be at least 1, got {side_rank}.")
-    if not 1 <= side_reduction <= narrowest:
+    if options.reduction > narrowest:
         raise InputError(
-            f"side_reduction {side_reduction} leaves the adapters of {narrowest} channels without a middle; "
+            f"reduction {options.reduction} leaves the adapters of {narrowest} channels without a middle; "
             f"choose 1 to {narrowest}."
         )
-    return E3vaModel(linear(model), side_rank, side_reduction)
+    return E3vaModel(linear(model), options.rank, options.reduction)
+
+
+register(
+    "e3va",
+    e3va,
+    {
+        **rates(TRIED_ON_MOSAICS, demo_swin=1e-2),
+        **rates(f"configurations of Mona, by E3VA's first author; {NOT_TRIED}", default=1e-4),
+    },
+    E3vaOptions,
+    tasks=("segmentation", "detection"),
+    frozen_backbone=True,
+)

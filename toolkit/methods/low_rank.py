@@ -1,187 +1,67 @@
-"""Adapters, by peft: LoRA, DoRA, AdaLoRA, LoRA on weights of four bits, IA3 and LoKr.
+"""LoRA and DoRA, and the parts that all adapters made by peft share.
 
-Every one of them adapts the same layers of a backbone, see `targets`; the head trains too.  All are peft's
-own configurations with whole names, so what `save_pretrained` writes loads and merges in plain peft (but
-AdaLoRA's with `clip_rank`, see `adalora`).
+Adapters go to the layers that `targets` finds, and the head trains too.  They are peft's own configurations
+with whole layer names, so what `save_pretrained` writes loads and merges in plain peft.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 from torch import nn
 
-from toolkit.errors import InputError
+from toolkit.errors import InputError, Options, option
 from toolkit.methods.lean import is_packed, unpacked_weight
+from toolkit.methods.registry import (
+    NOT_TRIED,
+    SCRIPTS,
+    TRIED_ON_MOSAICS,
+    TUNED,
+    TUNED_ON,
+    rates,
+    register,
+)
 from toolkit.methods.targets import Targets, narrow_layers, targets_of
 
-# AdaLoRA starts with half as many ranks again as it ends with, as peft's defaults do (12 and 8).
-INITIAL_RANK_FACTOR = 1.5
-# Of packed weights, the best first.  On the CPU bitsandbytes 0.50.2 unpacks wrongly, by a quarter of the
-# weights' size, where a block reaches into the next row.
-BLOCK_SIZES = (64, 32)
+
+@dataclass(frozen=True)
+class RankOptions(Options):
+    """Options of all low-rank updates."""
+
+    rank: int = option(8, "rank of the updates", between=(1, 4096))
+    alpha: int = option(16, "updates are scaled by alpha / rank", between=(1, 65536))
+    dropout: float = option(0.0, "dropout in front of the updates", between=(0, 0.99))
+    targets: str = option("", "pattern of the whole names of layers to adapt; empty: the backbone's own")
+    clip_rank: bool = option(False, "layers too narrow for the rank get the highest that they allow")
 
 
-def lora(
-    model: nn.Module,
-    lora_rank: int = 8,
-    lora_alpha: int = 16,
-    lora_dropout: float = 0.0,
-    lora_targets: str = "",
-    clip_rank: bool = False,
-    depthwise: str = "train",
-    use_dora: bool = False,
-) -> nn.Module:
-    targets = targets_of(model, "dora" if use_dora else "lora", lora_targets, depthwise)
-    narrow = narrow_layers(model, targets, lora_rank, clip_rank)
-    return _with_lora(model, targets, lora_rank, lora_alpha, lora_dropout, narrow, use_dora=use_dora)
+@dataclass(frozen=True)
+class LoraOptions(RankOptions):
+    """Options of updates that convolutions can have too."""
 
-
-def dora(model: nn.Module, **options) -> nn.Module:
-    return lora(model, use_dora=True, **options)
-
-
-def qlora(
-    model: nn.Module,
-    lora_rank: int = 8,
-    lora_alpha: int = 16,
-    lora_dropout: float = 0.0,
-    lora_targets: str = "",
-    clip_rank: bool = False,
-    double_quantisation: bool = False,
-) -> nn.Module:
-    targets = targets_of(model, "qlora", lora_targets)
-    narrow = narrow_layers(model, targets, lora_rank, clip_rank)
-    pattern = getattr(model, "four_bit_targets", ".*")
-    quantise(model, [n for n in targets.adapted if re.fullmatch(pattern, n)], double_quantisation)
-    return _with_lora(model, targets, lora_rank, lora_alpha, lora_dropout, narrow)
-
-
-def adalora(
-    model: nn.Module,
-    lora_rank: int = 8,
-    lora_alpha: int = 16,
-    lora_dropout: float = 0.0,
-    lora_targets: str = "",
-    clip_rank: bool = False,
-    depthwise: str = "train",
-) -> nn.Module:
-    """peft has one initial rank for all layers.  With `clip_rank` narrow ones begin with fewer, here; such
-    adapters are to be saved by `toolkit.save_adapted`, as plain peft would build them too large."""
-    import peft
-
-    targets = targets_of(model, "adalora", lora_targets, depthwise)
-    narrow = narrow_layers(model, targets, lora_rank, clip_rank, start=_initial_rank)
-    initial_rank = _initial_rank(lora_rank)
-    limits = [narrow.get(layer, initial_rank) for layer in targets.adapted]
-    target = sum(min(lora_rank, limit) for limit in limits)
-    if target == sum(limits):
-        raise InputError(
-            f"at lora_rank {lora_rank} every layer has all ranks that it allows, {max(limits)} at most, so "
-            "adalora has none to move; choose a lower lora_rank, or method 'lora'."
-        )
-    config = peft.AdaLoraConfig(
-        target_r=lora_rank,
-        init_r=initial_rank,
-        lora_alpha=lora_alpha,
-        lora_dropout=lora_dropout,
-        total_step=1,  # unknown yet: see RankAllocation.begin
-        **_places(targets),
+    depthwise: str = option(
+        "train", "weights of grouped convolutions next to adapted ones", choices=("train", "freeze")
     )
-    wrapped = peft.get_peft_model(model, config)
-    if narrow:
-        tuner = wrapped.base_model
-        name = tuner.trainable_adapter_name
-        for layer, most in narrow.items():
-            alpha = lora_alpha * most / initial_rank
-            tuner.model.get_submodule(layer).update_layer(name, most, alpha, config=config)
-        tuner.rankallocator = peft.tuners.adalora.RankAllocator(tuner.model, config, name)
-        tuner.rankallocator.target_bgt = target
-    return wrapped
 
 
-def ia3(model: nn.Module, lora_targets: str = "") -> nn.Module:
-    """A factor for each output channel of each layer.  (The paper's places are keys, values and the inside of
-    MLPs; timm's attention computes queries, keys and values in one layer.)"""
-    import peft
-
-    targets = targets_of(model, "ia3", lora_targets)
-    return peft.get_peft_model(model, peft.IA3Config(feedforward_modules=[], **_places(targets)))
+def lora(model: nn.Module, options: LoraOptions) -> nn.Module:
+    """Low-rank updates (Hu et al. 2022, arXiv 2106.09685)."""
+    targets = targets_of(model, "lora", options.targets, options.depthwise)
+    return with_lora(model, targets, options)
 
 
-def lokr(model: nn.Module, lora_rank: int = 8, lora_alpha: int = 16, lora_targets: str = "") -> nn.Module:
-    """Updates alpha / rank · W1 ⊗ W2, whose sides are the factors of the layer's that are nearest each other.
-
-    W2 is a product of rank `lora_rank` where that is less than half of its longer side, and whole elsewhere:
-    so no rank is too high for a layer.
-    """
-    import peft
-
-    targets = targets_of(model, "lokr", lora_targets)
-    return peft.get_peft_model(model, peft.LoKrConfig(r=lora_rank, alpha=lora_alpha, **_places(targets)))
-
-
-def quantise(model: nn.Module, names: list[str], double_quantisation: bool) -> None:
-    """Store the weights of these linear layers as NF4, in blocks of 64 or, where rows are no multiple of 64,
-    of 32 (Dettmers et al. 2023, arXiv 2305.14314, section 3)."""
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise InputError(
-            f"weights of 4 bits need bitsandbytes, which cannot be imported here ({error}); install it or "
-            "choose method 'lora'."
-        ) from error
-    blocks = {}
-    for name in names:
-        linear = model.get_submodule(name)
-        if type(linear) is not nn.Linear:
-            raise InputError(
-                f"{name} is a {type(linear).__name__}: only plain linear layers can be stored in 4 bits."
-            )
-        blocks[name] = next((size for size in BLOCK_SIZES if linear.in_features % size == 0), None)
-        if blocks[name] is None:
-            raise InputError(
-                f"{name} has {linear.in_features} inputs, no multiple of {BLOCK_SIZES[-1]}, so its weights "
-                f"cannot be stored in 4 bits; leave it out of {type(model).__name__}.four_bit_targets."
-            )
-    for name, block in blocks.items():
-        linear = model.get_submodule(name)
-        packed = bitsandbytes.nn.Linear4bit(
-            linear.in_features,
-            linear.out_features,
-            bias=linear.bias is not None,
-            compress_statistics=double_quantisation,
-            quant_type="nf4",
-            device="meta",
-        )
-        packed.weight = bitsandbytes.nn.Params4bit(
-            linear.weight.data,
-            requires_grad=False,
-            blocksize=block,
-            compress_statistics=double_quantisation,
-            quant_type="nf4",
-            module=packed,
-        )
-        packed.bias = linear.bias
-        # Otherwise the first evaluation on some CPUs repacks the weights in place for a kernel that
-        # computes in bf16, fails for some shapes, and leaves later training steps without gradients.
-        packed.support_avx512bf16_for_cpu = False
-        packed.to(linear.weight.device)  # packs
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, packed)
-    model.is_loaded_in_4bit = True  # by which peft knows to use its layers for packed weights
-
-
-def four_bit_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers with packed weights by name; not peft's, which are around them."""
-    return {name: module for name, module in model.named_modules() if is_packed(module)}
+def dora(model: nn.Module, options: LoraOptions) -> nn.Module:
+    """Low-rank updates of directions, and magnitudes apart from them (Liu et al. 2024, arXiv 2402.09353)."""
+    targets = targets_of(model, "dora", options.targets, options.depthwise)
+    return with_lora(model, targets, options, use_dora=True)
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """The plain backbone with the adapters' updates in its weights; gives the same logits up to rounding.
+    """The plain backbone with the adapters' updates in its weights; its logits are equal up to rounding.
 
     Packed layers become plain ones in the adapters' type: packing a merged weight again would change it
-    by some 10 %.  `model` itself is used up.
+    by some 10 %.  `model` is modified in place; use the returned model.
     """
     if not hasattr(model, "merge_and_unload"):
         raise InputError(f"{type(model).__name__} carries no adapters to merge; it is a plain model already.")
@@ -198,40 +78,63 @@ def merge(model: nn.Module) -> nn.Module:
     merged.is_loaded_in_4bit = False
     for module in merged.modules():
         module.__dict__.pop("frozen_statistics", None)
+        module.__dict__.pop("always_evaluates", None)
     return merged
 
 
-def _initial_rank(lora_rank: int) -> int:
-    """Of AdaLoRA, which ends with a mean of `lora_rank`."""
-    return max(lora_rank + 1, int(INITIAL_RANK_FACTOR * lora_rank))
+def with_lora(model: nn.Module, targets: Targets, options: RankOptions, use_dora: bool = False) -> nn.Module:
+    """Add LoRA; layers too narrow for the rank have their own, at the scale alpha / rank of all others."""
+    import peft  # it imports transformers, which takes seconds
 
-
-def _with_lora(
-    model: nn.Module,
-    targets: Targets,
-    rank: int,
-    alpha: int,
-    dropout: float,
-    narrow: dict[str, int],
-    use_dora: bool = False,
-) -> nn.Module:
-    """`narrow`: layers with a rank of their own; their scale is alpha / `rank` as that of all others."""
-    import peft  # here, because it brings transformers along: seconds that the other methods do without
-
+    rank, alpha = options.rank, options.alpha
+    narrow = narrow_layers(model, targets, rank, options.clip_rank)
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=alpha,
-        lora_dropout=dropout,
-        # peft lets a pattern match the end of a name; the ^ keeps it from that.
+        lora_dropout=options.dropout,
+        # peft lets a pattern match the end of a name; the ^ prevents that.
         rank_pattern={f"^{re.escape(name)}": most for name, most in narrow.items()},
         alpha_pattern={f"^{re.escape(name)}": alpha * most / rank for name, most in narrow.items()},
         use_dora=use_dora,
-        **_places(targets),
+        **places(targets),
     )
     return peft.get_peft_model(model, config)
 
 
-def _places(targets: Targets) -> dict:
+def places(targets: Targets) -> dict:
     """`targets` as peft's configurations take them."""
     names = "|".join(map(re.escape, targets.adapted))
     return {"target_modules": names, "modules_to_save": list(targets.beside)}
+
+
+_DIGITS, _TEXTURES = TUNED_ON.format("digits-c:mixed:3"), TUNED_ON.format("textures-c:mixed:3")
+_AS_DIGITS = f"as demo_cnn_digits; {NOT_TRIED}"
+
+register(
+    "lora",
+    lora,
+    {
+        **rates(TUNED, demo_vit=3e-3),
+        **rates(TRIED_ON_MOSAICS, demo_swin=5e-3),
+        **rates(TUNED_ON.format("digits"), demo_cnn=5e-3),  # diverges at 5e-2
+        **rates(_DIGITS, demo_cnn_digits=2e-2),
+        **rates(_TEXTURES, demo_cnn_textures=2e-2),
+        **rates(f"{SCRIPTS}; MambaPEFT, arXiv 2411.03855", vim_small=1e-3),
+        **rates(SCRIPTS, default=5e-4),
+    },
+    LoraOptions,
+    convolutions=("plain", "same"),  # peft makes its own layers of the class of timm's Conv2dSame
+)
+register(
+    "dora",
+    dora,
+    {
+        **rates(TUNED, demo_vit=5e-3),
+        **rates(_AS_DIGITS, demo_cnn=5e-3),
+        **rates(_DIGITS, demo_cnn_digits=5e-3),
+        **rates(_TEXTURES, demo_cnn_textures=2e-2),  # diverges at 5e-2
+        **rates(f"as lora; {NOT_TRIED}", vim_small=1e-3, default=5e-4),
+    },
+    LoraOptions,
+    convolutions=("plain",),
+)

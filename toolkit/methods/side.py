@@ -1,30 +1,38 @@
-"""Models that adapt beside a frozen backbone: what is shared by `losa`, `lst` and `dtl`.
+"""Networks that train next to a frozen backbone: the parts that `losa`, `lst` and `dtl` share.
 
-Low-rank updates inside a backbone save gradients and optimizer state, but to train them backward has to
-run through every block, and so almost all activations are kept.  A side network reads what the blocks
-compute and is all that backward sees: of the backbone nothing is kept.
+Low-rank updates inside a backbone save gradients and optimizer state, but their gradients run through every
+block, so almost all activations are kept.  A side network reads the outputs of blocks and is all that
+backward sees: nothing inside the backbone is kept.
 """
 
 from __future__ import annotations
 
 import copy
 import re
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from toolkit.budget import find_blocks
-from toolkit.errors import InputError
-from toolkit.methods.low_rank import quantise
+from toolkit.errors import InputError, Options, option
+from toolkit.methods.qlora import quantise
 from toolkit.methods.taps import Survey, Taps
 from toolkit.methods.trainable import linear
 
 
-class OnFrozen(nn.Module):
-    """A frozen backbone, always in evaluation mode, a trained network beside it, and the head.
+@dataclass(frozen=True)
+class SideOptions(Options):
+    """Options of all side networks."""
 
-    `backbone` computes features, `head` reads them: the model's `forward_head` with the modules that it
-    calls, of which the classifier trains.  `side` is what is added.
+    four_bit: bool = option(False, "linear layers in the frozen blocks are packed in four bits")
+
+
+class OnFrozen(nn.Module):
+    """A frozen backbone, always in evaluation mode, a trained network next to it, and the head.
+
+    `backbone` computes features; `head` reads them: the model's `forward_head` with the modules that it
+    calls, of which the classifier trains.  `side` is the added network.
     """
 
     def __init__(self, model: nn.Module, survey: Survey, side: nn.Module):
@@ -36,7 +44,7 @@ class OnFrozen(nn.Module):
 
     @property
     def pretrained_cfg(self) -> dict:
-        """The backbone's: what images it wants."""
+        """The backbone's configuration: size and normalisation of images."""
         return self.backbone.pretrained_cfg
 
     def get_classifier(self) -> nn.Module:
@@ -49,10 +57,10 @@ class OnFrozen(nn.Module):
 
 
 class SideModel(OnFrozen):
-    """A model that reads taps of its backbone: gradients never enter that.
+    """A model that reads taps of its backbone; gradients never enter the backbone.
 
-    `side`: takes a list of features as `features` returns them, which it empties as it reads, and returns
-    features (B, N, C) for the head.
+    `side` reads a list of features as `features` returns them, emptying it, and returns features (B, N, C)
+    for the head.
     """
 
     def __init__(self, model: nn.Module, survey: Survey, taps: Taps, side: nn.Module):
@@ -60,15 +68,15 @@ class SideModel(OnFrozen):
         self.taps = taps
 
     def features(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What the side network reads of images (B, 3, H, W): the tapped features (B, N, C_i), in the order
-        of the blocks, and the final ones (B, N, C) last, without a graph."""
+        """The side network's input from images (B, 3, H, W), without a graph: the tapped features (B, N, C_i)
+        in the order of the blocks, and the final ones (B, N, C) last."""
         with torch.no_grad():
             return self.taps.collect(self.backbone, images)
 
     def from_features(self, features: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Logits (B, K) of what `features` returned."""
+        """Logits (B, K) of the result of `features`."""
         unread = list(features)
-        del features  # so that each is let go when it has been read
+        del features  # each is released once it was read
         return self.head.forward_head(self.taps.for_head(self.side(unread)))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -81,7 +89,7 @@ def low_rank(width_in: int, width_out: int, rank: int) -> nn.Sequential:
 
 
 def silent(layer: nn.Linear) -> nn.Linear:
-    """`layer`, which gives 0 until it is trained."""
+    """`layer` with an output of 0 until it is trained."""
     nn.init.zeros_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
@@ -89,10 +97,10 @@ def silent(layer: nn.Linear) -> nn.Linear:
 
 
 def to_four_bits(model: nn.Module) -> None:
-    """Store the linear layers of the blocks of `model` in NF4, of these what `four_bit_targets` of its class
-    names, if it does.
+    """Store the linear layers in the blocks of `model` in NF4; only those named by the `four_bit_targets` of
+    its class, if it has such.
 
-    Raises `InputError` where there is none, or one that cannot be packed.
+    Raises `InputError` if there are none, or one cannot be packed.
     """
     inside = tuple(f"{name}." for name in find_blocks(model))
     pattern = getattr(model, "four_bit_targets", ".*")
@@ -103,21 +111,14 @@ def to_four_bits(model: nn.Module) -> None:
     ]
     if not names:
         raise InputError(
-            f"four_bit_backbone packs linear layers, and the blocks of {type(model).__name__} have none; "
-            "choose four_bit_backbone=False."
+            f"four_bit packs linear layers, and the blocks of {type(model).__name__} have none; choose "
+            "four_bit=False."
         )
     quantise(model, names, double_quantisation=False)
 
 
-def check_positive(**options: int) -> None:
-    """Raise `InputError` for an option below 1."""
-    for name, value in options.items():
-        if value < 1:
-            raise InputError(f"{name} must be at least 1, got {value}.")
-
-
 def _head_of(model: nn.Module, names: tuple[str, ...]) -> nn.Module:
-    """What `forward_head` of `model` needs, with the children `names`, which `model` loses."""
+    """A copy of `model` for `forward_head` with only the children `names`, which `model` loses."""
     head = copy.copy(model)
     head._parameters, head._buffers, head._modules = {}, {}, {}
     for name in names:

@@ -269,7 +269,7 @@ def taps_of(model: nn.Module, survey: Survey, count: int = 0) -> Taps:
     total = len(survey.blocks)
     if not 0 <= count <= total:
         raise InputError(
-            f"side_taps is {count}, and {type(model).__name__} has {total} blocks that run: choose 0 (all) "
+            f"taps is {count}, and {type(model).__name__} has {total} blocks that run: choose 0 (all) "
             f"to {total}."
         )
     chosen = [round((i + 1) * total / count) - 1 for i in range(count)] if count else range(total)

@@ -1,10 +1,10 @@
 """Which layers of a backbone get adapters, and whether these layers can have them.
 
-A vision transformer's are the linear layers in its blocks.  Where the blocks hold none, as in a CNN, they
-are all convolutions but the first, with those of squeeze-excite and downsampling.  A convolution with groups
-has few weights and much structure: an adapter of low rank would be larger than it is (peft's LoRA of a
-depthwise layer has more parameters than the layer and cannot be merged), so its own weights train beside the
-adapters, or stay frozen; only IA3 and LoKr adapt it.
+In a vision transformer: the linear layers in its blocks.  Where the blocks hold none, as in a CNN: all
+convolutions but the first, with those of squeeze-excite and downsampling.  A convolution with groups has few
+weights: a low-rank adapter would be larger than the layer (peft's LoRA of a depthwise layer has more
+parameters than the layer and cannot be merged), so its own weights train next to the adapters, or stay
+frozen; only IA3 and LoKr adapt it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from toolkit.budget import find_blocks
-from toolkit.errors import InputError, check_name
+from toolkit.errors import InputError
+from toolkit.methods.registry import METHODS
 from toolkit.methods.trainable import head_name
-
-CONVOLUTIONAL = ("lora", "dora", "adalora", "ia3", "lokr")  # methods that can adapt a convolution
-GROUPED = ("ia3", "lokr")  # and one with groups
 
 
 @dataclass(frozen=True)
@@ -29,35 +27,36 @@ class Targets:
     """Whole names of layers, in the model's order."""
 
     adapted: tuple[str, ...]  # that get an adapter
-    beside: tuple[str, ...]  # whose own weights train: the head, and convolutions with groups
+    beside: tuple[str, ...]  # whose own weights train: the head, and maybe convolutions with groups
 
 
-def targets_of(model: nn.Module, method: str, lora_targets: str = "", depthwise: str = "freeze") -> Targets:
-    """The layers that `method` adapts: those whose whole names the regular expression `lora_targets` matches,
-    or the one that the model's class names so, or the usual ones (above); never the head, which trains.
+def targets_of(model: nn.Module, method: str, pattern: str = "", depthwise: str = "freeze") -> Targets:
+    """The layers that `method` adapts: those whose whole names match the regular expression `pattern`, or the
+    `lora_targets` of the model's class, or the usual ones (see above); never the head, which trains.
 
-    `depthwise`: "train" or "freeze" the convolutions with groups, all of the model, where a convolution is
-    adapted.  Whole names, not suffixes: the suffix `proj` of a ViT's attention also matches
-    `patch_embed.proj`.  Raises `InputError` where nothing can be adapted, or not what is asked for.
+    `depthwise`: "train" or "freeze" all convolutions with groups, where a convolution is adapted.  Whole
+    names, not suffixes: the suffix `proj` of a ViT's attention also matches `patch_embed.proj`.  Raises
+    `InputError` where nothing can be adapted, or not what is asked for.
     """
-    check_name("depthwise", depthwise, ("train", "freeze"))
-    pattern = lora_targets or getattr(model, "lora_targets", "")
+    adapts = METHODS[method].convolutions
+    grouping = " or ".join(_able("grouped"))
+    pattern = pattern or getattr(model, "lora_targets", "")
     layers = _layers(model)
     names = _matching(model, layers, pattern) if pattern else _usual(model, layers)
     convolutions = [n for n in names if isinstance(layers[n], nn.Conv2d)]
-    if convolutions and method not in CONVOLUTIONAL:
+    if convolutions and not adapts:
         raise InputError(
             f"method {method!r} adapts linear layers only, and {convolutions[0]} is a convolution; choose "
-            f"{' or '.join(CONVOLUTIONAL)}."
+            f"{' or '.join(_able('plain'))}."
         )
     direct: list[str] = []
-    if convolutions and method not in GROUPED:
+    if convolutions and "grouped" not in adapts:
         grouped = [n for n in convolutions if layers[n].groups > 1]
         if pattern and grouped and depthwise == "freeze":
             raise InputError(
-                f"lora_targets matches {grouped[0]}, a convolution of {layers[grouped[0]].groups} groups, "
-                f"which {method!r} cannot adapt; choose {' or '.join(GROUPED)}, or depthwise='train', which "
-                "trains its own weights, or leave it out."
+                f"targets match {grouped[0]}, a convolution of {layers[grouped[0]].groups} groups, which "
+                f"{method!r} cannot adapt; choose {grouping}, or depthwise='train', which trains its own "
+                "weights, or leave it out."
             )
         names = [n for n in names if n not in grouped]
         if depthwise == "train":
@@ -65,7 +64,7 @@ def targets_of(model: nn.Module, method: str, lora_targets: str = "", depthwise:
     if not names:
         raise InputError(
             f"all layers that {method!r} could adapt in {type(model).__name__} are convolutions with groups; "
-            f"choose {' or '.join(GROUPED)}, which adapt them too."
+            f"choose {grouping}, which adapt them too."
         )
     for name in names:
         _check_convolution(name, layers[name], method)
@@ -77,11 +76,11 @@ def targets_of(model: nn.Module, method: str, lora_targets: str = "", depthwise:
 def narrow_layers(
     model: nn.Module, targets: Targets, rank: int, clip: bool, start: Callable[[int], int] = int
 ) -> dict[str, int]:
-    """Layers that `start(rank)` ranks are too many for, with the most that each can have.
+    """Layers too narrow for `start(rank)` ranks, with the highest rank of each.
 
     A layer's update is a matrix (out, in), that of a convolution (out, in · height · width): a rank above
-    its smaller side adds parameters and no freedom.  `start`: the ranks that the method begins with.
-    Raises `InputError` if there are any and not `clip`.
+    its smaller side adds parameters and no freedom.  `start`: the rank that the method starts with.
+    Raises `InputError` if there are such layers and not `clip`.
     """
     most = {name: _most(model.get_submodule(name)) for name in targets.adapted}
     narrow = {name: limit for name, limit in most.items() if start(rank) > limit}
@@ -89,17 +88,17 @@ def narrow_layers(
         name = min(narrow, key=narrow.get)
         fitting = [r for r in range(1, narrow[name] + 1) if start(r) <= narrow[name]]
         lower = f"choose at most {fitting[-1]}, or " if fitting else ""
-        begins = f" (begins with {start(rank)})" if start(rank) != rank else ""
+        starts = f" (starts with {start(rank)})" if start(rank) != rank else ""
         raise InputError(
-            f"lora_rank {rank}{begins} is above the {narrow[name]} that {name} "
-            f"({_size(model.get_submodule(name))}) allows; {lower}clip_rank=True, by which narrow layers "
-            "take the most that they allow."
+            f"rank {rank}{starts} is above the {narrow[name]} that {name} "
+            f"({_size(model.get_submodule(name))}) allows; {lower}clip_rank=True, which gives "
+            "narrow layers the highest rank that they allow."
         )
     return narrow
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Layers of the kinds that adapters are for, without those of the head."""
+    """Linear layers and convolutions outside the head."""
     head = head_name(model)
     return {
         name: module
@@ -119,18 +118,17 @@ def _usual(model: nn.Module, layers: dict[str, nn.Module]) -> list[str]:
     if not names:
         raise InputError(
             f"{type(model).__name__} has neither linear layers in blocks nor convolutions behind its first "
-            "one, so there is nothing that adapters are for; name layers by lora_targets, or choose method "
-            "'full'."
+            "one, so nothing can have adapters; name layers by targets, or choose method 'full'."
         )
     return names
 
 
 def _matching(model: nn.Module, layers: dict[str, nn.Module], pattern: str) -> list[str]:
-    said = f"lora_targets {pattern!r}"
+    said = f"targets {pattern!r}"
     try:
         expression = re.compile(pattern)
     except re.error as error:
-        raise InputError(f"{said} is no regular expression: {error}.") from error
+        raise InputError(f"{said} is not a regular expression: {error}.") from error
     kinds = {name: type(module).__name__ for name, module in model.named_modules() if name}
     matched = [name for name in kinds if expression.fullmatch(name)]
     names = [name for name in matched if name in layers]
@@ -145,7 +143,7 @@ def _matching(model: nn.Module, layers: dict[str, nn.Module], pattern: str) -> l
     if matched:
         found = sorted({kinds[name] for name in matched})
         raise InputError(
-            f"{said} matches no layer that adapters are for, linear or a convolution and not the head, only "
+            f"{said} matches neither a linear layer nor a convolution outside the head, only "
             f"{', '.join(found)} ({_some(matched)})."
         )
     remedy = rf"for these write '(.*\.)?(?:{pattern})'" if ending else f"names look like {_some([*layers])}"
@@ -156,42 +154,47 @@ def _matching(model: nn.Module, layers: dict[str, nn.Module], pattern: str) -> l
 
 
 def _check_endings(model: nn.Module, beside: tuple[str, ...]) -> None:
-    """peft finds adapted layers by pattern, but what trains beside them by the ends of names."""
+    """Raise `InputError` if peft, which finds the modules that train next to adapters by the ends of their
+    names, would find others."""
     taken = [name for name, _ in model.named_modules() if name.endswith(beside)]
     if set(taken) != set(beside):
         raise InputError(
-            f"peft takes {len(taken)} modules ({_some(taken)}) for the {len(beside)} that train beside the "
-            f"adapters ({_some(list(beside))}), because it goes by the ends of names; rename what ends like "
-            "another."
+            f"peft takes {len(taken)} modules ({_some(taken)}) for the {len(beside)} that train next to the "
+            f"adapters ({_some(list(beside))}), because it compares the ends of names; rename one."
         )
 
 
 def _check_convolution(name: str, layer: nn.Module, method: str) -> None:
-    fault = _fault(layer, method)
+    fault = _fault(layer, METHODS[method].convolutions)
     if fault:
-        able = [other for other in CONVOLUTIONAL if not _fault(layer, other)]
+        able = [other for other in _able("plain") if not _fault(layer, METHODS[other].convolutions)]
         choose = " or ".join(able) if able else "a method without adapters"
         raise InputError(
             f"{name} {fault}, which {method!r} does not adapt; choose {choose}, or leave the layer out by "
-            "lora_targets."
+            "targets."
         )
 
 
-def _fault(layer: nn.Module, method: str) -> str:
-    """Why peft 0.21's adapter of `method` would compute something else than the convolution does."""
+def _able(kind: str) -> list[str]:
+    """Methods that adapt convolutions of this kind."""
+    return [name for name, method in METHODS.items() if kind in method.convolutions]
+
+
+def _fault(layer: nn.Module, adapts: tuple[str, ...]) -> str:
+    """Why a layer is not a convolution of a kind in `adapts`; "" if it is one, or not a convolution."""
     if not isinstance(layer, nn.Conv2d):
         return ""
-    from timm.layers import Conv2dSame  # here: `Experiment` needs this module, and does without timm
+    from timm.layers import Conv2dSame  # timm takes seconds to import
 
-    if layer.groups > 1 and method not in GROUPED:
+    if layer.groups > 1 and "grouped" not in adapts:
         return f"has {layer.groups} groups"
-    if type(layer) is Conv2dSame and method in ("lora", "ia3"):  # LoRA makes its own of the same class
+    if type(layer) is Conv2dSame and "same" in adapts:
         return ""
     if type(layer).forward is not nn.Conv2d.forward:
         return f"is a {type(layer).__name__} with arithmetic of its own"
-    if layer.dilation != (1, 1) and method in ("lora", "dora"):
+    if layer.dilation != (1, 1) and "dilated" not in adapts:
         return f"has dilation {layer.dilation[0]}"
-    if layer.padding_mode != "zeros" and method != "ia3":
+    if layer.padding_mode != "zeros" and "padded" not in adapts:
         return f"pads by {layer.padding_mode!r}"
     return ""
 

@@ -1,15 +1,25 @@
-"""Which of a model's own parameters train, for methods that add nothing to it."""
+"""Methods that add nothing to a model and train a few of its own parameters: head, bias terms, norms."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from toolkit.errors import InputError
+from toolkit.errors import InputError, Options
+from toolkit.methods.registry import (
+    NOT_TRIED,
+    SCRIPTS,
+    TRIED_ON_MOSAICS,
+    TUNED,
+    TUNED_ON,
+    rates,
+    register,
+)
 
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
-# By type, not by the substring "bias" of a name: that also catches TinyViT's attention_biases, which
-# are position tables and no bias terms.
+# By type, not by the substring "bias" of a name: that also matches TinyViT's attention_biases, which are
+# position tables.
 _WITH_BIAS = (nn.Linear, nn.modules.conv._ConvNd, *NORMS)
+_DIGITS, _TEXTURES = TUNED_ON.format("digits-c:mixed:3"), TUNED_ON.format("textures-c:mixed:3")
 
 
 def head_name(model: nn.Module) -> str:
@@ -25,18 +35,16 @@ def head_name(model: nn.Module) -> str:
     )
 
 
-def full(model: nn.Module) -> nn.Module:
-    return model.requires_grad_(True)
-
-
-def linear(model: nn.Module) -> nn.Module:
+def linear(model: nn.Module, options: Options | None = None) -> nn.Module:
+    """Train the head alone."""
     head = head_name(model)
     model.requires_grad_(False)
     model.get_submodule(head).requires_grad_(True)
     return model
 
 
-def bitfit(model: nn.Module) -> nn.Module:
+def bitfit(model: nn.Module, options: Options | None = None) -> nn.Module:
+    """Train head and bias terms (Ben Zaken et al. 2022, arXiv 2106.10199)."""
     linear(model)
     for module in model.modules():
         if isinstance(module, _WITH_BIAS) and getattr(module, "bias", None) is not None:
@@ -44,9 +52,48 @@ def bitfit(model: nn.Module) -> nn.Module:
     return model
 
 
-def norm(model: nn.Module) -> nn.Module:
+def norm(model: nn.Module, options: Options | None = None) -> nn.Module:
+    """Train the head, and weights and biases of norms (Frankle et al. 2021, arXiv 2003.00152)."""
     linear(model)
     for module in model.modules():
         if isinstance(module, NORMS):
             module.requires_grad_(True)
     return model
+
+
+register(
+    "linear",
+    linear,
+    {
+        **rates(TUNED, demo_vit=1e-2),
+        **rates(TRIED_ON_MOSAICS, demo_swin=1e-2),
+        **rates(TUNED_ON.format("digits"), demo_cnn=5e-2),
+        **rates(_DIGITS, demo_cnn_digits=2e-2),
+        **rates(_TEXTURES, demo_cnn_textures=1e-2),
+        **rates(NOT_TRIED, default=1e-3),
+    },
+    frozen_features=True,
+)
+register(
+    "bitfit",
+    bitfit,
+    {
+        **rates(TUNED, demo_vit=5e-3),
+        **rates(f"as linear; {NOT_TRIED}", demo_swin=1e-2),
+        **rates(f"as demo_cnn_digits; {NOT_TRIED}", demo_cnn=5e-2),
+        **rates(_DIGITS, demo_cnn_digits=5e-2),
+        **rates(_TEXTURES, demo_cnn_textures=2e-2),
+        **rates(f"{NOT_TRIED}; 5e-4 in the {SCRIPTS}", default=1e-3),
+    },
+)
+register(
+    "norm",
+    norm,
+    {
+        **rates(TUNED, demo_vit=2e-2),
+        **rates(f"as demo_cnn_digits; {NOT_TRIED}", demo_cnn=2e-2),
+        **rates(_DIGITS, demo_cnn_digits=2e-2),
+        **rates(_TEXTURES, demo_cnn_textures=1e-2),
+        **rates(NOT_TRIED, default=1e-3),
+    },
+)

@@ -19,7 +19,6 @@ from toolkit.measure.scores import pareto_rank
 from toolkit.methods import METHODS
 from toolkit.plots.style import (
     BASELINE_MARKER,
-    STRATEGY_MARKERS,
     grid_of,
     legend_outside,
     method_colour,
@@ -89,13 +88,13 @@ def _draw_against(axes: Axes, means: pd.DataFrame, cost: str, score: str) -> Non
         half_width = row.get(f"{score}_half_width", np.nan)
         axes.errorbar(
             row["x"], row[score], yerr=None if np.isnan(half_width) else half_width, linestyle="none",
-            marker=BASELINE_MARKER if baseline else STRATEGY_MARKERS.get(row["checkpointing"], "h"),
+            marker=BASELINE_MARKER if baseline else STRATEGIES[row["checkpointing"]].marker,
             color=method_colour(row["method"]), markersize=8, capsize=3, elinewidth=1, alpha=0.85,
             label=plain(f"{row['backbone']} {row['method']}" if baseline else row["method"]),
         )  # fmt: skip
     for strategy in STRATEGIES if frame.checkpointing.nunique() > 1 else ():
         if (frame.checkpointing == strategy).any():
-            look = {"marker": STRATEGY_MARKERS[strategy], "color": "0.3", "linestyle": "none"}
+            look = {"marker": STRATEGIES[strategy].marker, "color": "0.3", "linestyle": "none"}
             axes.plot([], [], label=f"checkpointing {strategy}", **look)
     front = frame[front_of(frame, cost, score)].sort_values("x")
     if len(front) > 1:

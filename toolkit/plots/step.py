@@ -16,10 +16,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 
+from toolkit.budget import STRATEGIES
 from toolkit.budget.memory import CARDS_BYTES
 from toolkit.forecast.explorer import StepPicture, kinds_of
 from toolkit.forecast.step_memory import StepMemory
-from toolkit.plots.style import STRATEGY_MARKERS, grid_of, legend_outside, plain, styled
+from toolkit.plots.style import grid_of, legend_outside, plain, styled
 
 MIB = 2**20
 PHASES = ("forward", "backward", "optimizer")  # recomputation is a part of backward
@@ -195,13 +196,13 @@ def recompute_against_budget(frame: pd.DataFrame) -> Figure:
     for colour, (strategy, rows) in zip(sns.color_palette(), frame.groupby("strategy", sort=False)):
         rows = rows.sort_values("budget_bytes")
         budget = rows.budget_bytes / MIB
-        style = {"color": colour, "marker": STRATEGY_MARKERS[strategy], "label": strategy}
+        style = {"color": colour, "marker": STRATEGIES[strategy].marker, "label": strategy}
         if strategy == "planned":
             axes.plot(budget, rows.recompute_pct, markersize=5, **style)
             continue
         peak = rows.peak_bytes / MIB
         axes.plot(peak, rows.recompute_pct, markersize=9, linestyle="none", zorder=3, clip_on=False, **style)
-        broken = (peak > budget) & (strategy == "threshold")  # the only other one that is told its budget
+        broken = (peak > budget) & STRATEGIES[strategy].reads_memory  # it is told its budget
         axes.hlines(rows.recompute_pct[broken], budget[broken], peak[broken], color=colour, linestyles=":")
         if broken.any():
             cross = {"color": colour, "markersize": 10, "markeredgewidth": 2.5, "label": "its budget, broken"}
@@ -230,7 +231,7 @@ def batch_sizes_against_memory(frame: pd.DataFrame) -> Figure:
         images = np.union1d(np.geomspace(rows.images.min(), rows.images.max(), 200), rows.images)
         peaks = np.interp(images, rows.images, rows.peak_bytes) / 1e9
         measured = np.searchsorted(images, rows.images).tolist()
-        axes.plot(peaks, images, marker=STRATEGY_MARKERS[strategy], markevery=measured, label=strategy)
+        axes.plot(peaks, images, marker=STRATEGIES[strategy].marker, markevery=measured, label=strategy)
     axes.set(
         xscale="log", yscale="log", xlim=(frame.peak_bytes.min() / 2e9, 1.25 * CARDS_BYTES[-1] / 1e9),
         ylim=(0.9 * frame.images.min(), 1.5 * frame.images.max()),

@@ -20,7 +20,6 @@ from toolkit.methods import METHODS
 
 THEME = sns.axes_style("whitegrid") | sns.plotting_context("notebook")
 THEME |= {"axes.prop_cycle": cycler(color=sns.color_palette("colorblind"))}
-STRATEGY_MARKERS = {"none": "o", "static": "s", "threshold": "^", "planned": "D"}
 BASELINE_MARKER = "P"
 
 

@@ -45,7 +45,7 @@ STORED = {
     "bf16": (torch.bfloat16, "<i2"),
     "fp16": (torch.float16, "<f2"),
 }
-_REMEDIES = "tap fewer blocks (side_taps), or compute features in every epoch (feature_cache='')"
+_REMEDIES = "tap fewer blocks (taps), or compute features in every epoch (feature_cache=0)"
 
 
 def records_of(rows: torch.Tensor, labels: torch.Tensor, precision: str) -> np.ndarray:

@@ -38,18 +38,16 @@ from toolkit.experiment import Experiment
 from toolkit.measure import FlopCounter, Meter, SensorError
 from toolkit.measure.environment import environment
 from toolkit.measure.memory import MemoryTrace, context_bytes
-from toolkit.methods import adapt, check_batch_norms, set_train_mode
-from toolkit.methods.allocation import allocation_of
-from toolkit.methods.optimizer import in_use, optimizer_of
+from toolkit.methods import METHODS, Hooks, adapt, check_batch_norms, set_train_mode
 from toolkit.methods.weights import trained_state, weights_sha256
-from toolkit.model import build_model, check_fits_weights, seed_everything
+from toolkit.model import build_model, check_fits_weights, optimizer_of, seed_everything
 from toolkit.training.evaluation import evaluate
 from toolkit.training.feature_cache import CachedFeatures, cached_features
 from toolkit.training.progress import Progress, ProgressView, View, plain_view
 from toolkit.training.result import FitResult, RunWindows
 from toolkit.training.resume import Interrupt, Snapshots, claim
 
-SNAPSHOT_FORMAT = 5  # of `_Run.state`
+SNAPSHOT_FORMAT = 6  # of `_Run.state`
 OUT_OF_MEMORY_RETRIES = 5  # of one step, under `planned`; each for a peak lower by a twentieth
 _NO_SUMS = {"loss": 0.0, "correct": 0, "images": 0}  # over the images of an epoch
 
@@ -94,8 +92,11 @@ def fit(
         run = _Run(model, splits, experiment, snapshots, workers, meter or Meter(experiment.device))
         try:
             run.prepare()
-            with in_use(run.optimizer), run.checkpointing():
-                run.train(screen)
+            try:
+                with run.checkpointing():
+                    run.train(screen)
+            finally:
+                run.hooks.end(run.optimizer)
         except _NotFinite as error:
             run.result.status, run.result.error = "nan", str(error)
         except (RuntimeError, MemoryError) as error:
@@ -134,7 +135,7 @@ class _Run:
         self.data_config = data_config(model)
         self.stepped = model  # what a step calls; with cached features, the part that reads these
         self.features: CachedFeatures | None = None
-        self.counted_steps = Counter()  # by batch size, and whether subspaces move
+        self.counted_steps = Counter()  # by batch size, and the kind of step under the method
         self.steps_per_epoch = math.ceil(len(splits.train) / experiment.batch_size)
         self.total_steps = self.steps_per_epoch * experiment.epochs
         self.result = FitResult(
@@ -148,8 +149,8 @@ class _Run:
         self.epoch_sums = dict(_NO_SUMS)
         self.shown_sums = dict(_NO_SUMS)  # as far as `progress` has told of them
         self.hits: torch.Tensor | None = None  # right answers of the present forward pass
-        self.penalty: torch.Tensor | None = None  # in its loss, beside the cross-entropy
-        self.allocation = allocation_of(model)
+        self.penalty: torch.Tensor | None = None  # the method's part of its loss
+        self.hooks = METHODS[experiment.method].hooks(model)
         self.snapshots = snapshots
 
     def prepare(self) -> None:
@@ -158,14 +159,13 @@ class _Run:
         if self.experiment.feature_cache:
             self._cache_features()
         self.optimizer = optimizer_of(self.model, self.experiment)
-        if self.allocation:
-            self.allocation.begin(self.total_steps)
+        self.hooks.begin(self.total_steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.experiment.precision == "fp16")
         torch.manual_seed(self.experiment.seed)
         self._resume()
         self.memory.track(tensors_of(self.stepped))
         self.memory.track(value for s in self.optimizer.state.values() for value in s.values())
-        self.memory.track(self.allocation.tensors if self.allocation else [])
+        self.memory.track(self.hooks.tensors)
         self.memory.reset_peak()
 
     def _cache_features(self) -> None:
@@ -173,7 +173,7 @@ class _Run:
         as validation is none."""
         experiment = self.experiment
         self.features = cached_features(
-            self.model, self.splits, budget_bytes=int(experiment.feature_cache),
+            self.model, self.splits, budget_bytes=experiment.feature_cache,
             batch_size=experiment.batch_size, precision=experiment.precision, meter=self.meter,
         )  # fmt: skip
         self.model.to("cpu")  # the backbone has no more to do; what trains comes back
@@ -184,7 +184,7 @@ class _Run:
     def checkpointing(self) -> Checkpointing | AutoCheckpoint:
         """The experiment's strategy on this model, for a with statement."""
         experiment = self.experiment
-        if experiment.checkpointing == "planned":
+        if experiment.strategy.plans:
             set_train_mode(self.stepped)  # which the plan is for
             size = min(experiment.batch_size, len(self.splits.train))
             _, *sides = shape = self.data_config["input_size"]
@@ -202,17 +202,16 @@ class _Run:
                 optimizer=self.optimizer,
                 precision=experiment.precision,
                 micro_batches=experiment.micro_batch_size or True,
-                held_bytes=held_bytes(self.model, experiment.checkpointing),
+                held_bytes=held_bytes(self.model, self.hooks, plans=True),
             )
             self.result.predicted_peak_bytes = self.blocks.plan.peak_bytes
             self.hits = self.penalty = None
         else:
             self.blocks = Checkpointing(
                 self.stepped,
-                experiment.checkpointing,
+                experiment.strategy,
                 memory=self.memory,
                 budget_bytes=experiment.budget_bytes,
-                threshold=experiment.threshold,
             )
         return self.blocks
 
@@ -328,8 +327,7 @@ class _Run:
             scale = self.scaler.get_scale()
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            if self.allocation:
-                self.allocation.update(self.result.steps + 1, finite=self.scaler.get_scale() >= scale)
+            self.hooks.after_step(self.result.steps + 1, finite=self.scaler.get_scale() >= scale)
             self.optimizer.zero_grad(set_to_none=True)
         if tracing:
             self.result.memory_trace = trace.segments
@@ -392,14 +390,14 @@ class _Run:
         return batch_loss, correct
 
     def _loss(self, outputs, targets) -> torch.Tensor:
-        """The task's loss, and AdaLoRA's penalty; the right answers are counted in passing, so that plans
+        """The task's loss, and the method's penalty; the right answers are counted in passing, so that plans
         know of their bytes."""
         if self.task.hits:
             self.hits = self.task.hits(outputs, targets)
         loss = self.task.loss(outputs, targets)
-        if self.allocation is None:
+        penalty = self.hooks.penalty()
+        if penalty is None:
             return loss
-        penalty = self.allocation.penalty()
         self.penalty = penalty.detach()
         return loss + penalty
 
@@ -436,11 +434,11 @@ class _Run:
         """The memory counter where it has something to learn.
 
         Counting on the CPU slows a small step by a third.  Equal shapes take equal bytes, so the first
-        two steps of each batch size are enough (the very first lacks the optimizer's state), and of those
-        in which GaLore moves its subspaces; the strategy `threshold` reads the counter in every step.
+        two steps of each batch size and of each kind that the method knows are enough (the very first lacks
+        the optimizer's state), unless the strategy reads the counter in every step.
         """
-        kind = batch_size, getattr(self.optimizer, "refreshes", False)
-        if self.experiment.checkpointing == "threshold" or self.counted_steps[kind] < 2:
+        kind = batch_size, self.hooks.step_kind(self.optimizer)
+        if self.experiment.strategy.reads_memory or self.counted_steps[kind] < 2:
             self.counted_steps[kind] += 1
             return self.memory
         return contextlib.nullcontext()
@@ -510,7 +508,7 @@ class _Run:
             "model": trained_state(self.model),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "allocation": self.allocation.state() if self.allocation else None,
+            "method": self.hooks.state(),
             "rng_cpu": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
             "epoch_sums": self.epoch_sums,
@@ -539,8 +537,7 @@ class _Run:
         self.model.load_state_dict(state["model"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        if self.allocation:
-            self.allocation.load_state(state["allocation"])
+        self.hooks.load_state(state["method"])
         torch.set_rng_state(state["rng_cpu"])
         if state["rng_cuda"]:
             torch.cuda.set_rng_state_all(state["rng_cuda"])
@@ -562,12 +559,11 @@ def batch_sizes(experiment: Experiment, images: int) -> set[int]:
     return passes - {0}
 
 
-def held_bytes(model: nn.Module, checkpointing: str) -> int:
-    """What `fit` holds during a step beside model, batch and optimizer: the scores of AdaLoRA, and under
-    `planned` copies of buffers for repeating the step."""
-    allocation = allocation_of(model)
-    copied = _running_buffers(model) if checkpointing == "planned" else []
-    return sum(rounded(b.nbytes) for b in copied) + (allocation.state_bytes if allocation else 0)
+def held_bytes(model: nn.Module, hooks: Hooks, plans: bool) -> int:
+    """Bytes that `fit` holds during a step besides model, batch and optimizer: tensors of the method, and
+    under a plan copies of buffers for repeating the step."""
+    copied = _running_buffers(model) if plans else []
+    return sum(rounded(b.nbytes) for b in copied) + hooks.held_bytes
 
 
 def _running_buffers(model: nn.Module) -> list[torch.Tensor]:

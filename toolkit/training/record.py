@@ -17,20 +17,21 @@ from pathlib import Path
 import pandas as pd
 from torch import nn
 
+from toolkit.budget import STRATEGIES
 from toolkit.datasets import Splits
 from toolkit.datasets.tasks import TASKS, Task
-from toolkit.experiment import Experiment, Parameters
+from toolkit.experiment import OLD_FIELDS, Experiment, Parameters, option_fields, upgrade
 from toolkit.files import RUNS, write_atomically
 from toolkit.measure import Window, total
 from toolkit.measure.environment import environment, installed_packages
 from toolkit.measure.quantities import METRICS, QUANTITIES
 from toolkit.measure.scores import netscore, why_no_score
-from toolkit.methods import METHODS, options_not_of, summarize
+from toolkit.methods import METHODS, summarize
 from toolkit.training.evaluation import Evaluation
 from toolkit.training.result import FitResult
 from toolkit.training.resume import Snapshots
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 FILE_NAME = "record.json"
 FINISHED = ("ok", "oom", "nan")  # a run with such a record is not repeated; interrupted and failed ones are
 # What a simulated GPU makes worthless; tables leave it out.
@@ -378,16 +379,26 @@ def load_records(folder: Path = RUNS) -> pd.DataFrame:
             warnings.warn(f"{path} is no record and was left out: {error!r}", stacklevel=2)
             continue
         rows.append(row | {"folder": str(path.parent)})
-    return pd.DataFrame(rows)
+    frame = pd.DataFrame(rows)
+    for name in set(option_fields()) & set(frame):  # a method without the option makes no floats of integers
+        frame[name] = pd.Series([row.get(name) for row in rows], dtype=object)
+    return frame
 
 
 def _completed(row: dict) -> dict:
-    """A row with what `Experiment` has learnt since its run: new parameters, whose defaults are what was done
-    before, and that options which a method does not have make no difference."""
-    defaults = {field.name: field.default for field in fields(Experiment)}
-    method = str(row.get("method"))
-    ignored = options_not_of(method) if method in METHODS else set()
-    return defaults | row | {name: defaults[name] for name in ignored}
+    """A row with a column for each parameter and option, under today's names; parameters that were unknown at
+    the time of the run have their defaults, which are what was done before."""
+    for name in ("budget", "feature_cache"):  # text in the previous schema
+        if str(row.get(name) or 0).isdigit():
+            row[name] = int(row.get(name) or 0)
+    if str(row["method"]) not in METHODS or str(row["checkpointing"]) not in STRATEGIES:
+        return {**row.pop("options", {}), **row}
+    parameters = upgrade(row)
+    options = parameters.pop("options")
+    kinds = METHODS[row["method"]].options, STRATEGIES[row["checkpointing"]]
+    every = [field for kind in (Experiment, *kinds) for field in fields(kind) if field.name != "options"]
+    rest = {name: value for name, value in row.items() if name not in (*OLD_FIELDS, "options")}
+    return {field.name: field.default for field in every} | rest | parameters | options
 
 
 def load_curves(folder: Path) -> dict:

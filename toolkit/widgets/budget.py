@@ -8,7 +8,6 @@ from __future__ import annotations
 import html
 import statistics
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import ipywidgets
@@ -21,7 +20,7 @@ from toolkit.budget.memory import CARDS_BYTES
 from toolkit.errors import InputError
 from toolkit.experiment import PRECISIONS, Experiment
 from toolkit.forecast.explorer import Explorer
-from toolkit.methods import DENSE_METHODS, METHODS, SIDE_METHODS
+from toolkit.methods import METHODS
 from toolkit.plots.step import StepFigure
 
 
@@ -38,10 +37,8 @@ class BudgetExplorer(ipywidgets.VBox):
         self.backbone = ipywidgets.Combobox(
             value=e.backbone, options=BACKBONES, ensure_option=False, description="backbone"
         )
-        others = DENSE_METHODS if e.task == "classification" else SIDE_METHODS
-        self.method = ipywidgets.Dropdown(
-            value=e.method, options=[m for m in METHODS if m not in others], description="method"
-        )
+        methods = [name for name, method in METHODS.items() if e.task in method.tasks]
+        self.method = ipywidgets.Dropdown(value=e.method, options=methods, description="method")
         self.batch_size = ipywidgets.BoundedIntText(e.batch_size, min=1, max=10**6, description="batch size")
         self.precision = ipywidgets.Dropdown(value=e.precision, options=PRECISIONS, description="precision")
         self.num_classes = ipywidgets.BoundedIntText(
@@ -92,8 +89,7 @@ class BudgetExplorer(ipywidgets.VBox):
         before = self.explorer.experiment
         backbone, method = self.backbone.value.strip(), self.method.value
         same = (backbone, method) == (before.backbone, before.method)
-        return replace(
-            before,
+        return before.variant(
             backbone=backbone,
             method=method,
             batch_size=self.batch_size.value,
