@@ -43,7 +43,7 @@ def ten_digits(digits):
 
 
 def checked(record, tmp_path):
-    """Whole, explained, and readable as a row of the table."""
+    """Check that the record is complete, explains its nulls, and is a row of the table."""
     nulls = {name for group in GROUPS for name, value in getattr(record, group).items() if value is None}
     assert nulls == set(record.missing) and all(record.missing.values())
     assert record.run["phase"] == "inference" and record.run["status"] == "ok"
@@ -113,7 +113,7 @@ def test_generative(name, form, protocol, ten_digits, tmp_path):
     assert row.form == form
 
 
-def test_one_table_beside_the_fine_tuned(ten_digits, tmp_path, demo_model):
+def test_one_table_holds_baselines_and_fine_tuned_models(ten_digits, tmp_path, demo_model):
     experiment = toolkit.Experiment(epochs=1, batch_size=20, device="cpu", method="linear")
     model = demo_model("linear")
     result = toolkit.fit(model, ten_digits, experiment)
@@ -200,8 +200,8 @@ def nan_features(model, images):
         (None, None, "failed"),
     ],
 )
-def test_every_end_is_a_record_that_tables_take(place, what, status, ten_digits, monkeypatch, tmp_path):
-    """Alone, and beside a run that ended well."""
+def test_every_outcome_is_a_record_that_tables_accept(place, what, status, ten_digits, monkeypatch, tmp_path):
+    """Alone, and next to a run that ended well."""
     if place is None:
         experiment = BaselineExperiment(baseline="demo_vit", protocol="ridge")
         record = toolkit.RunRecord.of_failure(experiment, "the kernel died")
@@ -234,8 +234,8 @@ def is_finished_after(record, folder):
     return is_finished(folder, record.data["train_sha256"])
 
 
-def test_old_records_stand_beside_baselines_as_fine_tuned_runs(ten_digits, tmp_path):
-    """They have no phase; runs that differ are not averaged."""
+def test_old_records_count_as_fine_tuned_runs(ten_digits, tmp_path):
+    """Old records have no phase; runs that differ are not averaged."""
     evaluate_baseline("demo_vit", ten_digits, protocol="knn").save(tmp_path / "knn")
     frame = toolkit.load_records(tmp_path)
     old = {"status": "ok", "dataset": "digits", "backbone": "demo_vit", "method": "full", "seed": 0,

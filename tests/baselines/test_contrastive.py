@@ -47,14 +47,14 @@ def clip(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def siglip(tmp_path_factory) -> str:
-    """For what does not depend on the kind: its tokenizer is built much faster than CLIP's."""
+    """For tests that do not depend on the kind: its tokenizer is built much faster than CLIP's."""
     folder = tmp_path_factory.mktemp("siglip")
     return f"local-dir:{tiny_contrastive(folder, [*NAMES, *TEMPLATES, 'number'], 'siglip')}"
 
 
 @pytest.fixture(scope="module")
 def model(source, tmp_path_factory) -> ZeroShot:
-    """Not to be changed."""
+    """Shared: tests must not modify it."""
     cache = tmp_path_factory.mktemp("cache")
     return made(source, cache)
 
@@ -84,7 +84,7 @@ def forbid_texts(monkeypatch) -> None:
     monkeypatch.setattr(open_clip.CustomTextCLIP, "encode_text", encode_text)
 
 
-def test_classifier_is_what_open_clip_gives_one_class_at_a_time(model, source):
+def test_classifier_equals_open_clips_one_class_at_a_time(model, source):
     tokenizer = open_clip.get_tokenizer(source)
     reference, _ = open_clip.create_model_from_pretrained(source)
     with torch.no_grad():
@@ -169,7 +169,7 @@ def test_half_precision_weights_and_float32_scores(model, build, source, dtype, 
     torch.testing.assert_close(cosines[1], cosines[0], rtol=0, atol=tolerance)
 
 
-def test_a_classifier_is_remembered(build, siglip, monkeypatch):
+def test_a_classifier_is_cached(build, siglip, monkeypatch):
     model = build(siglip)
     forbid_texts(monkeypatch)
     again = build(siglip)
@@ -211,8 +211,8 @@ def test_a_damaged_classifier_is_made_again(build, siglip, tmp_path):
     assert torch.equal(build(siglip).classifier, classifier)
 
 
-def test_a_remembered_classifier_tells_what_it_cost(clip, tmp_path):
-    """The text tower's time and memory, also where it did not run; it is gone when the images come."""
+def test_a_cached_classifier_reports_its_cost(clip, tmp_path):
+    """Time and memory of the text tower, even if it did not run; it is freed before the images come."""
     costs = []
     for remembered in (False, True):
         both = load(clip, dtype=torch.float32)
@@ -237,7 +237,7 @@ def test_evaluate_runs_on_it(model):
 
 
 def test_siglip_writes_prompts_as_it_was_trained(siglip):
-    """Its tokenizer drops case, punctuation and underscores; nothing here needs to."""
+    """Its tokenizer drops case, punctuation and underscores, so that nothing here has to."""
     tokenizer = load(siglip, dtype=torch.float32).tokenizer
     first, second = tokenizer(["A photo, of a Polka_dotted!", "a photo of a polka dotted"])
     assert torch.equal(first, second)
@@ -286,12 +286,12 @@ def test_a_wrong_source_is_refused_before_any_download(source, message, monkeypa
 
 
 @pytest.mark.parametrize("name", ["clip_b32", "siglip_b16"])  # one lacks weights, the other a tokenizer too
-def test_without_a_network_the_remedy_is_told(name):
+def test_without_a_network_the_error_names_the_remedy(name):
     with pytest.raises(InputError, match="Connect to the Hugging Face hub once"):
         load(BASELINES[name].source, dtype=torch.float32)
 
 
-def test_the_sources_of_all_baselines_are_right(monkeypatch):
+def test_the_sources_of_all_baselines_are_accepted(monkeypatch):
     def tokenizer(architecture):
         raise OSError("went on")
 

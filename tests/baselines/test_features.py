@@ -23,7 +23,7 @@ from toolkit.training.evaluation import evaluate
 
 CPU = torch.device("cpu")
 TINY = {"embed_dim": 16, "depth": 5, "num_heads": 2}
-# The classes of the real ones, and as those larger than they are asked to be.
+# The classes of the real models; like those, larger than the requested size.
 MODELS = {
     "dinov2": ("vit_small_patch14_reg4_dinov2", TINY | {"img_size": 70}),
     "dinov3": ("vit_small_patch16_dinov3", TINY | {"img_size": 80}),
@@ -40,7 +40,7 @@ def hub(tmp_path_factory) -> dict[str, str]:
         torch.manual_seed(0)
         model = timm.create_model(architecture, num_classes=3, **sizes)
         for parameter in model.parameters():
-            nn.init.normal_(parameter, std=0.2)  # not what an initialisation makes nothing of
+            nn.init.normal_(parameter, std=0.2)  # initial weights would hide differences
         folder = tmp_path_factory.mktemp(name)
         save_for_hf(model, folder, model_args=sizes, safe_serialization=True)
         sources[name] = f"local-dir:{folder}"
@@ -70,7 +70,7 @@ def of_demo(few_digits, folder: Path, split: str = "train", **options):
 # The extractor
 
 
-def test_demo_features_are_what_its_classifier_sees():
+def test_demo_features_are_the_input_of_its_classifier():
     demo, model = extractor("demo_vit"), build_backbone("demo_vit", 10).eval()
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     expected = model.forward_head(model.forward_features(images), pre_logits=True)
@@ -122,7 +122,7 @@ def test_position_embeddings_are_resized_as_on_loading(hub, images):
     assert extract.data_config["input_size"] == (3, 56, 56)
 
 
-def test_a_model_without_sizes_keeps_its_own_and_gives_its_pooled_features(hub):
+def test_a_model_of_fixed_size_keeps_it_and_returns_pooled_features(hub):
     extract = extractor(hub["convolutional"], image_size=56)
     side = extract.data_config["input_size"][-1]
     assert side == build_side("test_convnext")
@@ -160,7 +160,7 @@ def test_sizes_that_do_not_divide_into_patches_are_refused(hub):
             extractor(hub["dinov2"], image_size=size)
 
 
-def test_sources_that_cannot_be_had_are_refused(tmp_path):
+def test_unavailable_sources_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"unknown backbone 'demo_vot'\. Did you mean 'demo_vit'"):
         extractor("demo_vot")
     with pytest.raises(
@@ -195,7 +195,7 @@ def test_features_are_those_of_the_images_in_order(few_digits, tmp_path):
     assert found.cost.peak_bytes > sum(4 * parameter.numel() for parameter in demo.parameters())
 
 
-def test_a_second_run_reads_the_same_and_reports_what_the_first_one_cost(few_digits, tmp_path):
+def test_a_second_run_reads_the_features_and_reports_the_cost_of_the_first(few_digits, tmp_path):
     first = of_demo(few_digits, tmp_path)
     again = of_demo(few_digits, tmp_path)
     assert again.cost.cached and not first.cost.cached
@@ -221,7 +221,7 @@ def test_half_precision_features_are_kept_as_such(few_digits, tmp_path):
     assert again.cost.cached and torch.equal(first.x, again.x)
 
 
-def test_whatever_features_depend_on_is_in_the_key(hub):
+def test_the_key_holds_everything_that_features_depend_on(hub):
     policy = DATASETS["digits"].policy
     options = {"image_size": 56}
 
@@ -246,7 +246,7 @@ def test_whatever_features_depend_on_is_in_the_key(hub):
     assert key(policy=dataclasses.replace(policy, flip=True)) == key()  # is for training alone
 
 
-def test_splits_have_files_of_their_own(few_digits, tmp_path):
+def test_each_split_has_its_own_entry(few_digits, tmp_path):
     of_demo(few_digits, tmp_path)
     val = of_demo(few_digits, tmp_path, "val")
     assert not val.cost.cached and len(val.x) == 32

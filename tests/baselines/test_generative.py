@@ -1,4 +1,4 @@
-"""Vision-language models behind one face: loading, what goes in, what class names become, fewer tokens."""
+"""Vision-language models behind one interface: loading, prompts, class names as tokens, pruning."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_an_incomplete_folder_is_refused(tmp_path):
         load(tmp_path, "smolvlm", **CPU)
 
 
-def test_weights_that_are_not_all_there_are_refused(folder, tmp_path):
+def test_incomplete_weights_are_refused(folder, tmp_path):
     broken = Path(shutil.copytree(folder("smolvlm"), tmp_path / "broken"))
     weights = safetensors.torch.load_file(broken / "model.safetensors")
     del weights["model.connector.modality_projection.proj.weight"]
@@ -77,7 +77,7 @@ def test_weights_that_are_not_all_there_are_refused(folder, tmp_path):
         load(broken, "smolvlm", **CPU)
 
 
-def test_a_path_that_is_no_folder_is_refused(tmp_path):
+def test_a_path_that_is_not_a_folder_is_refused(tmp_path):
     with pytest.raises(
         InputError, match="neither a folder nor the name of a hub repository; correct the path"
     ):
@@ -97,7 +97,7 @@ def test_without_network_a_repository_is_refused():
         (errors.RevisionNotFoundError, "has no revision 'v9'; name one"),
     ],
 )
-def test_what_the_hub_refuses_comes_with_a_remedy(monkeypatch, error, remedy):
+def test_refusals_of_the_hub_come_with_a_remedy(monkeypatch, error, remedy):
     def refuse(repo, file, revision):
         raise error("refused", response=SimpleNamespace(headers={}, request=None))
 
@@ -153,7 +153,7 @@ def test_a_damaged_or_foreign_folder_is_refused(folder, tmp_path, monkeypatch, d
         load(tmp_path / "copy", "smolvlm", **CPU)
 
 
-def test_a_special_token_is_no_class(model):
+def test_a_special_token_is_not_a_class(model):
     with pytest.raises(InputError, match="'can<image>' holds a special token"):
         model("smolvlm").candidates(QUESTION, ["can<image>", "can"])
 

@@ -51,7 +51,7 @@ IMAGES = [Image.fromarray(_noise.integers(0, 255, (32, 32, 3), dtype=np.uint8)) 
         ("", None),
     ],
 )
-def test_what_an_answer_names(answer, expected):
+def test_the_class_that_an_answer_names(answer, expected):
     found = match(answer, CLASSES)
     assert (None if found is None else CLASSES[found]) == expected
 
@@ -107,7 +107,7 @@ def test_scores_mark_the_class_that_the_answer_names(vlm, monkeypatch):
     assert torch.equal(scores.sum(1), torch.ones(3))
 
 
-def test_answers_are_what_greedy_decoding_gives(vlm):
+def test_answers_are_greedily_decoded(vlm):
     classifier, tokenizer = GenerationClassifier(vlm, CLASSES), vlm.processor.tokenizer
     answers = classifier.answers(vlm.inputs(IMAGES, QUESTION))
     for image, answer in zip(IMAGES, answers):

@@ -1,4 +1,4 @@
-"""What a baseline will take: the architectures, the bytes of every form, and choices within a budget."""
+"""Memory estimates: architectures, the bytes of every form, and choices within a budget."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def test_the_smallest_smolvlm_fits_as_it_is():
     assert first_form_that_fits("smolvlm_256m", "2GB", "cpu") == "fp32"
 
 
-def test_what_does_not_fit_is_refused_with_its_need():
+def test_models_that_do_not_fit_are_refused_with_their_estimate():
     smallest = estimate("smolvlm_256m", "nf4_pruned").total_bytes
     message = rf"'smolvlm_256m' needs {smallest / 2**20:.1f} MiB .* nf4_pruned .* budget of 47.7 MiB; raise"
     with pytest.raises(InputError, match=message):

@@ -128,7 +128,7 @@ def test_no_weight_may_be_missing_added_or_misshapen(folders, data):
         convert_state_dict(others | {name: weights[name][..., None]}, config)
 
 
-def test_what_is_no_weight_is_dropped(folders):
+def test_computed_tensors_are_dropped(folders):
     config, weights = published(folders["mobilevlm_v2"])
     config = convert_config(config)
     more = {f"{TOWER}embeddings.position_ids": torch.arange(577)[None]}
@@ -419,7 +419,7 @@ def test_images_are_padded_with_the_mean_colour(loaded, size):
 @pytest.mark.parametrize(
     ("images", "text"), [(2, [prompt("?")]), (1, ["no image"]), (1, ["<image> and <image>"])]
 )
-def test_images_and_prompts_that_do_not_go_together(loaded, images, text):
+def test_images_and_prompts_that_do_not_match(loaded, images, text):
     with pytest.raises(InputError, match="one image per prompt"):
         loaded["mobilevlm_v2"][1](images=pictures(images), text=text)
 

@@ -1,4 +1,4 @@
-"""Probes: the same answers as reference implementations, and the laws that they must obey."""
+"""Probes: the results of reference implementations, and invariances."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_every_protocol_of_the_registry_is_fitted_and_beats_the_largest_class():
         assert not any(parameter.requires_grad for parameter in probe.parameters())
 
 
-def test_neighbours_that_are_everyone_and_equally_near_vote_for_the_class_shares():
+def test_votes_of_all_rows_at_equal_distance_are_the_class_shares():
     x, y = TRAIN
     probe = NeighbourProbe(F.normalize(x), y, CLASSES, k=len(y), temperature=1e9)
     counts = torch.bincount(y, minlength=CLASSES)
@@ -96,7 +96,7 @@ def test_centroid_decides_by_the_cosine_to_class_means():
 
 
 @pytest.mark.parametrize("protocol", ["centroid", "ridge"])
-def test_scores_without_a_scale_get_the_one_of_least_validation_loss(protocol):
+def test_scores_are_scaled_to_the_lowest_validation_loss(protocol):
     probe = fit_probe(protocol, TRAIN, VAL, CLASSES)
     scores, scale = probe(VAL[0]), probe.choices["scale"]
     loss = F.cross_entropy(scores, VAL[1])
@@ -199,7 +199,7 @@ def test_cosines_do_not_see_the_length_of_features(protocol, factor):
     torch.testing.assert_close(longer(TEST[0]), probe(TEST[0]), rtol=1e-3, atol=1e-3)
 
 
-def test_equally_good_settings_give_way_to_the_more_regularised_one():
+def test_among_equal_settings_the_most_regularised_is_chosen():
     train, val = clusters(200, 4, spread=0.01), clusters(100, 5, spread=0.01)  # every setting is right
     assert fit_probe("lda", train, val, CLASSES).choices["shrinkage"] == 1.0
     assert fit_probe("knn", train, val, CLASSES).choices["k"] == 200

@@ -1,4 +1,4 @@
-"""Likelihoods of class names: the packed pass against one pass per class, and what is made of its table."""
+"""Likelihoods of class names: the packed pass against one pass per class, and aggregations of its table."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def largest_difference(vlm, inputs) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_packed_pass_gives_what_a_pass_per_class_gives(model, kind):
+def test_the_packed_pass_equals_one_pass_per_class(model, kind):
     vlm = model(kind)
     for images in (IMAGES[:1], IMAGES):
         assert largest_difference(vlm, vlm.inputs(images, QUESTION)) < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["smolvlm", "paligemma2", "mobilevlm_v2"])
-def test_so_it_does_for_weights_of_four_bits(tiny, kind):
+def test_the_packed_pass_equals_one_pass_per_class_in_four_bits(tiny, kind):
     vlm = tiny(kind, four_bit=True)
     assert largest_difference(vlm, vlm.inputs(IMAGES, QUESTION)) < 1e-4
 
@@ -109,7 +109,7 @@ def test_an_image_without_content_tells_nothing(model):
     assert classifier(vlm.inputs(IMAGES, QUESTION)).abs().min() > 0
 
 
-def test_logits_a_few_at_a_time_are_the_same(model, monkeypatch):
+def test_chunked_logits_are_the_same(model, monkeypatch):
     vlm = model("paligemma2")
     inputs, trie = vlm.inputs(IMAGES, QUESTION), Trie(vlm.candidates(QUESTION, NAMES))
     at_once = score_trie(vlm, inputs, trie)
@@ -129,7 +129,7 @@ def test_half_precision_gives_float32_scores(tiny):
     torch.testing.assert_close(scores.exp().sum(1), torch.ones(3))
 
 
-def test_choose_takes_the_aggregation_that_is_right_most_often(model):
+def test_choose_takes_the_most_accurate_aggregation(model):
     vlm = model("idefics3")
     classifier = TrieClassifier(vlm, QUESTION, NAMES)
     inputs = vlm.inputs(IMAGES, QUESTION)
@@ -160,7 +160,7 @@ candidate_sets = st.lists(
 
 @settings(max_examples=30)
 @given(candidate_sets, st.integers(0, 2**31 - 1))
-def test_aggregations_are_what_enumeration_gives(candidates, seed):
+def test_aggregations_equal_enumeration(candidates, seed):
     trie = Trie(candidates)
     generator = torch.Generator().manual_seed(seed)
     tables = torch.randn(3, len(trie.tokens), generator=generator)
@@ -217,7 +217,7 @@ def test_a_node_sees_its_ancestors_and_itself(candidates):
 
 
 @pytest.mark.parametrize("candidates", [[[1, 2], [1]], [[1, 9], [1, 9]], [[1], []]])
-def test_a_trie_refuses_candidates_that_are_no_alternatives(candidates):
+def test_a_trie_refuses_candidates_that_are_not_alternatives(candidates):
     with pytest.raises(InputError, match="a candidate begins with another"):
         Trie(candidates)
 

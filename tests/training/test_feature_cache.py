@@ -92,8 +92,8 @@ def read_by_classifier(model, images):
         pytest.param("linear", "small:vim_small", marks=pytest.mark.long),
     ],
 )
-def test_rows_are_what_the_backbone_gives(cached, few_digits, method, backbone):
-    """Batches of other sizes may round otherwise, so not bit for bit."""
+def test_rows_are_the_features_of_the_backbone(cached, few_digits, method, backbone):
+    """Not bit for bit: batches of other sizes may round differently."""
     model = build(method, backbone).eval()
     features = cached(model)
     rows, labels = features.val.__getitems__(list(range(32)))
@@ -110,7 +110,7 @@ def test_rows_are_what_the_backbone_gives(cached, few_digits, method, backbone):
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.01), ("fp16", 0.002)])
-def test_rows_in_half_precision_take_half_the_room(cached, few_digits, precision, tolerance):
+def test_rows_in_half_precision_take_half_the_space(cached, few_digits, precision, tolerance):
     model = build()
     whole, half = cached(model), cached(model, precision=precision)
     labels_bytes = 8 * (len(few_digits.train) + len(few_digits.val))
@@ -230,7 +230,7 @@ def test_the_order_is_the_loaders(cached, few_digits, seed):
 # --- what is found again --------------------------------------------------------------------------
 
 
-def test_features_are_found_again_whatever_the_trained_part_has_become(cached, monkeypatch):
+def test_features_are_found_again_after_training(cached, monkeypatch):
     model = build()
     first = cached(model)
     with torch.no_grad():
@@ -404,7 +404,7 @@ def test_features_above_the_free_disk_are_refused(cached, monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["bitfit", "full"])
-def test_features_that_move_are_refused(cached, demo_model, method):
+def test_features_that_change_in_training_are_refused(cached, demo_model, method):
     with pytest.raises(
         InputError, match=r"cannot be cached: .* trains, or follows.*'losa', 'lst' or 'linear'"
     ):
@@ -459,7 +459,7 @@ def test_features_of_images_of_several_sizes_are_those_of_test_images(cached):
         torch.testing.assert_close(features.model(rows), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_augmentation_lost_says_what_is_lost():
+def test_augmentation_lost_names_crops_and_flips():
     assert augmentation_lost(Policy()) == ""
     assert augmentation_lost(Policy(flip=True)).endswith("training goes without mirrored images.")
     both = augmentation_lost(Policy(crop_scale=(0.35, 1.0), flip=True))
