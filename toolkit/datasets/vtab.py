@@ -38,6 +38,26 @@ CALTECH_TRAIN = 30  # images per class in Caltech101's usual training split
 CLEVR_DISTANCES = (8.0, 8.5, 9.0, 9.5, 10.0)  # class limits in CLEVR's units, from the camera
 KITTI_DISTANCES = (8.0, 20.0, 999.0)  # class limits in metres; no vehicle counts as 1,000
 KITTI_VEHICLES = ("Car", "Van", "Truck")
+SOURCES = {  # files to get by hand where downloading fails, and where from
+    "caltech101": ("caltech101/caltech-101.zip", "https://data.caltech.edu/records/mzrjq-6wc02"),
+    "flowers102": (
+        "102flowers.tgz, imagelabels.mat and setid.mat (into flowers-102/)",
+        "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/",
+    ),
+    "pets": (
+        "images.tar.gz and annotations.tar.gz (into oxford-iiit-pet/)",
+        "https://www.robots.ox.ac.uk/~vgg/data/pets/",
+    ),
+    "svhn": ("train_32x32.mat and test_32x32.mat", "http://ufldl.stanford.edu/housenumbers/"),
+    "sun397": ("SUN397.tar.gz", "https://vision.princeton.edu/projects/2010/SUN/"),
+    "camelyon": ("the .h5 files (into pcam/)", "https://github.com/basveeling/pcam"),
+    "eurosat": ("eurosat/EuroSAT.zip", "https://github.com/phelber/EuroSAT"),
+    "clevr": ("clevr/CLEVR_v1.0.zip", "https://cs.stanford.edu/people/jcjohns/clevr/"),
+    "kitti_distance": (
+        "data_object_image_2.zip, data_object_label_2.zip and devkit_object.zip (into Kitti/raw/)",
+        "https://www.cvlibs.net/datasets/kitti/eval_object.php",
+    ),
+}
 
 
 class Pool(NamedTuple):
@@ -98,6 +118,10 @@ def _draw(rng: np.random.Generator, name: str, pool: Pool, count: int) -> np.nda
     return rng.permutation(len(pool.labels))[:count]
 
 
+def _official(name: str, kind: Callable[..., Any], root: Path, **options: object) -> Any:
+    return fetched(f"vtab:{name}", kind, root, *SOURCES[name], **options)
+
+
 def _pool(samples: Sequence[Sample]) -> Pool:
     return Pool([Path(file) for file, _ in samples], [label for _, label in samples])
 
@@ -121,10 +145,7 @@ def svhn(root: Path) -> Pools:
     """Without the extra images."""
 
     def read(split: str) -> Pool:
-        data = fetched(
-            "vtab:svhn", torchvision.datasets.SVHN, root / "svhn", f"{split}_32x32.mat",
-            "http://ufldl.stanford.edu/housenumbers/", split=split,
-        )  # fmt: skip
+        data = _official("svhn", torchvision.datasets.SVHN, root / "svhn", split=split)
         return Pool(data.data.transpose(0, 2, 3, 1), data.labels)
 
     return Pools([str(digit) for digit in range(10)], read("train"), None, read("test"))
@@ -135,10 +156,7 @@ def caltech101(root: Path) -> Pools:
 
     With the background class, which the benchmark has and torchvision leaves out.
     """
-    data = fetched(
-        "vtab:caltech101", torchvision.datasets.Caltech101, root, "caltech101/caltech-101.zip",
-        "https://data.caltech.edu/records/mzrjq-6wc02",
-    )  # fmt: skip
+    data = _official("caltech101", torchvision.datasets.Caltech101, root)
     folder = Path(data.root) / "101_ObjectCategories"
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     rng, train, test = np.random.default_rng(0), [], []
@@ -156,33 +174,21 @@ def dtd(root: Path) -> Pools:
 
 
 def flowers102(root: Path) -> Pools:
-    classes, samples = official_lists(
-        "vtab:flowers102", torchvision.datasets.Flowers102, root,
-        "102flowers.tgz, imagelabels.mat and setid.mat (into flowers-102/)",
-        "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/",
-    )  # fmt: skip
+    kind = torchvision.datasets.Flowers102
+    classes, samples = official_lists("vtab:flowers102", kind, root, *SOURCES["flowers102"])
     return Pools(classes, *map(_pool, samples.values()), root / "flowers-102")
 
 
 def pets(root: Path) -> Pools:
-    def read(split: str) -> Any:
-        return fetched(
-            "vtab:pets", torchvision.datasets.OxfordIIITPet, root,
-            "images.tar.gz and annotations.tar.gz (into oxford-iiit-pet/)",
-            "https://www.robots.ox.ac.uk/~vgg/data/pets/", split=split,
-        )  # fmt: skip
-
-    train, test = read("trainval"), read("test")
+    kind = torchvision.datasets.OxfordIIITPet
+    train, test = (_official("pets", kind, root, split=split) for split in ("trainval", "test"))
     pools = [Pool(data._images, data._labels) for data in (train, test)]
     return Pools(train.classes, pools[0], None, pools[1], root / "oxford-iiit-pet")
 
 
 def sun397(root: Path) -> Pools:
     """70, 10 and 20 %, drawn here."""
-    data = fetched(
-        "vtab:sun397", torchvision.datasets.SUN397, root, "SUN397.tar.gz",
-        "https://vision.princeton.edu/projects/2010/SUN/",
-    )  # fmt: skip
+    data = _official("sun397", torchvision.datasets.SUN397, root)
     samples = sorted(zip(data._image_files, data._labels))  # torchvision's order is the disk's
     return Pools(data.classes, *_dealt(samples, 70, 10), root / "SUN397")
 
@@ -198,11 +204,7 @@ def camelyon(root: Path) -> Pools:
         raise InputError("vtab:camelyon is stored in HDF5 files; install h5py to read them.") from error
 
     def read(split: str) -> Pool:
-        data = fetched(
-            "vtab:camelyon", torchvision.datasets.PCAM, root, "the .h5 files (into pcam/)",
-            "https://github.com/basveeling/pcam", split=split,
-        )  # fmt: skip
-        names = data._FILES[split]
+        names = _official("camelyon", torchvision.datasets.PCAM, root, split=split)._FILES[split]
         images, labels = (h5py.File(root / "pcam" / names[part][0]) for part in ("images", "targets"))
         return Pool(images["x"], np.asarray(labels["y"]).reshape(-1))  # labels (N, 1, 1, 1)
 
@@ -211,10 +213,7 @@ def camelyon(root: Path) -> Pools:
 
 def eurosat(root: Path) -> Pools:
     """60, 20 and 20 %, drawn here."""
-    data = fetched(
-        "vtab:eurosat", torchvision.datasets.EuroSAT, root, "eurosat/EuroSAT.zip",
-        "https://github.com/phelber/EuroSAT",
-    )  # fmt: skip
+    data = _official("eurosat", torchvision.datasets.EuroSAT, root)
     return Pools(data.classes, *_dealt(data.samples, 60, 20), root / "eurosat")
 
 
@@ -238,10 +237,8 @@ def clevr_distance(root: Path) -> Pools:
 
 def _clevr(root: Path, name: str, classes: list[str], label: Callable[[list[dict]], int]) -> Pools:
     """CLEVR's test images have no labels; the benchmark tests on its validation images."""
-    data = fetched(
-        f"vtab:{name}", torchvision.datasets.CLEVRClassification, root, "clevr/CLEVR_v1.0.zip",
-        "https://cs.stanford.edu/people/jcjohns/clevr/", split="test",
-    )  # fmt: skip
+    kind = torchvision.datasets.CLEVRClassification
+    data = fetched(f"vtab:{name}", kind, root, *SOURCES["clevr"], split="test")
     folder, pools = data._data_folder, []
     for split in ("train", "val"):
         scenes = folder / "scenes" / f"CLEVR_{split}_scenes.json"
@@ -264,12 +261,8 @@ def kitti_distance(root: Path) -> Pools:
 
     KITTI's test images have no labels: its training images are dealt by video, as the benchmark does.
     """
-    source = (
-        "data_object_image_2.zip, data_object_label_2.zip and devkit_object.zip (into Kitti/raw/)",
-        "https://www.cvlibs.net/datasets/kitti/eval_object.php",
-    )
-    fetched("vtab:kitti_distance", torchvision.datasets.Kitti, root, *source, train=True)
-    dealt = fetched("vtab:kitti_distance", _kitti_images, root, *source)
+    _official("kitti_distance", torchvision.datasets.Kitti, root, train=True)
+    dealt = _official("kitti_distance", _kitti_images, root)
     folder = root / "Kitti" / "raw" / "training"
     pools = []
     for numbers in dealt:
