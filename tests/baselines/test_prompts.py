@@ -69,7 +69,7 @@ def test_question_asks_for_textures_where_there_are_textures():
     ("names", "message"),
     [
         ([], "no class names"),
-        (["cat", " _ "], "class 1 has an empty name"),
+        (["cat", " _ "], "class 1 has no words in its name"),
         (["oak tree", "cat", "Oak_tree"], "'oak tree' and 'Oak_tree' read alike"),
         (["cat", "cat"], "'cat' and 'cat' read alike"),
     ],

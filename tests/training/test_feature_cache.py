@@ -101,7 +101,9 @@ def test_rows_are_the_features_of_the_backbone(cached, few_digits, method, backb
     with torch.no_grad():
         expected = [read_by_classifier(model, images)] if method == "linear" else model.features(images)
         logits = model(images)
-    assert rows.shape == (len(images), features.width) and torch.equal(labels, expected_labels)
+    assert rows.shape == (len(images), sum(features.model.layout.sizes)) and torch.equal(
+        labels, expected_labels
+    )
     found = features.model.layout.unpack(rows)
     assert [f.shape for f in found] == [e.shape for e in expected]
     for one, other in zip(found, expected):
@@ -116,7 +118,7 @@ def test_rows_in_half_precision_take_half_the_space(cached, few_digits, precisio
     labels_bytes = 8 * (len(few_digits.train) + len(few_digits.val))
     assert 2 * (half.nbytes - labels_bytes) == whole.nbytes - labels_bytes
     rows, _ = half.train.__getitems__([3, 1])
-    assert rows.dtype == half.dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    assert rows.dtype == half.model.layout.dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     images, _ = images_of(model, few_digits)
     with torch.no_grad(), autocast(torch.device("cpu"), precision):
         expected = model.features(images[[3, 1]])
@@ -416,7 +418,7 @@ def test_statistics_that_follow_the_batches_are_refused(cached):
     toolkit.adapt(model, "linear", batch_norm="updated")
     with pytest.raises(InputError, match="follows the batches"):
         cached(model)
-    assert cached(toolkit.adapt(model, "linear")).width > 0
+    assert len(cached(toolkit.adapt(model, "linear")).val) == 32
 
 
 def test_a_model_that_does_not_end_in_its_classifier_is_refused(cached):

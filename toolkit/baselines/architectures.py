@@ -116,7 +116,7 @@ def _generative(baseline: Baseline) -> nn.Module:
 
     config = configuration(baseline.name)
     if baseline.kind in ("mobilevlm", "mobilevlm_v2"):
-        from toolkit.baselines.mobilevlm import MobileVLM
+        from toolkit.baselines.mobilevlm import MobileVLM  # here, because it imports transformers
 
         return MobileVLM(config)
     return transformers.AutoModelForImageTextToText.from_config(config)
@@ -145,6 +145,7 @@ def configuration(name: str) -> PreTrainedConfig:
             hidden_size=language["hidden_size"],
             image_token_index=257152,
         )
+    # Here, because it imports transformers.
     from toolkit.baselines.mobilevlm import CLIP_VIT_L_14_336, MobileVLMConfig
 
     language = _MOBILE_LLAMA[name.rpartition("_")[2]]

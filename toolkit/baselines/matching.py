@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from toolkit.baselines.generative import VisionLanguageModel
+from toolkit.baselines.prompts import check_classes
 from toolkit.errors import InputError
 
 NEW_TOKENS = 16  # a name and a few words around it
@@ -60,7 +61,7 @@ class GenerationClassifier(nn.Module):
         super().__init__()
         if vlm.pruned:
             raise InputError("a model with a pruned vocabulary cannot answer freely; load it again.")
-        _check_distinct(names)
+        check_classes(names, normalise)
         self.vlm, self.names = vlm, names
 
     def answers(self, inputs: Mapping[str, torch.Tensor]) -> list[str]:
@@ -80,18 +81,3 @@ class GenerationClassifier(nn.Module):
         columns = [len(self.names) if index is None else index for index in found]
         scores = nn.functional.one_hot(torch.tensor(columns), len(self.names) + 1)
         return scores.float().to(self.vlm.device)
-
-
-def _check_distinct(names: list[str]) -> None:
-    if not names:
-        raise InputError("there are no class names to match answers with; give at least one.")
-    seen: dict[str, str] = {}
-    for name in names:
-        form = normalise(name)
-        if not form:
-            raise InputError(f"class {name!r} has no words to match answers with; rename it.")
-        if form in seen:
-            raise InputError(
-                f"classes {seen[form]!r} and {name!r} cannot be told apart in answers; rename one."
-            )
-        seen[form] = name

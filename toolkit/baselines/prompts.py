@@ -7,7 +7,7 @@ set's own: lower-casing them and stripping punctuation is left to each model's t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from toolkit.datasets import Splits, find_dataset
 from toolkit.errors import InputError
@@ -28,15 +28,22 @@ def question(dataset: str) -> str:
     return f"What type of {find_dataset(dataset).prompt.noun} is in this photo?"
 
 
-def check_classes(names: Sequence[str]) -> None:
-    """Raise `InputError` if there are no names, an empty one, or two that differ in case or spacing only."""
+def _words(name: str) -> str:
+    return " ".join(name.replace("_", " ").lower().split())
+
+
+def check_classes(names: Sequence[str], words_of: Callable[[str], str] = _words) -> None:
+    """Raise `InputError` if there are no names, one without words, or two with the same words.
+
+    By default these are two that differ in case or spacing only.
+    """
     if not names:
         raise InputError("there are no class names; give at least one.")
     seen: dict[str, str] = {}
     for position, name in enumerate(names):
-        words = " ".join(name.replace("_", " ").lower().split())
+        words = words_of(name)
         if not words:
-            raise InputError(f"class {position} has an empty name ({name!r}); name it.")
+            raise InputError(f"class {position} has no words in its name {name!r}; rename it.")
         if words in seen:
             raise InputError(f"classes {seen[words]!r} and {name!r} read alike; rename one of them.")
         seen[words] = name

@@ -206,16 +206,6 @@ class CachedFeatures:
     nbytes: int
     cached: bool
 
-    @property
-    def width(self) -> int:
-        """F, the numbers per image."""
-        return sum(self.model.layout.sizes)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of batches."""
-        return self.model.layout.dtype
-
     def loader(
         self, split: str, *, batch_size: int, seed: int | None = None, epoch: int = 0, first_batch: int = 0
     ) -> DataLoader:
