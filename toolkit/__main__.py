@@ -1,202 +1,182 @@
-"""`run`, `sweep`: experiments in batch; `report`, `ranking`: what came out; `plan`, `baselines`: their cost.
+"""The command line: `python -m toolkit`, or `toolkit` where the package is installed.
 
-Each flag is a parameter of `Experiment`, or with `--baseline` of `BaselineExperiment`.  `run` without flags
-runs the default comparison on the embedded data; its flags take one value or several, and their product is
-run.  `plan` and `baselines` need no GPU and no weights.
+`run` and `sweep` do experiments in batch, `plan` and `baselines` tell beforehand what they take (without a
+GPU and without weights), `report` and `ranking` show the results.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable
 from dataclasses import Field, fields
 from pathlib import Path
 
 import pandas as pd
 
+import toolkit
 from toolkit.analysis import as_text, compare, ranking_table, write_ranking
 from toolkit.baselines.experiment import BaselineExperiment
 from toolkit.baselines.memory_estimate import estimate_table
 from toolkit.batch.dry_run import dry_run, summary
 from toolkit.batch.report import write_report
 from toolkit.batch.sweep import DEFAULT_COMPARISON, grid, run_experiments
-from toolkit.batch.sweep_file import check_count, preset, read_sweep
+from toolkit.batch.sweep_file import check_count, preset, presets, read_sweep
 from toolkit.budget import format_bytes
 from toolkit.errors import InputError
 from toolkit.experiment import Experiment, Parameters, option_fields
 from toolkit.files import FIGURES, RUNS
-from toolkit.forecast.forecasts import forecast
+from toolkit.forecast.forecasts import FORECASTS, TrainingStep
 from toolkit.training.record import load_records
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 all runs finished, 1 some failed, 2 bad input, 130 interrupted."""
-    parser = argparse.ArgumentParser(prog="python -m toolkit", description=__doc__.split("\n\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser(
-        "run",
-        help="run experiments and compare them",
-        description=__doc__.split("\n\n")[1],
-        allow_abbrev=False,
-    )
-    sweep = commands.add_parser(
-        "sweep", help="run what a sweep file names and compare it", allow_abbrev=False
-    )
-    source = sweep.add_mutually_exclusive_group(required=True)
-    source.add_argument("file", nargs="?", type=Path, help="a sweep file, see toolkit/batch/sweep_file.py")
-    source.add_argument("--preset", metavar="NAME", help="demo, edge, edge_paper or paper")
-    sweep.add_argument("--dry-run", action="store_true", help="list the runs and start none")
-    sweep.add_argument("--yes", action="store_true", help="run more than 1,000 experiments")
-    run.add_argument(
-        "--figures",
-        type=Path,
-        metavar="FOLDER",
-        help=f"default: {FIGURES} for the default comparison, else the folder of the runs",
-    )
-    report = commands.add_parser("report", help="write one HTML file about all runs, and its tables")
-    report.add_argument("--output", type=Path, metavar="FILE", help="default: report.html among the runs")
-    ranking = commands.add_parser("ranking", help="all finished runs by accuracy, as CSV, Markdown and LaTeX")
-    ranking.add_argument("--output", type=Path, metavar="FILE", help="default: ranking.* among the runs")
-    for command in (run, sweep, report, ranking):
-        command.add_argument(
-            "--runs", type=Path, default=RUNS, metavar="FOLDER", help=f"where runs are kept ({RUNS})"
-        )
-    for command in (run, sweep):
-        command.add_argument(
-            "--workers",
-            type=int,
-            metavar="COUNT",
-            help="experiments at a time on this machine (default: one per GPU; on the CPU one)",
-        )
-        command.add_argument(
-            "--scheduler", default="", metavar="ADDRESS", help="run on the workers of this dask scheduler"
-        )
-    plan = commands.add_parser(
-        "plan",
-        help="what one experiment's training takes, and how it fits the budget",
-        description=__doc__.split("\n\n")[1],
-        allow_abbrev=False,
-    )
-    plan.add_argument("--num-classes", type=int, default=100, metavar="VALUE", help="default: 100")
-    needs = commands.add_parser(
-        "baselines", help="what evaluating each foundation model takes, and whether it fits a budget"
-    )
-    needs.add_argument("--budget", default="2GB", metavar="VALUE", help="default: 2GB")
-    own = [field for field in fields(Experiment) if field.name != "options"]
-    both = {field.name: field for field in (*fields(BaselineExperiment), *own)}
-    _add_parameters(run, both.values(), nargs="+")
-    _add_parameters(plan, own)
-    _add_options(run, nargs="+")
-    _add_options(plan)
-    options = vars(parser.parse_args(arguments))
-    values = {name: options[name] for name in (*both, *option_fields()) if name in options}
+    given = _parser().parse_args(arguments)
     try:
-        if options["command"] == "baselines":
-            print(estimate_table(options["budget"]).round(2).to_string(index=False))
-            return 0
-        if options["command"] == "plan":
-            given = {name: values.pop(name) for name in option_fields() if name in values}
-            print(_plan(Experiment(**values, options=given), options["num_classes"]))
-            return 0
-        runs = options["runs"].resolve()
-        if options["command"] == "sweep":
-            experiments = preset(options["preset"]) if options["preset"] else read_sweep(options["file"])
-            if options["dry_run"]:
-                print(_dry_run(experiments, runs))
-                return 0
-            check_count(experiments, yes=options["yes"])
-            return _run(experiments, runs, runs, options)
-        if options["command"] == "report":
-            print(write_report(runs, (options["output"] or runs / "report.html").resolve()))
-            return 0
-        if options["command"] == "ranking":
-            table = write_ranking(runs, (options["output"] or runs / "ranking.md").resolve())
-            print(as_text(ranking_table(table)).to_string(index=False))
-            return 0
-        figures = options["figures"] or (runs if values else FIGURES)
-        kind = BaselineExperiment if "baseline" in values else Experiment
-        for name in values:
-            if name not in kind.flat_types():
-                flag = f"--{name.replace('_', '-')}"
-                needs = "needs --baseline" if kind is Experiment else "is not for baselines"
-                raise InputError(f"{flag} {needs}; see `python -m toolkit run --help`.")
-        return _run(grid(kind, **(values or DEFAULT_COMPARISON)), runs, figures.resolve(), options)
+        return given.command(given)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; the same command continues from here", file=sys.stderr)
         return 130
 
 
-def _add_parameters(command: argparse.ArgumentParser, parameters: Iterable[Field], **options: object) -> None:
-    """A flag for each of these fields of a dataclass."""
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("toolkit", description=__doc__.split("\n\n")[1], allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"toolkit {toolkit.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, function: object, text: str) -> argparse.ArgumentParser:
+        usage = f"toolkit {name} [flags]"
+        added = commands.add_parser(name, help=text, description=f"{text}.", usage=usage, allow_abbrev=False)
+        added.set_defaults(command=function)
+        return added
+
+    text = "run experiments: the product of all values given, or without flags the default comparison"
+    run = command("run", _run, text)
+    _add_experiment_flags(run, nargs="+")
+    foundation = run.add_argument_group("baselines", "foundation models, evaluated as they are")
+    known = Experiment.names()
+    _add_flags(foundation, [f for f in fields(BaselineExperiment) if f.name not in known], nargs="+")
+
+    sweep = command("sweep", _sweep, "run the experiments of a sweep file or preset")
+    source = sweep.add_mutually_exclusive_group(required=True)
+    source.add_argument("file", nargs="?", type=Path, help="a sweep file, see toolkit/batch/sweep_file.py")
+    source.add_argument("--preset", metavar="NAME", help=", ".join(presets()))
+    sweep.add_argument("--dry-run", action="store_true", help="list the runs and what they take; start none")
+    sweep.add_argument("--yes", action="store_true", help="run more than 1,000 experiments")
+
+    plan = command("plan", _plan, "show what one training step takes, and how it fits the budget")
+    _add_experiment_flags(plan)
+    plan.add_argument("--num-classes", type=int, default=100, metavar="COUNT", help="default: 100")
+    needs = command("baselines", _baselines, "show what evaluating each foundation model takes")
+    needs.add_argument("--budget", default="2GB", metavar="SIZE", help="device memory; default: 2GB")
+    report = command("report", _report, "write one HTML file about all runs, and its tables")
+    report.add_argument("--output", type=Path, metavar="FILE", help="default: report.html among the runs")
+    ranking = command("ranking", _ranking, "rank all finished runs by accuracy, as CSV, Markdown and LaTeX")
+    ranking.add_argument("--output", type=Path, metavar="FILE", help="default: ranking.* among the runs")
+
+    for added in (run, sweep, report, ranking):
+        output = added.add_argument_group("output")
+        output.add_argument("--runs", type=Path, default=RUNS, metavar="FOLDER", help=f"default: {RUNS}")
+        if added is run:
+            text = f"default: {FIGURES} for the default comparison, otherwise the folder of the runs"
+            output.add_argument("--figures", type=Path, metavar="FOLDER", help=text)
+    for added in (run, sweep):
+        where = added.add_argument_group("where to run")
+        text = "experiments at a time on this machine; default: one per GPU, without a GPU one"
+        where.add_argument("--workers", type=int, metavar="COUNT", help=text)
+        text = "run on the workers of this dask scheduler"
+        where.add_argument("--scheduler", default="", metavar="ADDRESS", help=text)
+    return parser
+
+
+def _add_experiment_flags(command: argparse.ArgumentParser, **settings: object) -> None:
+    """A flag for each field of `Experiment` and each option of a method or strategy."""
+    own = [field for field in fields(Experiment) if field.name != "options"]
+    _add_flags(command.add_argument_group("experiment"), own, **settings)
+    group = command.add_argument_group("options of methods and checkpointing strategies")
+    for declared in option_fields().values():
+        meanings: dict[str, list[str]] = {}  # methods may give one name different meanings
+        for owner, field in declared.items():
+            meanings.setdefault(_meaning(field), []).append(owner)
+        text = "; ".join(f"{', '.join(owners)}: {meaning}" for meaning, owners in meanings.items())
+        _add_flag(group, field, text, **settings)
+
+
+def _add_flags(group: argparse._ArgumentGroup, parameters: list[Field], **settings: object) -> None:
     for field in parameters:
-        command.add_argument(
-            f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, metavar="VALUE",
-            type=_TYPES[field.type], help=f"default: {field.default!r}", **options,
-        )  # fmt: skip
+        _add_flag(group, field, _meaning(field), **settings)
 
 
-def _add_options(command: argparse.ArgumentParser, **more: object) -> None:
-    """A flag for each option of a method or a strategy."""
-    for name, owners in option_fields().items():
-        helps: dict[str, list[str]] = {}  # what the option means, and who means it
-        for owner, field in owners.items():
-            helps.setdefault(f"{field.metadata['help']} (default: {field.default!r})", []).append(owner)
-        command.add_argument(
-            f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, metavar="VALUE",
-            type=_TYPES[next(iter(owners.values())).type],
-            help="; ".join(f"{', '.join(who)}: {text}" for text, who in helps.items()).replace("%", "%%"),
-            **more,
-        )  # fmt: skip
+def _add_flag(group: argparse._ArgumentGroup, field: Field, text: str, **settings: object) -> None:
+    convert = {"int": int, "float": float, "bool": _to_bool}.get(field.type, str)
+    group.add_argument(
+        f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, metavar="VALUE", type=convert,
+        help=text.replace("%", "%%"), **settings,
+    )  # fmt: skip
 
 
-def _plan(experiment: Experiment, num_classes: int) -> str:
-    """What an experiment's training step takes; under `planned`, the plan as a table."""
-    if not experiment.strategy.plans:
-        found = forecast(experiment, num_classes)
-        if found.peak_bytes is None:
-            raise InputError(found.reason)
-        return (
-            f"strategy {experiment.checkpointing}, {found.micro_batch_size} images per pass\n"
-            f"predicted peak {format_bytes(found.peak_bytes)} of {format_bytes(found.budget_bytes)}: "
-            f"{'fits' if found.fits else 'DOES NOT FIT'}\n"
-            f"recomputed {found.recompute_pct:.1f} % of the forward pass"
+def _meaning(field: Field) -> str:
+    """One line about a field: its text, its choices and its default."""
+    choices = " | ".join(field.metadata.get("choices", ()))
+    text = ", ".join(filter(None, (field.metadata.get("help"), choices)))
+    return text if field.default == "" else f"{text} (default {field.default})"
+
+
+def _to_bool(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
+def _parameters(given: argparse.Namespace, kind: type[Parameters]) -> dict:
+    """The flags given of this kind of experiment; raises `InputError` for those of the other kind."""
+    tuned = Experiment.flat_types()
+    both = {*tuned, *BaselineExperiment.names()}
+    values = {name: value for name, value in vars(given).items() if name in both}
+    for name in values:
+        flag = f"--{name.replace('_', '-')}"
+        if kind is Experiment and name not in tuned:
+            raise InputError(f"{flag} needs --baseline; see `python -m toolkit run --help`.")
+        if kind is BaselineExperiment and name not in kind.names():
+            raise InputError(f"{flag} is not for baselines; see `python -m toolkit run --help`.")
+    return values
+
+
+def _run(given: argparse.Namespace) -> int:
+    kind = BaselineExperiment if hasattr(given, "baseline") else Experiment
+    values = _parameters(given, kind)
+    runs = given.runs.resolve()
+    figures = given.figures or (runs if values else FIGURES)
+    return _finish(grid(kind, **(values or DEFAULT_COMPARISON)), given, figures.resolve())
+
+
+def _sweep(given: argparse.Namespace) -> int:
+    experiments = preset(given.preset) if given.preset else read_sweep(given.file)
+    if given.dry_run:
+        table = dry_run(experiments, given.runs.resolve())
+        shown = pd.DataFrame(
+            {
+                "run": table["name"],
+                "finished": table.finished.map({True: "yes", False: ""}),
+                "predicted peak": table.predicted_peak_bytes.map(format_bytes, na_action="ignore"),
+                "in budget": table.within_budget,
+                "seconds": table.seconds.map("{:.0f}".format, na_action="ignore"),
+                "estimate from": table.estimate_from,
+            }
         )
-    from toolkit.budget import plan
-    from toolkit.forecast.steps import step_of
-    from toolkit.training.loop import held_bytes
-
-    step = step_of(experiment, num_classes)
-    return plan(
-        step.model, experiment.budget, step.batch, precision=experiment.precision, loss=step.loss,
-        micro_batches=experiment.micro_batch_size or True,
-        held_bytes=held_bytes(step.model, step.hooks, plans=True),
-        optimizer=step.optimizer,
-    ).explain()  # fmt: skip
+        print(shown.to_string(index=False, na_rep="–"), summary(table), sep="\n")
+        return 0
+    check_count(experiments, yes=given.yes)
+    return _finish(experiments, given)
 
 
-def _dry_run(experiments: list[Parameters], runs: Path) -> str:
-    """What a sweep would do, a line a run, and in sum."""
-    table = dry_run(experiments, runs)
-    shown = pd.DataFrame(
-        {
-            "run": table["name"],
-            "finished": table.finished.map({True: "yes", False: ""}),
-            "predicted peak": table.predicted_peak_bytes.map(format_bytes, na_action="ignore").fillna("–"),
-            "in budget": table.within_budget,
-            "seconds": table.seconds.map("{:.0f}".format, na_action="ignore").fillna("–"),
-            "estimate from": table.estimate_from,
-        }
-    )
-    return f"{shown.to_string(index=False)}\n{summary(table)}"
-
-
-def _run(experiments: list[Parameters], runs: Path, figures: Path | None, options: dict) -> int:
-    """Run, compare and report; `figures`: a folder for the pictures of these experiments."""
-    failed = run_experiments(experiments, runs, workers=options["workers"], scheduler=options["scheduler"])
+def _finish(experiments: list[Parameters], given: argparse.Namespace, figures: Path | None = None) -> int:
+    """Run, compare and report; `figures`: a folder for the figures of these experiments."""
+    runs = given.runs.resolve()
+    failed = run_experiments(experiments, runs, workers=given.workers, scheduler=given.scheduler)
     ids = [experiment.id for experiment in experiments]
     records = load_records(runs)
     records = records[records.experiment_id.isin(ids)]
@@ -206,19 +186,43 @@ def _run(experiments: list[Parameters], runs: Path, figures: Path | None, option
     print(f"report   {write_report(runs, runs / 'report.html', figures, ids)}")
     if figures:
         print(f"figures  {figures}")
-    print(f"records  {runs}/*/record.json, with the executed notebook of each run beside it")
+    print(f"records  {runs}/*/record.json, each next to the executed notebook of its run")
     if failed:
         print(f"{len(failed)} of {len(experiments)} runs failed; the same command tries them again")
     return 1 if failed else 0
 
 
-def _to_bool(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() == "true"
+def _plan(given: argparse.Namespace) -> int:
+    values = _parameters(given, Experiment)
+    (experiment,) = grid(**{name: [value] for name, value in values.items()})
+    step = TrainingStep(experiment, given.num_classes)
+    if experiment.strategy.plans:
+        micro_batches = experiment.micro_batch_size or True
+        print(step.planner.plan(experiment.budget_bytes, micro_batches=micro_batches).explain())
+        return 0
+    found = step.forecast(experiment, FORECASTS)
+    if found.peak_bytes is None:
+        raise InputError(found.reason)
+    print(found.explain())
+    return 0
 
 
-_TYPES = {"str": str, "int": int, "float": float, "bool": _to_bool, "Size": str}
+def _baselines(given: argparse.Namespace) -> int:
+    print(estimate_table(given.budget).round(2).to_string(index=False))
+    return 0
+
+
+def _report(given: argparse.Namespace) -> int:
+    runs = given.runs.resolve()
+    print(write_report(runs, (given.output or runs / "report.html").resolve()))
+    return 0
+
+
+def _ranking(given: argparse.Namespace) -> int:
+    runs = given.runs.resolve()
+    table = write_ranking(runs, (given.output or runs / "ranking.md").resolve())
+    print(as_text(ranking_table(table)).to_string(index=False))
+    return 0
 
 
 if __name__ == "__main__":

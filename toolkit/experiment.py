@@ -101,7 +101,7 @@ class Experiment(Parameters):
     filled in, so that equal runs are one run.
     """
 
-    notebook: ClassVar = "finetune"  # that runs it
+    notebook: ClassVar = "1_finetune"  # that runs it
     phase: ClassVar = "training"
 
     dataset: str = "digits"  # a name of `datasets.DATASETS`, such as dtd | digits-c:mixed:3 | folder:PATH
@@ -208,8 +208,9 @@ class Experiment(Parameters):
             check_name("parameter or option", name, cls.flat_types())
         options |= {name: given.pop(name) for name in declared if name in given}
         defaults = {field.name: field.default for field in fields(cls)}
-        chosen = {given.get(name, defaults[name]) for name in ("method", "checkpointing")}
-        return cls(**given, options={n: v for n, v in options.items() if chosen & set(declared[n])})
+        chosen = [given.get(name, defaults[name]) for name in ("method", "checkpointing")]
+        own = {n: value for n, value in options.items() if any(name in chosen for name in declared[n])}
+        return cls(**given, options=own)
 
     @classmethod
     def flat_types(cls) -> dict[str, str]:

@@ -13,6 +13,7 @@ import toolkit
 from toolkit.__main__ import main
 from toolkit.backbones import demo
 from toolkit.batch import sweep
+from toolkit.batch.sweep_file import presets
 from toolkit.errors import InputError
 from toolkit.files import NOTEBOOKS
 from toolkit.training.loop import FitResult
@@ -32,7 +33,7 @@ def test_default_comparison_is_the_documented_one():
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"methd": "lora"}, "unknown parameter of finetune.ipynb 'methd'.*Did you mean 'method'"),
+        ({"methd": "lora"}, "unknown parameter of 1_finetune.ipynb 'methd'.*Did you mean 'method'"),
         ({'x=1;__import__("os").system("touch pwned");y': 1}, "is not an identifier"),
         ({"": 1}, "is not an identifier"),
     ],
@@ -40,17 +41,17 @@ def test_default_comparison_is_the_documented_one():
 def test_parameter_names_are_checked_before_papermill_sees_them(tmp_path, monkeypatch, parameters, message):
     monkeypatch.setattr(papermill, "execute_notebook", lambda *_, **__: pytest.fail("papermill was called"))
     with pytest.raises(InputError, match=message):
-        sweep.execute_notebook("finetune", tmp_path / "out" / "n.ipynb", parameters)
+        sweep.execute_notebook("1_finetune", tmp_path / "out" / "n.ipynb", parameters)
     assert not (tmp_path / "out").exists()
 
 
 def test_unknown_notebook(tmp_path):
-    with pytest.raises(InputError, match="Did you mean 'finetune'"):
-        sweep.execute_notebook("finetun", tmp_path / "n.ipynb", {})
+    with pytest.raises(InputError, match="Did you mean '1_finetune'"):
+        sweep.execute_notebook("1_finetun", tmp_path / "n.ipynb", {})
 
 
 def test_notebook_declares_every_parameter_of_an_experiment():
-    declared = papermill.inspect_notebook(str(NOTEBOOKS / "finetune.ipynb"))
+    declared = papermill.inspect_notebook(str(NOTEBOOKS / "1_finetune.ipynb"))
     assert set(declared) == {*toolkit.Experiment().to_dict(), "runs"}
 
 
@@ -189,6 +190,8 @@ def test_as_many_workers_as_there_are_devices(fake_run, tmp_path, workers):
         (["--pretrained", "maybe"], "neither true nor false"),
         (["--batchsize", "8"], "unrecognized arguments"),
         (["--epoch", "8"], "unrecognized arguments"),
+        (["--method", "full", "linear", "--rank", "4"], "rank is an option of lora, dora"),
+        (["--method", "lora", "--rank", "0"], "rank must lie between"),
         (["--backbone", "resnet18", "--pretrained", "false", "--method", "qlora"], "adapts linear layers"),
         (["--backbone", "vit_small_patch16_224.nope", "--pretrained", "false"], "timm cannot build"),
     ],
@@ -202,6 +205,46 @@ def test_bad_input_is_one_message_exit_2_and_nothing_written(tmp_path, capsys, a
     assert status == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [["report", "--out", "x"], ["ranking", "--run", "x"], ["plan", "--epoch"]]
+)
+def test_flags_are_not_abbreviated(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_help_names_every_preset_and_what_each_option_means(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["sweep", "--help"])
+    assert ", ".join(presets()) in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(SystemExit, match="0"):
+        main(["run", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "galore: steps from one choice of the subspace to the next (default 50)" in text
+    assert "lora, dora, adalora, qlora: rank of the updates (default 8)" in text
+
+
+def test_an_option_goes_to_the_methods_that_have_it():
+    experiments = sweep.grid(method=["lora", "full", "galore"], rank=[2, 4])
+    found = [(e.method, e.options.get("rank")) for e in experiments]
+    assert found == [("lora", 2), ("lora", 4), ("full", None), ("galore", 2), ("galore", 4)]
+
+
+def test_plan_predicts_a_step_by_either_kind_of_strategy(capsys):
+    common = ["plan", "--method", "linear", "--batch-size", "4", "--num-classes", "10", "--budget", "1GB"]
+    assert main([*common, "--checkpointing", "none"]) == 0
+    assert "predicted peak" in capsys.readouterr().out
+    assert main(common) == 0
+    assert "planned" in capsys.readouterr().out
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"toolkit {toolkit.__version__}\n"
 
 
 def test_runs_folder_that_is_a_file(tmp_path, capsys):
@@ -235,7 +278,7 @@ def test_relative_folders_are_resolved_where_the_command_is_given(tmp_path, monk
 def test_damaged_weights_stop_the_command_line(tmp_path, capsys, monkeypatch):
     damaged = tmp_path / "demo_vit.safetensors"
     damaged.write_bytes(b"no weights")
-    monkeypatch.setattr(demo, "WEIGHTS", damaged)
+    monkeypatch.setattr(demo, "DATA", tmp_path)
     assert main(["run", "--runs", str(tmp_path / "runs"), "--method", "linear"]) == 2
     assert "damaged" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
@@ -270,7 +313,7 @@ def test_one_run_from_end_to_end(tmp_path, capsys):
     record = json.loads(record_path.read_text())
     assert record["run"]["status"] == "ok" and record["quality"]["test_top1_pct"] > 15
     assert len(list((tmp_path / "figures").glob("*.png"))) == 2
-    executed = nbformat.read(record_path.parent / "finetune.ipynb", as_version=4)
+    executed = nbformat.read(record_path.parent / "1_finetune.ipynb", as_version=4)
     pictures = [o for c in executed.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
     assert len(pictures) == 3
     written = record_path.stat().st_mtime_ns

@@ -120,7 +120,7 @@ def test_rule_rows_are_the_forecast(tmp_path, monkeypatch):
 def test_written_parameters_are_the_experiment(explorer, tmp_path):
     path = tmp_path / "a folder" / "$(chosen) <b>.yaml"
     command = shlex.split(explorer.write("2 MiB", path))
-    assert command == ["papermill", str(NOTEBOOKS / "finetune.ipynb"), str(path.with_suffix(".ipynb")),
+    assert command == ["papermill", str(NOTEBOOKS / "1_finetune.ipynb"), str(path.with_suffix(".ipynb")),
                        "-f", str(path)]  # fmt: skip
     parameters = read_yaml_file(str(path))  # as papermill does
     assert Experiment(**parameters) == EXPERIMENT.variant(budget="2 MiB", checkpointing="planned")

@@ -154,7 +154,7 @@ def explore(lab: Lab, record_property) -> None:
     lab.page.wait_for_selector("text=/\\| Idle/")
     lab.screenshot("explorer-after")
     lab.button("Use this budget").click()
-    lab.page.locator(".widget-html-content pre", has_text="finetune.ipynb").wait_for()
+    lab.page.locator(".widget-html-content pre", has_text="1_finetune.ipynb").wait_for()
     lab.screenshot("explorer-chosen")
     parameters = yaml.safe_load(chosen.read_text())
     assert parameters["batch_size"] == 16 and parameters["checkpointing"] == "planned"
@@ -164,7 +164,7 @@ def explore(lab: Lab, record_property) -> None:
 
 def train(lab: Lab) -> None:
     """Train, pause, resume, stop and save; running again resumes from there."""
-    lab.open("finetune", epochs=200, method="linear", checkpointing="none")
+    lab.open("1_finetune", epochs=200, method="linear", checkpointing="none")
     lab.run_all()
     lab.button("Pause").wait_for()
 

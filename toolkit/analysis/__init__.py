@@ -6,6 +6,7 @@ function per table), `recommend` (which method for a device), `claims` with one 
 
 from toolkit.analysis.recommend import ranking, ranking_table, recommend, write_ranking
 from toolkit.analysis.results import (
+    best_learning_rates,
     budgets,
     compare,
     data_sets,
@@ -16,6 +17,7 @@ from toolkit.analysis.results import (
     missing,
     read,
     runs_of,
+    validation_losses,
     what_ran,
 )
 from toolkit.analysis.statistics import COSTS, adaptation, differences, mean_and_interval, means, standing
@@ -25,6 +27,7 @@ __all__ = [
     "COSTS",
     "adaptation",
     "as_text",
+    "best_learning_rates",
     "budgets",
     "compare",
     "data_sets",
@@ -43,6 +46,7 @@ __all__ = [
     "runs_of",
     "show",
     "standing",
+    "validation_losses",
     "what_ran",
     "write_ranking",
     "write_table",

@@ -27,7 +27,8 @@ from toolkit.errors import InputError
 from toolkit.experiment import Experiment
 from toolkit.files import RUNS
 from toolkit.measure.quantities import QUANTITIES
-from toolkit.training.record import FILE_NAME, FINISHED, load_records
+from toolkit.methods import METHODS
+from toolkit.training.record import FILE_NAME, FINISHED, load_curves, load_records
 
 REFERENCES = {"method": {"method": "full"}, "checkpointing": {"checkpointing": "none"}}
 
@@ -79,6 +80,29 @@ def compare(records: pd.DataFrame, *quantities: str) -> pd.DataFrame:
     constant += ["score_pct", "score_pct_half_width", "score_pct_n"]  # each task's own score is there
     absent = [name for name in (*COSTS.values(), *quantities) if table[name].isna().all()]
     return as_text(table.drop(columns=[*constant, *absent]))
+
+
+def validation_losses(records: pd.DataFrame) -> pd.DataFrame:
+    """Validation loss after the last epoch, mean over seeds: learning rates by methods.
+
+    Raises `InputError` if no run ended ok.
+    """
+    ok = records[records.status == "ok"] if len(records) else records
+    if ok.empty:
+        raise InputError("no run ended ok; see the errors in the records.")
+    losses = [load_curves(folder)["history"][-1]["val_loss"] for folder in ok.folder]
+    return ok.assign(loss=losses).pivot_table(index="lr", columns="method", values="loss", aggfunc="mean")
+
+
+def best_learning_rates(losses: pd.DataFrame, backbone: str) -> pd.DataFrame:
+    """The rate of the lowest of `validation_losses` by method, next to the one that the method declares."""
+    rows = []
+    for method, best in losses.idxmin().items():
+        declared = METHODS[method].learning_rate(backbone)
+        ends = best in (losses.index[0], losses.index[-1])
+        rows.append((method, best, "yes" if ends else "", declared.lr, declared.source))
+    columns = ["method", "best rate", "at the end of the range", "declared rate", "source"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def what_ran(records: pd.DataFrame) -> pd.DataFrame:

@@ -19,7 +19,7 @@ DRAWN = ("linear_grid", "likelihood")  # protocols that draw random numbers
 class BaselineExperiment(Parameters):
     """One evaluation of a foundation model.  Raises `InputError` for a value that cannot be run."""
 
-    notebook: ClassVar = "foundation_baselines"
+    notebook: ClassVar = "6_baselines"
     phase: ClassVar = "inference"
 
     baseline: str = "demo_vit"  # a name of `baselines.BASELINES`

@@ -1,7 +1,6 @@
 """Many experiments: grids, sweep files, dry runs, and workers on several devices."""
 
-from toolkit.batch.dry_run import dry_run
 from toolkit.batch.sweep import execute_notebook, grid, run_experiments
 from toolkit.batch.sweep_file import preset, read_sweep
 
-__all__ = ["dry_run", "execute_notebook", "grid", "preset", "read_sweep", "run_experiments"]
+__all__ = ["execute_notebook", "grid", "preset", "read_sweep", "run_experiments"]

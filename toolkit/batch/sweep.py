@@ -31,7 +31,7 @@ from toolkit.batch import cluster
 from toolkit.budget import find_blocks
 from toolkit.datasets import Splits, load_dataset
 from toolkit.errors import InputError, check_name, one_line
-from toolkit.experiment import Experiment, Parameters
+from toolkit.experiment import Experiment, Parameters, option_fields
 from toolkit.files import NOTEBOOKS, RUNS
 from toolkit.methods import adapt, check_batch_norms
 from toolkit.model import build_model, check_fits_weights
@@ -52,11 +52,29 @@ DEFAULT_COMPARISON = {
 
 
 def grid(kind: type[Parameters] = Experiment, **values: Iterable) -> list[Parameters]:
-    """The experiments (of class `kind`) of all combinations, the last parameter varying fastest.
+    """The experiments (of class `kind`) of all combinations, the last value varying fastest.
 
-    `values`: parameters, and options by their names, such as `rank=[2, 4]`.
+    `values`: lists of parameters and of options of methods and strategies.  Each experiment takes the options
+    that its own method and strategy have; what becomes equal is one experiment.  Raises `InputError` for an
+    option that none of them has.
     """
-    return [kind.flat(**dict(zip(values, each))) for each in itertools.product(*values.values())]
+    experiments = product(kind, **values)
+    check_options(values, experiments)
+    return experiments
+
+
+def product(kind: type[Parameters], **values: Iterable) -> list[Parameters]:
+    """`grid` without its checks."""
+    combinations = itertools.product(*values.values())
+    return list(dict.fromkeys(kind.flat(**dict(zip(values, each))) for each in combinations))
+
+
+def check_options(names: Iterable[str], experiments: Iterable[Parameters]) -> None:
+    """Raise `InputError` if one of `names` is an option that no experiment has."""
+    used = set().union(*(e.flat_dict() for e in experiments))
+    for name in sorted(set(names) - used):
+        owners = ", ".join(option_fields()[name])
+        raise InputError(f"{name} is an option of {owners}; choose one of these, or leave it out.")
 
 
 def check_runnable(experiments: Iterable[Parameters], runs: Path = RUNS) -> dict[str, Splits]:

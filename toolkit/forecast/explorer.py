@@ -178,7 +178,7 @@ class Explorer:
     def write(self, budget: int | str, path: Path) -> str:
         """Write the experiment with this budget to `path`; returns the command that runs it.
 
-        The file holds the parameters of `finetune.ipynb`, in the YAML that papermill reads.  Raises
+        The file holds the parameters of `1_finetune.ipynb`, in the YAML that papermill reads.  Raises
         `InputError` if no plan fits the budget, or `path` is a folder.
         """
         path = Path(path).resolve()
@@ -189,7 +189,7 @@ class Explorer:
         chosen = replace(self.experiment, budget=size)
         # Not json.dumps: it writes 5e-05, which YAML takes for text.
         write_atomically(path, yaml.safe_dump(chosen.to_dict(), sort_keys=False).encode())
-        notebook, output = NOTEBOOKS / "finetune.ipynb", path.with_suffix(".ipynb")
+        notebook, output = NOTEBOOKS / "1_finetune.ipynb", path.with_suffix(".ipynb")
         return shlex.join(["papermill", str(notebook), str(output), "-f", str(path)])
 
     def batch_sizes(self) -> pd.DataFrame:

@@ -17,8 +17,8 @@ from torch import nn
 from toolkit.errors import Options
 from toolkit.methods.optimizer import adamw
 
-TUNED = "searched here on the validation splits of digits and textures, notebooks/tune.ipynb"
-TUNED_ON = "searched here on the validation split of {}, as notebooks/tune.ipynb does"
+TUNED = "searched here on the validation splits of digits and textures, notebooks/3_methods.ipynb"
+TUNED_ON = "searched here on the validation split of {}, as notebooks/3_methods.ipynb does"
 TRIED_ON_MOSAICS = "tried on the validation split of mosaics, no other rate"
 SCRIPTS = "training scripts of arXiv 2607.02158"
 NOT_TRIED = "not searched here"

@@ -341,9 +341,9 @@ def host_peak_bytes() -> int | None:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def run_folder(experiment: Parameters, runs: Path = RUNS) -> Path:
-    """Where the run of `experiment` keeps its record, notebook and snapshots."""
-    return Path(runs) / experiment.name
+def run_folder(experiment: Parameters, runs: Path | str = "") -> Path:
+    """The folder of the record, notebook and snapshots of `experiment`, below `runs` (empty: data/runs)."""
+    return Path(runs or RUNS) / experiment.name
 
 
 def is_finished(folder: Path, train_sha256: str | None = None) -> bool:
