@@ -62,7 +62,7 @@ def test_peak_memory_of_the_adaptive_rule(share, expected):
     assert f"{100 * (share - 1):+.1f} %".replace("-", "−") in found.ours
 
 
-def test_a_rule_that_had_nothing_to_do_is_not_tested():
+def test_a_rule_that_checkpointed_nothing_is_not_tested():
     rule = runs(checkpointing="threshold", checkpointed_blocks=0)
     found = verdict(both(runs(), rule), "43 to 79 %")
     assert found.verdict == UNTESTED and "checkpointed nothing" in found.why
@@ -83,7 +83,7 @@ def test_energy_of_the_adaptive_rule(factors, expected):
     assert verdict(both(plain, rule), "more energy").verdict == expected
 
 
-def test_what_was_not_measured_is_not_tested():
+def test_claims_without_measurements_are_not_tested():
     for frame, why in ((runs(train_energy_joules=None), "no energy was measured"),):
         frame = both(frame, frame.assign(checkpointing="threshold"))
         found = verdict(frame, "more energy")
@@ -129,7 +129,7 @@ def test_intervals_hold_together():
     assert found.verdict == UNTESTED and "[−2.0" in found.ours
 
 
-def test_other_data_and_backbones_are_said():
+def test_other_data_and_backbones_are_named():
     assert "not the paper's" not in verdict(runs(), "43 to 79 %")["tested on"]
     ours = runs(dataset="digits", backbone="demo_vit")
     assert (
@@ -159,7 +159,7 @@ def test_frozen_features_against_the_best_fine_tuned(accuracy, expected):
     assert found.verdict == expected and "dinov2_b" in found.ours and "vit_small, full" in found.ours
 
 
-def test_another_frozen_model_is_no_dinov2():
+def test_another_frozen_model_is_not_dinov2():
     found = verdict(both(runs(), baseline("demo_vit", "knn", 99.0)), "DINOv2")
     assert found.verdict == UNTESTED and "another frozen model" in found.why and "demo_vit" in found.ours
 

@@ -1,4 +1,4 @@
-"""Ranking of runs and the choice inside two limits; frames are made up: every answer can be told by hand."""
+"""Ranking of runs and the choice inside two limits; the frames are small enough to check by hand."""
 
 import json
 import math
@@ -33,7 +33,7 @@ FRAME = pd.DataFrame(
 )
 
 
-def test_equally_accurate_methods_the_smallest_wins_and_the_reason_names_all():
+def test_the_smallest_of_equally_good_methods_wins_and_the_reason_names_all():
     found = recommend(FRAME, 16 * MIB, 400e6)
     assert (found.method, found.variant) == ("lora", "rank 8")
     assert found.why == (
@@ -69,7 +69,7 @@ def test_one_seed_is_equal_to_nothing_else_and_says_so():
     assert found.method == "full" and "one seed" in found.why and "±" not in found.why
 
 
-def test_what_was_not_measured_is_never_recommended():
+def test_unmeasured_methods_are_never_recommended():
     frame = pd.concat([FRAME, pd.DataFrame([row("dora", 99.0, 0.1, np.nan, 1)])], ignore_index=True)
     found = recommend(frame, 100 * MIB, 1e9)
     assert found.method == "full"

@@ -77,7 +77,7 @@ def row_of(table, **where):
     return chosen.iloc[0]
 
 
-def test_figures_of_the_table_of_results(records):
+def test_means_and_intervals_of_the_results(records):
     table = analysis.means(records)
     row = row_of(analysis.as_text(table), method="lora", checkpointing="none")
     assert row["test accuracy (%)"] == "92.00 ± 4.97", "sd 2, t(0.975, 2) 4.3027: 2 · 4.3027 / sqrt(3)"
@@ -87,7 +87,7 @@ def test_figures_of_the_table_of_results(records):
     assert row_of(table, method="lora", checkpointing="none").peak_bytes == 20 * 2**20
 
 
-def test_the_comparison_leaves_out_what_nobody_has_and_what_all_share(records):
+def test_the_comparison_leaves_out_empty_and_constant_columns(records):
     table = analysis.compare(records)
     assert "energy (J)" not in table and "environment" not in table and "budget" not in table
     assert row_of(table, method="full", checkpointing="threshold")["test accuracy (%)"] == "93.00 ± 4.85"
@@ -153,7 +153,7 @@ def test_a_clear_difference_has_a_star(runs):
     assert row["time (%)"].endswith(" *") and "*" not in row["peak memory (%)"]
 
 
-def test_what_the_budget_did(runs):
+def test_the_budget_table_counts_runs_within_the_budget(runs):
     predicted = {"train_peak_bytes": 15 * 2**20, "predicted_peak_bytes": int(15 * 2**20 / 0.99)}
     for seed in range(3):
         write(runs, f"planned-{seed}", checkpointing="planned", seed=seed, **predicted)
@@ -184,7 +184,7 @@ def test_damaged_records_and_copies_are_named(runs):
         analysis.read(runs / "half" / "record.json")
 
 
-def test_runs_of_other_experiments_are_left_out_whatever_the_device(runs):
+def test_runs_are_selected_by_experiment_on_any_device(runs):
     records = analysis.read(runs)[0].assign(device="cuda")
     wanted = [Experiment(method="lora", checkpointing="none", seed=1, budget="16MiB")]
     assert list(analysis.runs_of(records, wanted).experiment_id) == ["lora-none-1"]

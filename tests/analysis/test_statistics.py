@@ -94,7 +94,7 @@ def test_only_runs_that_differ_in_nothing_but_the_seed_are_averaged(name, values
     assert table[name].tolist() == list(values) and table.n.tolist() == [3, 3]
 
 
-def test_a_parameter_that_follows_from_another_is_not_shown():
+def test_a_learning_rate_that_follows_from_the_method_is_not_shown():
     assert "lr" not in means(runs(lr=[1e-3] * 3 + [3e-3] * 3))
 
 
@@ -174,7 +174,7 @@ def test_a_seed_without_partner_is_left_out_and_one_pair_has_no_interval():
     assert np.isnan(lora["half_width"]) and np.isnan(lora["p"])
 
 
-def test_bad_questions_are_refused():
+def test_unknown_columns_and_repeated_seeds_are_refused():
     for value, against in (("speed", {"method": "full"}), ("score_pct", {"methods": "full"})):
         with pytest.raises(InputError, match="no column"):
             differences(runs(), value, against)

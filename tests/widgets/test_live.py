@@ -1,4 +1,4 @@
-"""Views of a run: what they are shown, and that pause, stop and their own failures leave the run whole."""
+"""Views of a run: what they show, and that pausing, stopping and their own failures leave the run intact."""
 
 import dataclasses
 import functools
@@ -39,7 +39,7 @@ def every_step(monkeypatch):
 
 @pytest.fixture
 def notebook(monkeypatch):
-    """A notebook that a person sits before; what it displays."""
+    """Pretend to be an interactive notebook; returns what it displays."""
     shown = []
     monkeypatch.setattr(live, "live_notebook", lambda: True)
     monkeypatch.setattr(live, "display", shown.append)
@@ -90,7 +90,7 @@ def test_a_view_sees_the_whole_run(demo_model, few_digits, every_step):
     assert last.energy_joules is None and last.energy_reason == result.windows["fit"]["reason"]
 
 
-def test_a_pause_counts_into_no_window_but_its_own(demo_model, few_digits, every_step):
+def test_a_pause_counts_only_in_its_own_window(demo_model, few_digits, every_step):
     """Pauses within an epoch and at its end, each of 1000 seconds by the meter's clock."""
 
     def train(view, clock):
@@ -286,7 +286,7 @@ def test_live_view_pauses_goes_on_and_stops(demo_model, few_digits, every_step, 
     assert toolkit.fit(demo_model(), few_digits, experiment(), folder=tmp_path, view=view).status == "ok"
 
 
-def test_live_view_shows_epochs_from_before_it_and_escapes_what_it_is_told(notebook):
+def test_live_view_shows_earlier_epochs_and_escapes_text(notebook):
     view = LiveView(experiment())
     view.begin(NOW, [ROW], saves=True)
     view.epoch(NOW, ROW | {"epoch": 2})
@@ -307,7 +307,7 @@ def test_live_view_tells_measured_energy_from_simulated(notebook, source, text):
     assert text in view.state.value
 
 
-def test_a_broken_budget_is_said(notebook):
+def test_a_broken_budget_is_shown(notebook):
     view = LiveView(experiment())
     view.begin(dataclasses.replace(NOW, peak_bytes=20 * 2**20), [], saves=True)
     assert "20.0 MiB, over the budget of 16.0 MiB" in view.state.value

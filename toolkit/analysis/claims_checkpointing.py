@@ -103,12 +103,12 @@ def _judge_change(
 def _over_settings(table: pd.DataFrame, quantity: str, published: tuple[float, float]) -> Evidence:
     """One verdict over all settings, their intervals widened so that together they hold with 95 %."""
     unit = " %" if quantity in COSTS.values() else " points"
-    told = [name for name in table if name not in FIGURES and table[name].nunique() > 1]
+    varying = [name for name in table if name not in FIGURES and table[name].nunique() > 1]
     verdicts, texts, fewest = [], [], int(table.n.min())
     for row in table.sort_values("mean").to_dict("records"):
         low, high, text = ends_and_text(quantity, row, len(table), unit)
         verdicts.append(meets(low, high, published) if row["n"] >= ENOUGH else UNTESTED)
-        texts.append(text + (f" ({', '.join(str(row[name]) for name in told)})" if told else ""))
+        texts.append(text + (f" ({', '.join(str(row[name]) for name in varying)})" if varying else ""))
     shown = texts[0] if len(texts) == 1 else f"{len(texts)} settings, from {texts[0]} to {texts[-1]}"
     of = f"of {len(verdicts)} settings"
     if refuted := verdicts.count(REFUTED):

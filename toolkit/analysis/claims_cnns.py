@@ -26,7 +26,13 @@ from toolkit.analysis.claims import (
     meets,
     untested,
 )
-from toolkit.analysis.statistics import FIGURES, differences, mean_and_interval, means, with_environments
+from toolkit.analysis.statistics import (
+    FIGURES,
+    differences,
+    mean_and_interval,
+    means,
+    with_environments,
+)
 from toolkit.cache import kept
 from toolkit.forecast.cnn_costs import PUBLISHED_SETTING, StepCosts, step_costs
 from toolkit.forecast.forecasts import FORECASTS, made_by
@@ -145,7 +151,7 @@ def _dora_memory() -> dict:
 
 
 def _from_full(part: pd.DataFrame, *methods: str) -> tuple[pd.DataFrame, str]:
-    """How far each setting of `methods` is from full fine-tuning, in points, and why that cannot be told."""
+    """How far each setting of `methods` is from full fine-tuning, in points, and why this is unknown."""
     for method in ("full", *methods):
         if not (part.method == method).any():
             return pd.DataFrame(), f"no finished run of {method}"
@@ -158,9 +164,9 @@ def _from_full(part: pd.DataFrame, *methods: str) -> tuple[pd.DataFrame, str]:
 def _named(row: pd.Series, table: pd.DataFrame) -> str:
     """Method and interval of a row, with what tells it from other rows of the method."""
     own = table[table.method == row.method].drop(columns=[*FIGURES, "method"])
-    told = [f"{name} {row[name]}" for name in own if own[name].nunique() > 1]
+    varying = [f"{name} {row[name]}" for name in own if own[name].nunique() > 1]
     _, _, text = ends_and_text("score_pct", row, len(table), " points")
-    setting = f" ({', '.join(told)})" if told else ""
+    setting = f" ({', '.join(varying)})" if varying else ""
     return f"{row.method}{setting} {text}"
 
 
@@ -179,9 +185,9 @@ def _judge_closest(part: pd.DataFrame) -> Evidence:
     others = [method for method in most if method != "galore"]
     nearer = [method for method in others if most[method] < least["galore"]]
     if nearer:
-        return text, n, REFUTED, f"{', '.join(nearer)} surely nearer to full"
+        return text, n, REFUTED, f"{', '.join(nearer)} clearly nearer to full"
     if all(most["galore"] < least[method] for method in others):
-        return text, n, SUPPORTED, "all others are surely farther from full"
+        return text, n, SUPPORTED, "all others are clearly farther from full"
     return untested("the intervals leave open which method is nearest to full", text, n)
 
 
@@ -208,15 +214,17 @@ def _judge_swing(part: pd.DataFrame) -> Evidence:
     spreads = []
     for (method, backbone), runs in part.groupby(["method", "backbone"]):
         table = means(runs)
-        told = [name for name in table if name in runs and table[name].nunique() > 1 and name != "score_pct"]
-        told = [name for name in told if not name.startswith("test_")]
-        if not told:
+        varying = [
+            name for name in table if name in runs and table[name].nunique() > 1 and name != "score_pct"
+        ]
+        varying = [name for name in varying if not name.startswith("test_")]
+        if not varying:
             continue
-        by_seed = runs.pivot_table(index="seed", columns=told, values="test_top1_pct")
+        by_seed = runs.pivot_table(index="seed", columns=varying, values="test_top1_pct")
         best, worst = by_seed.mean().idxmax(), by_seed.mean().idxmin()
         mean, half, n = mean_and_interval(by_seed[best] - by_seed[worst])
         if n >= ENOUGH:
-            names = f"{method} on {backbone}: {', '.join(told)} {best} against {worst}"
+            names = f"{method} on {backbone}: {', '.join(varying)} {best} against {worst}"
             spreads.append({"mean": mean, "half_width": half, "n": n, "names": names})
     if not spreads:
         return untested(f"no two settings of lora or dora share {ENOUGH} seeds on a MobileNet")
@@ -245,10 +253,10 @@ def _judge_rank(part: pd.DataFrame) -> Evidence:
     text = f"least gain of {len(steps)}: rank {steps[worst]['ranks']} {ends[worst][2]}"
     n = steps[worst]["n"]
     if any(high < 0 for _, high, _ in ends):
-        return text, n, SUPPORTED, "here a higher rank is surely worse"
+        return text, n, SUPPORTED, "here a higher rank is clearly worse"
     if all(low > 0 for low, _, _ in ends):
-        return text, n, REFUTED, f"each of the {len(steps)} steps to a higher rank is surely better"
-    return untested("no higher rank is surely worse, and not all are surely better", text, n)
+        return text, n, REFUTED, f"each of the {len(steps)} steps to a higher rank is clearly better"
+    return untested("no higher rank is clearly worse, and not all are clearly better", text, n)
 
 
 def _judge_iterations(part: pd.DataFrame) -> Evidence:

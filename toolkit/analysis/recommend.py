@@ -106,7 +106,7 @@ class Recommendation:
     method: str | None  # None: nothing fits
     variant: str  # of the method; empty if there is only one
     why: str  # a sentence
-    table: pd.DataFrame  # all methods with what stands in their way
+    table: pd.DataFrame  # all methods, with the reason why one does not fit
 
 
 def recommend(frame: pd.DataFrame, memory_bytes: float, flops_per_step: float) -> Recommendation:
@@ -148,7 +148,7 @@ def recommend(frame: pd.DataFrame, memory_bytes: float, flops_per_step: float) -
 
 
 def _reasons(known: pd.Series, small: pd.Series, light: pd.Series, equal: Sequence[int] = ()) -> np.ndarray:
-    """Whether each method fits, and if not, what stands in its way."""
+    """Say whether each method fits, and if not, why."""
     cases = {
         "not measured": ~known,
         "no: memory and FLOPs": ~small & ~light,

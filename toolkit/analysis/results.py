@@ -36,7 +36,7 @@ REFERENCES = {"method": {"method": "full"}, "checkpointing": {"checkpointing": "
 def read(folder: Path | str = "") -> tuple[pd.DataFrame, pd.DataFrame]:
     """Records below `folder` ("": the usual one) with their `environment`, and the files that were left out.
 
-    Copies of a record are left out too.  Raises `InputError` if `folder` is a file.
+    Copies of a record are left out as well.  Raises `InputError` if `folder` is a file.
     """
     folder = Path(folder or RUNS)
     if folder.is_file():
@@ -70,8 +70,10 @@ def runs_of(records: pd.DataFrame, experiments: Iterable[Experiment]) -> pd.Data
 
 
 def compare(records: pd.DataFrame, *quantities: str) -> pd.DataFrame:
-    """The means of runs that differ only in their seed as text (see `means`), with the columns that tell them
-    apart; constant ones, and quantities that nobody has, are left out."""
+    """The means of runs that differ only in their seed, as text (see `means`).
+
+    Constant columns, and quantities that no run has, are left out.
+    """
     table = means(records, *quantities)
     if table.empty:
         return table

@@ -110,10 +110,10 @@ def groups(records: pd.DataFrame) -> Iterator[tuple[dict, pd.DataFrame]]:
     vary = [name for name in (*parameters(), *DATA) if name in records and name not in always]
     vary = [name for name in vary if (records[name].groupby(phases).nunique(dropna=False) > 1).any()]
     settings = records.groupby(always, dropna=False)
-    told = [name for name in vary if (settings[name].nunique(dropna=False) > 1).any()]
+    varying = [name for name in vary if (settings[name].nunique(dropna=False) > 1).any()]
     records = records.sort_values([*always, *vary], kind="stable", key=_in_order)
     for _, group in records.groupby([*always, *vary], sort=False, dropna=False):
-        yield group[[*always, *told]].iloc[0].to_dict(), group
+        yield group[[*always, *varying]].iloc[0].to_dict(), group
 
 
 def _in_order(column: pd.Series) -> pd.Series:

@@ -1,4 +1,4 @@
-"""Figures that show images: predictions beside the truth, examples of a data set, confusion matrices."""
+"""Figures that show images: predictions next to the truth, examples of a data set, confusion matrices."""
 
 from __future__ import annotations
 

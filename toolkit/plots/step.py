@@ -202,7 +202,7 @@ def recompute_against_budget(frame: pd.DataFrame) -> Figure:
             continue
         peak = rows.peak_bytes / MIB
         axes.plot(peak, rows.recompute_pct, markersize=9, linestyle="none", zorder=3, clip_on=False, **style)
-        broken = (peak > budget) & STRATEGIES[strategy].reads_memory  # it is told its budget
+        broken = (peak > budget) & STRATEGIES[strategy].reads_memory  # it knows its budget
         axes.hlines(rows.recompute_pct[broken], budget[broken], peak[broken], color=colour, linestyles=":")
         if broken.any():
             cross = {"color": colour, "markersize": 10, "markeredgewidth": 2.5, "label": "its budget, broken"}

@@ -79,7 +79,7 @@ class BudgetExplorer(ipywidgets.VBox):
                 self._show(
                     Explorer(self._chosen(), self.num_classes.value, self.explorer.folder), self.budget_bytes
                 )
-            except Exception as error:  # whatever a model raises on its way
+            except Exception as error:  # a model may raise anything
                 self.message.value = html.escape(str(error) or type(error).__name__)
             finally:
                 self.profiler.disabled = False

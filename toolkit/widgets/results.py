@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import html
 import json
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -154,16 +152,6 @@ class ResultsBrowser(ipywidgets.VBox):
             peak, budget = record.memory["train_peak_bytes"], int(self.records.budget_bytes[row])
             self.memory.value = png(plots.memory_over_step(trace, budget, peak))
             self.memory.layout.display = None
-
-    def reaction_seconds(self, moves: int = 20) -> float:
-        """Median time from a change of a filter to the new list and picture."""
-        seconds, widget = [], self.filters["method"]
-        for move in range(moves):
-            start = time.perf_counter()
-            widget.value = () if move % 2 else widget.options[: 1 + move // 2]
-            seconds.append(time.perf_counter() - start)
-        widget.value = ()
-        return statistics.median(seconds)
 
 
 class MethodChooser(ipywidgets.VBox):
