@@ -233,6 +233,8 @@ def differences(records: pd.DataFrame, quantity: str, against: Mapping[str, obje
     by += [n for n in (*parameters(), *DATA) if n in ok and n not in by and ok[n].nunique(dropna=False) > 1]
     if ok.duplicated([*by, "seed"]).any():
         raise InputError("a seed occurs twice in a group; select one run of each.")
+    for name in by:  # an option that a method does not have equals itself
+        ok[name] = ok[name].astype(object).where(ok[name].notna(), "–")
     one_lr = "lr" in by and (ok.groupby(list(against)).lr.nunique() == 1).all()
     parts = []
     for method, runs in ok.groupby("method", sort=False):
