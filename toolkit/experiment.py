@@ -104,25 +104,25 @@ class Experiment(Parameters):
     notebook: ClassVar = "1_finetune"  # that runs it
     phase: ClassVar = "training"
 
-    dataset: str = "digits"  # a name of `datasets.DATASETS`, such as dtd | digits-c:mixed:3 | folder:PATH
-    head: str = ""  # of dense tasks: fpn | upernet | retinanet | faster_rcnn | mask_rcnn; "": the first
-    backbone: str = "demo_vit"  # a name of `backbones.BACKBONES` | any timm name | small:NAME
-    pretrained: bool = True
-    method: str = "lora"  # a name of `methods.METHODS`
+    dataset: str = option("digits", "data set: digits | textures | cifar100 | mosaics | folder:PATH | ...")
+    head: str = option("", "head of dense tasks: fpn | upernet | retinanet | faster_rcnn | mask_rcnn")
+    backbone: str = option("demo_vit", "demo_vit | vit_small | tiny_vit | ..., any timm name, or small:NAME")
+    pretrained: bool = option(True, "start from pretrained weights: true | false")
+    method: str = option("lora", " | ".join(METHODS))
     options: dict = dataclasses.field(default_factory=dict)  # of the method and the strategy
-    checkpointing: str = "planned"  # a name of `budget.STRATEGIES`
-    budget: Size = "2GB"  # device memory that training may take
-    batch_norm: str = option("auto", choices=BATCH_NORMS)  # auto: updated by the methods that train all
-    feature_cache: Size = 0  # bytes on disk for features that are computed once; 0: in every epoch
-    epochs: int = option(5, between=(1, 100_000))
-    batch_size: int = option(64, between=(1, 1_000_000))
-    micro_batch_size: int = 0  # images per forward pass; 0: the plan's choice, without one the whole batch
-    lr: float = option(0.0, between=(0, 100))  # peak learning rate; 0: the method's for this backbone
-    weight_decay: float = option(0.05, between=(0, 100))
-    warmup_fraction: float = option(0.1, between=(0, 1))  # of all steps, linear; cosine to zero afterwards
-    precision: str = option("fp32", choices=PRECISIONS)
-    seed: int = option(0, between=(0, 2**31 - 1))
-    device: str = "auto"  # stored as cpu or cuda
+    checkpointing: str = option("planned", " | ".join(STRATEGIES))
+    budget: Size = option("2GB", "device memory for training, such as 2GB, 1.5GiB or plain bytes")
+    batch_norm: str = option("auto", "statistics of batch norms; auto: the method's", choices=BATCH_NORMS)
+    feature_cache: Size = option(0, "disk space for features that are computed once; 0: in every epoch")
+    epochs: int = option(5, "passes over the training images", between=(1, 100_000))
+    batch_size: int = option(64, "images per optimizer step", between=(1, 1_000_000))
+    micro_batch_size: int = option(0, "images per forward pass; 0: the plan's choice, or the whole batch")
+    lr: float = option(0.0, "peak learning rate; 0: the method's for this backbone", between=(0, 100))
+    weight_decay: float = option(0.05, "decoupled weight decay of AdamW", between=(0, 100))
+    warmup_fraction: float = option(0.1, "linear warm-up, share of all steps; then cosine", between=(0, 1))
+    precision: str = option("fp32", "of the forward pass", choices=PRECISIONS)
+    seed: int = option(0, "of all random numbers", between=(0, 2**31 - 1))
+    device: str = option("auto", " | ".join(DEVICES))  # stored as cpu or cuda
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -15,6 +15,7 @@ from toolkit.baselines.experiment import BaselineExperiment
 from toolkit.batch import sweep_file
 from toolkit.batch.sweep_file import check_count, preset, read_sweep
 from toolkit.errors import InputError
+from toolkit.methods import METHODS as ALL_METHODS
 
 METHODS = ["full", "lora", "qlora", "bitfit"]
 STRATEGIES = ["none", "static", "threshold", "planned"]
@@ -225,7 +226,27 @@ def test_paper_is_complete():
     check_count(experiments)
 
 
-def test_too_many_runs_want_a_yes():
+def test_edge_runs_every_method_that_convolutions_allow():
+    runs = preset("edge")
+    methods = {run.method for run in runs if run.dataset == "digits-c:mixed:5"}
+    assert methods == {name for name, m in ALL_METHODS.items() if not m.frozen_backbone} - {"qlora"}
+    assert {run.seed for run in runs} == {0, 1, 2} and len(runs) == len(set(runs)) <= 140
+    ranks = {run.options["rank"] for run in runs if run.method == "lora" and run.batch_size == 64}
+    assert ranks == {1, 4, 8, 16, 64}
+    galore = [run for run in runs if run.method == "galore" and run.batch_size == 64]
+    assert {run.options["rank"] for run in galore} == {1, 4, 16, 32, 64}
+    assert {run.options["gap"] for run in galore if run.options["rank"] == 32} == {1, 5, 20, 50}
+
+
+def test_edge_paper_needs_no_confirmation():
+    runs = preset("edge_paper")
+    check_count(runs)
+    assert {run.backbone for run in runs} == {
+        "resnet18", "mobilenetv2_100", "mobilenetv3_small_100", "mobilenetv3_large_100"
+    }  # fmt: skip
+
+
+def test_too_many_runs_need_a_confirmation():
     experiments = [toolkit.Experiment()] * 11
     with pytest.raises(InputError, match=r"has 11 runs, more than 10;.*--yes"):
         check_count(experiments, limit=10)

@@ -22,14 +22,16 @@ class BaselineExperiment(Parameters):
     notebook: ClassVar = "6_baselines"
     phase: ClassVar = "inference"
 
-    baseline: str = "demo_vit"  # a name of `baselines.BASELINES`
+    baseline: str = option("demo_vit", "foundation model, see `toolkit baselines`")
     dataset: str = "digits"  # as for `Experiment`
-    protocol: str = ""  # see `baselines.PROTOCOLS`; empty: the first of the family
-    source: str = ""  # a folder with the files of the hub repository; empty: the hub
-    form: str = "auto"  # of the weights: fp32 | bf16 | fp16 | nf4 | nf4_pruned; auto: see `form_and_batch`
+    protocol: str = option("", "how it classifies, see `baselines.PROTOCOLS`; empty: the first of its family")
+    source: str = option("", "folder with the files of the hub repository; empty: the hub")
+    form: str = option(
+        "auto", "of the weights: auto, the first that fits | fp32 | bf16 | fp16 | nf4 | nf4_pruned"
+    )
     budget: Size = "2GB"  # limit on device memory
     batch_size: int = option(64, between=(1, 1_000_000))  # most images at a time; fewer if they do not fit
-    image_size: int = option(224, between=(16, 4096))  # pixels a side, for frozen features (demo_vit: 32)
+    image_size: int = option(224, "pixels a side, for frozen features (demo_vit: 32)", between=(16, 4096))
     # of linear_grid, and of likelihood's validation images; 0 if nothing is drawn
     seed: int = option(0, between=(0, 2**31 - 1))
     device: str = "auto"  # stored as cpu or cuda
