@@ -33,7 +33,7 @@ from toolkit.errors import InputError, check_name
 from toolkit.files import CACHE
 from toolkit.measure import Meter, Window
 from toolkit.measure.environment import code_sha256, device_name
-from toolkit.methods import head_name, set_train_mode
+from toolkit.methods import METHODS, head_name, set_train_mode
 from toolkit.methods.weights import state_sha256
 
 FORMAT = 2  # of the files, and of how features are brought to their shapes
@@ -153,8 +153,8 @@ def _input_of_classifier(model: nn.Module, images: torch.Tensor) -> torch.Tensor
         handle.remove()
     if len(read) != 1 or read[0][1] is not logits:
         raise InputError(
-            f"features cannot be cached: {type(model).__name__} does not end in its classifier; leave "
-            "feature_cache empty."
+            f"features cannot be cached: {type(model).__name__} does not end in its classifier; set "
+            "feature_cache to 0."
         )
     return read[0][0]
 
@@ -165,9 +165,10 @@ def _check_frozen(model: nn.Module) -> None:
     set_train_mode(model)
     moving += [n for n, m in model.named_modules() if isinstance(m, _NormBase) and m.training]
     if moving:
+        able = " or ".join(repr(name) for name, method in METHODS.items() if method.frozen_features)
         raise InputError(
             f"features cannot be cached: {moving[0]} trains, or follows the batches, before the head; take "
-            "method 'losa', 'lst' or 'linear', with batch_norm 'frozen', or leave feature_cache empty."
+            f"method {able}, with batch_norm 'frozen', or set feature_cache to 0."
         )
 
 
