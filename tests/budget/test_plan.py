@@ -14,7 +14,7 @@ from torch import nn
 
 import toolkit
 from toolkit.budget import Checkpointing, TensorMemory, find_blocks, format_bytes, parse_bytes
-from toolkit.budget.blocks import find_segments
+from toolkit.budget.checkpointing import find_segments
 from toolkit.budget.lean import LeanForms
 from toolkit.budget.memory import WORKSPACES
 from toolkit.budget.plan import Planner, plan

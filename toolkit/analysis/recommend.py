@@ -19,7 +19,7 @@ from toolkit.analysis.tables import write_table
 from toolkit.budget import format_bytes
 from toolkit.errors import InputError
 from toolkit.experiment import Experiment
-from toolkit.forecast.steps import step_of
+from toolkit.forecast.step import step_of
 from toolkit.measure.quantities import Quantity, register
 from toolkit.methods.optimizer import optimizer_flops
 

@@ -2,8 +2,8 @@
 
 `plan()` predicts, `auto_checkpoint()` keeps a budget.  From the bottom: `memory` parses budgets and reads
 what is allocated (on the CPU too), `tape` records operators and computes dropped tensors again, `step` runs a
-training step, on fake tensors if wanted, `flops` counts it, `blocks` finds where a model can be cut,
-`checkpointing` has the strategies of others, `lean` the layers that keep less.  The planner: `profile` runs a
+training step, on fake tensors if wanted, `flops` counts it, `checkpointing` has the strategies that decide
+block by block, `lean` the layers that keep less.  The planner: `profile` runs a
 step on fake tensors, `levels` finds what a block can keep, `solver` chooses, `plan` puts it together, `auto`
 applies it.
 
@@ -13,8 +13,7 @@ Other rooms register what they know: operators' workspaces (`memory.register_wor
 """
 
 from toolkit.budget.auto import AutoCheckpoint, auto_checkpoint, untracked_bytes
-from toolkit.budget.blocks import find_blocks
-from toolkit.budget.checkpointing import STRATEGIES, Checkpointing, Strategy, register_strategy
+from toolkit.budget.checkpointing import STRATEGIES, Checkpointing, Strategy, find_blocks, register_strategy
 from toolkit.budget.lean import LeanForms
 from toolkit.budget.memory import (
     CudaMemory,

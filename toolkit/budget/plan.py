@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_iter
 
-from toolkit.budget.blocks import find_segments
-from toolkit.budget.checkpointing import STRATEGIES, Checkpointing
+from toolkit.budget.checkpointing import STRATEGIES, Checkpointing, find_segments
 from toolkit.budget.flops import NORMS, FlopCounter
 from toolkit.budget.lean import LeanForms
 from toolkit.budget.memory import TensorMemory, format_bytes, parse_bytes, tensors_of

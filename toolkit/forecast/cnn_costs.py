@@ -18,7 +18,7 @@ from toolkit.budget import LeanForms
 from toolkit.budget.step import on_fake_tensors, optimizer_like
 from toolkit.errors import InputError
 from toolkit.experiment import Experiment
-from toolkit.forecast.steps import step_of
+from toolkit.forecast.step import step_of
 from toolkit.measure import FlopCounter
 from toolkit.measure.memory import memory_of_step
 from toolkit.methods import check_batch_norms, summarize

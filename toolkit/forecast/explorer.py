@@ -1,7 +1,7 @@
-"""What any budget does to an experiment's training step, before anything trains.
+"""The effect of any budget on an experiment's training step, before anything trains.
 
-`Explorer` profiles the step once and then answers for every budget; `widgets.BudgetExplorer` is the slider
-on top.  The answers at all stops of the slider are kept on disk: the next time nothing has to be profiled.
+`Explorer` profiles the step once and then answers for every budget; `widgets.BudgetExplorer` is its slider.
+The answers at all stops of the slider are kept on disk, so that the step is profiled only once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pandas as pd
 import yaml
 from tqdm.auto import tqdm
 
-from toolkit import cache as explorer_cache
+from toolkit import cache
 from toolkit.budget import STRATEGIES, Plan, format_bytes, parse_bytes
 from toolkit.budget.memory import CARDS_BYTES
 from toolkit.errors import InputError
@@ -27,34 +27,45 @@ from toolkit.files import CACHE, NOTEBOOKS, write_atomically
 from toolkit.forecast.forecasts import Forecast, TrainingStep
 
 ANSWERS = CACHE / "explorer"
-STOPS = 40  # of the slider
-_MOMENTS = 1500  # that a picture has pixels for
+STOPS = 40  # positions of the slider
+_MOMENTS = 1500  # resolution of a picture
 
 
 @dataclass(frozen=True)
 class BlockUse:
-    """What one block does in a planned step."""
+    """The work of one block in a planned step."""
 
     name: str
     kind: str  # keep, recompute norms and cheap operators, ...
     kept_bytes: int  # for the backward pass
-    recompute_pct: float  # of the block's own FLOPs
-    slices: int  # that its batch runs in
+    recompute_pct: float  # recomputed FLOPs as a percentage of the block's own
+    slices: int  # number of slices of its batch
 
 
 @dataclass(frozen=True)
 class StepPicture:
-    """What the picture of a planned step shows."""
+    """The data of a picture of a planned step."""
 
     budget_bytes: int
     fixed_bytes: int  # weights, batch, optimizer state
-    memory_bytes: np.ndarray  # highest at each moment
-    without_bytes: np.ndarray  # of the step that recomputes nothing; empty if it has other moments
+    memory_bytes: np.ndarray  # highest bytes at each moment
+    without_bytes: np.ndarray  # the same without recomputation; empty if the moments differ
     blocks: tuple[BlockUse, ...]
+
+    def to_json(self) -> dict:
+        """The fields as plain values."""
+        arrays = {name: getattr(self, name).tolist() for name in ("memory_bytes", "without_bytes")}
+        return asdict(self) | arrays
+
+    @classmethod
+    def of_json(cls, values: dict) -> StepPicture:
+        """A picture from `to_json`."""
+        arrays = {name: np.array(values[name], np.int64) for name in ("memory_bytes", "without_bytes")}
+        return cls(**values | arrays | {"blocks": tuple(BlockUse(**block) for block in values["blocks"])})
 
 
 def picture_of(plan: Plan, without: Plan | None = None) -> StepPicture:
-    """What to show of `plan`; `without`: the plan of the same step that recomputes nothing."""
+    """The picture of `plan`; `without`: the plan of the same step that recomputes nothing."""
     rows = [(name, option) for name, option in zip(plan.segments, plan.options) if name]
     blocks = []
     for name, option in rows:
@@ -73,14 +84,14 @@ def picture_of(plan: Plan, without: Plan | None = None) -> StepPicture:
 
 
 def _few(values: np.ndarray) -> np.ndarray:
-    """Not more values than a picture can show, each the highest of its neighbours."""
+    """At most `_MOMENTS` values, each the maximum of its neighbours."""
     if len(values) <= _MOMENTS:
         return values
     return np.maximum.reduceat(values, np.linspace(0, len(values), _MOMENTS, endpoint=False).astype(int))
 
 
 def kinds_of(pictures: Sequence[StepPicture]) -> list[str]:
-    """All that blocks do in these pictures, from keeping all to computing most again."""
+    """All kinds of blocks in these pictures, from keeping everything to recomputing the most."""
     kinds = {block.kind for picture in pictures for block in picture.blocks}
     return sorted(kinds, key=lambda kind: (kind != "keep", len(kind)))
 
@@ -88,11 +99,10 @@ def kinds_of(pictures: Sequence[StepPicture]) -> list[str]:
 class Explorer:
     """All plans of one training step of `experiment` on images of `num_classes` classes.
 
-    Random weights, fake tensors: no download, and no memory but that of the weights and one batch.  The
-    experiment's own budget and checkpointing do not matter: every budget and strategy is answered.
-    Budgets are bytes or text like "2GB", and hold tensors only: the context of a GPU comes on top.
-    `folder`: where answers are kept.  Raises `InputError` for a model that cannot be built, adapted or
-    profiled.
+    Weights are random and tensors fake: no download, and no memory except for the weights and one batch.  The
+    experiment's own budget and checkpointing are ignored.  Budgets are bytes or text like "2GB", and hold
+    tensors only: the context of a GPU needs additional memory.  `folder`: where answers are kept.  Raises
+    `InputError` for a model that cannot be built, adapted or profiled.
     """
 
     def __init__(self, experiment: Experiment, num_classes: int, folder: Path = ANSWERS):
@@ -104,20 +114,20 @@ class Explorer:
         self.num_classes, self.folder = num_classes, folder
         self._plans: dict[int, Plan] = {}
         self._answers: dict[int, tuple[list[dict], StepPicture]] = {}  # budget -> rows of the table, picture
-        kept = explorer_cache.read(folder, self._question("plans"))
+        kept = cache.read(folder, self._question("plans"))
         if kept is None:
             self._profile()
             self._keep()
         else:
-            self._take(*kept)
+            self._take(kept[0])
 
     def range(self) -> tuple[int, int]:
-        """Bytes of the smallest budget that a plan is found for, and of the step without checkpointing."""
+        """Bytes of the smallest budget with a plan, and of the step without checkpointing."""
         return self._range
 
     @property
     def marks(self) -> list[int]:
-        """Those of 2, 4, 6 and 8 GB that lie within the range."""
+        """The cards of 2, 4, 6 and 8 GB that lie within the range."""
         low, high = self._range
         return [mark for mark in CARDS_BYTES if low <= mark <= high]
 
@@ -153,7 +163,7 @@ class Explorer:
         return pd.concat([pd.DataFrame(rows), self.table(self.stops[-1])[:2]], ignore_index=True)
 
     def summary(self, budget: int | str) -> pd.DataFrame:
-        """`table` for people."""
+        """`table` with formatted values."""
         table = self.table(budget)
         return pd.DataFrame(
             {
@@ -167,12 +177,12 @@ class Explorer:
         )
 
     def picture(self, budget: int | str) -> StepPicture:
-        """Memory over the planned step, and what each block does."""
+        """Memory over the planned step, and the work of each block."""
         return self._answer(parse_bytes(budget))[1]
 
     @property
     def kinds(self) -> list[str]:
-        """All that blocks do in the pictures so far, those of all stops among them."""
+        """All kinds of blocks in the pictures so far, including those of all stops."""
         return kinds_of([picture for _, picture in self._answers.values()])
 
     def write(self, budget: int | str, path: Path) -> str:
@@ -195,19 +205,19 @@ class Explorer:
     def batch_sizes(self) -> pd.DataFrame:
         """Peaks by the number of images in one pass: strategy, images, peak_bytes.
 
-        "planned" is the smallest peak of any plan.  Sizes are 1 (2 where a batch norm takes statistics of
-        the batch), the experiment's, and the one at which plans pass 8 GB.  In between, peaks are at most
-        those of even growth: the first images may fit below what gradients take anyway.
+        "planned" is the smallest peak of any plan.  Sizes are 1 (2 if a batch norm uses statistics of the
+        batch), the experiment's, and the size at which plans exceed 8 GB.  In between, linear interpolation
+        is an upper bound: the first images may fit into memory that gradients need anyway.
         """
         question = self._question("batch sizes")
-        kept = explorer_cache.kept(self.folder, question, lambda: {"rows": self._batch_sizes()})
+        kept = cache.kept(self.folder, question, lambda: {"rows": self._batch_sizes()})
         frame = pd.DataFrame(kept["rows"], columns=["strategy", "images", "peak_bytes"])
         return frame.sort_values("images", kind="stable", ignore_index=True)
 
     def images_that_fit(self) -> pd.DataFrame:
-        """Images in one pass on cards of 2, 4, 6 and 8 GB, one row per strategy, read off `batch_sizes`.
+        """Images in one pass on cards of 2, 4, 6 and 8 GB, one row per strategy.
 
-        Between its rows by even growth, so at least as many fit.
+        Interpolated linearly between the rows of `batch_sizes`, so at least as many fit.
         """
         return pd.DataFrame(
             {
@@ -222,7 +232,7 @@ class Explorer:
         size = max(self.experiment.batch_size, 8)
         with tqdm(total=3, desc="batch sizes", unit="size", leave=False) as bar:
             low, high = self._peaks(smallest, bar), self._peaks(size, bar)
-            growth = (high[-1][2] - low[-1][2]) / (size - smallest)  # of the last row: planned
+            growth = (high[-1][2] - low[-1][2]) / (size - smallest)  # of the last row, which is "planned"
             largest = math.ceil(size + (1.01 * CARDS_BYTES[-1] - high[-1][2]) / growth)
             return low + high + (self._peaks(largest, bar) if largest > size else [])
 
@@ -253,7 +263,7 @@ class Explorer:
             self._answer(stop)
 
     def _micro_batch_sizes(self) -> list[int]:
-        """The sizes that the planner chooses among, the largest first."""
+        """The micro-batch sizes that the planner tries, the largest first."""
         size = self.experiment.micro_batch_size
         if size:
             return [size]
@@ -275,7 +285,7 @@ class Explorer:
         return self._answers[size]
 
     def _question(self, asked: str) -> dict:
-        """All that an answer depends on: not the budget, nor how long and how fast it trains."""
+        """Everything that an answer depends on; not the budget or the schedule."""
         e = self.experiment
         return {
             **self._training.key,
@@ -289,35 +299,16 @@ class Explorer:
         return [self.experiment.variant(checkpointing=rule.name, **asdict(rule)) for rule in self._rules]
 
     def _keep(self) -> None:
-        explorer_cache.write(self.folder, self._question("plans"), *self._to_keep())
+        """Write all answers so far to disk."""
+        answers = [{"rows": rows, "picture": picture.to_json()} for rows, picture in self._answers.values()]
+        answer = {"range": self._range, "answers": answers}
+        cache.write(self.folder, self._question("plans"), answer, {})
 
-    def _to_keep(self) -> tuple[dict, dict[str, np.ndarray]]:
-        """All answers so far, for `explorer_cache`."""
-        pictures = {size: picture for size, (_, picture) in self._answers.items()}
-        answer = {
-            "range": self._range,
-            "answers": [
-                {
-                    "rows": rows,
-                    "fixed_bytes": picture.fixed_bytes,
-                    "blocks": [asdict(block) for block in picture.blocks],
-                }
-                for rows, picture in self._answers.values()
-            ],
-        }
-        arrays = {f"memory_{size}": picture.memory_bytes for size, picture in pictures.items()}
-        arrays |= {f"without_{size}": picture.without_bytes for size, picture in pictures.items()}
-        return answer, arrays
-
-    def _take(self, answer: dict, arrays: dict[str, np.ndarray]) -> None:
-        """What `_to_keep` gave."""
+    def _take(self, answer: dict) -> None:
+        """Read what `_keep` has written."""
         self._range = tuple(answer["range"])
-        for kept in answer["answers"]:
-            size = kept["rows"][0]["budget_bytes"]
-            blocks = tuple(BlockUse(**block) for block in kept["blocks"])
-            memory, without = arrays[f"memory_{size}"], arrays[f"without_{size}"]
-            picture = StepPicture(size, kept["fixed_bytes"], memory, without, blocks)
-            self._answers[size] = kept["rows"], picture
+        for one in answer["answers"]:
+            self._answers[one["rows"][0]["budget_bytes"]] = one["rows"], StepPicture.of_json(one["picture"])
 
 
 def _row(strategy: str, forecast: Forecast) -> dict:
@@ -334,7 +325,7 @@ def _row(strategy: str, forecast: Forecast) -> dict:
 
 
 def _images_within(budget_bytes: int, rows: pd.DataFrame) -> int:
-    """Images that a pass within a budget has, by the even growth of the peaks of one strategy."""
+    """Images in one pass within a budget, by linear interpolation of the peaks of one strategy."""
     images, peaks = rows.images.to_numpy(), rows.peak_bytes.to_numpy()
     if budget_bytes < peaks[0]:
         return 0

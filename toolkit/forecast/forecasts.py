@@ -1,8 +1,9 @@
-"""What experiments will take before any of them runs: memory, time, and what fits which card.
+"""Forecasts of experiments before they run: memory, time, and which cards they fit.
 
-`forecast` answers for one training step, `what_fits` for methods and backbones, `dry_run.dry_run` for all
-runs of a sweep.  Weights are random and tensors fake: nothing is downloaded or trained.  Answers are kept
-on disk until the code that made them changes.  Bytes are of tensors: the context of a GPU comes on top.
+`forecast` predicts one training step, `what_fits` compares methods and backbones, `batch.dry_run` predicts
+all runs of a sweep.  Weights are random and tensors fake: nothing is downloaded or trained.  Answers are kept
+on disk until the code that made them changes.  Bytes count tensors: the context of a GPU needs additional
+memory.
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ from toolkit.datasets import find_dataset
 from toolkit.errors import InputError, one_line
 from toolkit.experiment import Experiment
 from toolkit.files import CACHE
-from toolkit.forecast.rules import AtLimit, RuleStep, rule_step
-from toolkit.forecast.steps import Step, step_of
+from toolkit.forecast.step import AtLimit, Step, StepCost, step_of, step_under
 from toolkit.measure.environment import PACKAGES, code_sha256, device_name, installed_packages
 from toolkit.methods import METHODS
 from toolkit.model import check_fits_weights
@@ -36,30 +36,29 @@ from toolkit.training.progress import live_notebook
 FORECASTS = CACHE / "forecasts"
 SHOWN_BACKBONES = ("demo_vit", "vit_small", "tiny_vit", "vim_small", "mambavision_t")
 
-DETECTORS = "what a detector takes depends on the boxes that it meets: it is measured, not predicted"
-_FAILURES = (InputError, RuntimeError)  # that would end a run, too
+DETECTORS = "the memory of a detector depends on the boxes in its images: it is measured, not predicted"
+_FAILURES = (InputError, RuntimeError)  # these would end a run, too
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What the training step of an experiment will take.
+    """The predicted memory and time of an experiment's training step.
 
-    A run that would be refused has a `reason` and no `peak_bytes`; so has a detector, which runs all the same
-    (`DETECTORS`).  One that breaks its budget has both: it
-    runs all the same, as only the strategy "planned" keeps budgets.
+    A run that would be refused has a `reason` and no `peak_bytes`; so has a detector, which runs nevertheless
+    (`DETECTORS`).  A run that exceeds its budget has both: it runs, because only "planned" keeps budgets.
     """
 
     budget_bytes: int
-    peak_bytes: int | None = None  # predicted: of all full batches, the first included
-    smallest_bytes: int | None = None  # smallest budget with a plan; only of "planned" that is refused
-    recompute_pct: float | None = None  # of the forward pass's FLOPs
-    step_seconds: float | None = None  # the planner's estimate; on a CPU of the device that it assumes
+    peak_bytes: int | None = None  # predicted for all full batches, including the first
+    smallest_bytes: int | None = None  # smallest budget with a plan, if "planned" is refused
+    recompute_pct: float | None = None  # percentage of the forward pass's FLOPs
+    step_seconds: float | None = None  # the planner's estimate; on a CPU for its reference device
     micro_batch_size: int | None = None  # images per forward pass
     reason: str | None = None  # why the budget is not kept, or the model not built
 
     @classmethod
     def of_plan(cls, plan: Plan) -> Forecast:
-        """What a plan that keeps its budget takes."""
+        """The forecast of a plan that keeps its budget."""
         return cls(
             plan.budget_bytes, int(plan.peak_bytes), None, float(plan.recompute_pct),
             float(plan.plain_seconds + plan.extra_seconds), plan.micro_batch_size,
@@ -88,9 +87,9 @@ class Forecast:
 
 
 def forecast(experiment: Experiment, num_classes: int, folder: Path = FORECASTS) -> Forecast:
-    """What a step of `experiment` on images of `num_classes` classes takes; `folder`: where it is kept.
+    """The forecast of `experiment` on images of `num_classes` classes; `folder`: where it is kept.
 
-    What cannot be built, adapted or planned has a `reason` and raises nothing.
+    An experiment that cannot be built, adapted or planned has a `reason`; nothing is raised.
     """
     return forecasts([experiment], lambda _: num_classes, folder)[0]
 
@@ -118,7 +117,7 @@ def forecasts(
         by_step.setdefault(digest(step.key), (step, []))[1].append(place)
     found: dict[int, Forecast] = {}
     with tqdm(total=len(experiments), desc="forecasts", unit="run", leave=False) as bar:
-        while by_step:  # one after the other, each let go before the next is profiled
+        while by_step:  # one at a time, so that only one model is in memory
             step, places = by_step.pop(next(iter(by_step)))
             for place in places:
                 bar.set_description(experiments[place].describe().split(",")[0], refresh=False)
@@ -137,11 +136,11 @@ class TrainingStep:
         if num_classes < 1:
             raise InputError(f"num_classes must be at least 1, got {num_classes}.")
         self.experiment, self.num_classes = experiment, num_classes
-        self._ran: dict[int, list[RuleStep]] = defaultdict(list)  # by images per pass
+        self._ran: dict[int, list[StepCost]] = defaultdict(list)  # by images per pass
 
     @property
     def key(self) -> dict:
-        """All that its profile depends on."""
+        """The cache key of its profile: everything that the profile depends on."""
         e = self.experiment
         return made_by() | {
             "backbone": e.backbone,
@@ -157,12 +156,12 @@ class TrainingStep:
         }
 
     def key_of(self, e: Experiment) -> dict:
-        """All that the forecast of `e` depends on: not its seed, learning rate or epochs."""
+        """The cache key of the forecast of `e`; its seed, learning rate and epochs do not matter."""
         own = {"strategy": e.checkpointing, **asdict(e.strategy)}
         return self.key | own | {"budget": e.budget, "micro_batch": e.micro_batch_size}
 
     def forecast(self, e: Experiment, folder: Path) -> Forecast:
-        """The forecast of `e`, which has this step, from `folder` if it is there."""
+        """The forecast of `e`, which has this step, from `folder` if it is kept there."""
         if e.task == "detection":
             return Forecast(e.budget_bytes, reason=DETECTORS)
         try:
@@ -171,7 +170,7 @@ class TrainingStep:
             return Forecast(e.budget_bytes, reason=one_line(error))
 
     def smallest(self, folder: Path) -> tuple[dict[str, int | None], str]:
-        """The smallest budgets of "none" and "planned", from `folder` if they are there, or why not."""
+        """The smallest budgets of "none" and "planned", from `folder` if kept there, or why not."""
 
         def make() -> dict[str, int]:
             plain = self._rule_step(self.experiment.batch_size, math.inf)
@@ -185,12 +184,12 @@ class TrainingStep:
     def smallest_bytes(self, micro_batch_size: int) -> int:
         """The smallest budget with a plan in micro-batches of this size (0: any size).
 
-        Where batch norms compute statistics, the batch is one piece.
+        If batch norms compute statistics, the batch stays whole.
         """
         whole = self.experiment.batch_size
         if micro_batch_size:
             return self.planner.smallest_bytes(min(micro_batch_size, whole))
-        pieces = {whole}  # may take less than micro-batches, whose gradients stay from one to the next
+        pieces = {whole}  # may need less than micro-batches, whose gradients accumulate
         if not self.chain(whole).profile.batch_statistics:
             pieces.add(1)
         return min(map(self.planner.smallest_bytes, pieces))
@@ -202,7 +201,7 @@ class TrainingStep:
         other = TrainingStep(
             replace(self.experiment, batch_size=images, micro_batch_size=0), self.num_classes
         )
-        # Not zeros, which would touch the memory.
+        # Empty, because zeros would touch the memory.
         batch = tuple(part.new_empty(images, *part.shape[1:]) for part in self.step.batch)
         other.step = replace(self.step, batch=batch)
         return other
@@ -213,7 +212,7 @@ class TrainingStep:
             return step_of(self.experiment, self.num_classes)
 
     def chain(self, images: int) -> Chain:
-        """The profile of a step on so many images of the batch."""
+        """The profile of a step on `images` images of the batch."""
         with _models_own_errors("profiled"):
             return self.planner.chain(images, False)
 
@@ -260,22 +259,22 @@ class TrainingStep:
             above if peak > e.budget_bytes else None,
         )  # fmt: skip
 
-    def _step_under(self, e: Experiment, size: int, extra_bytes: int) -> RuleStep:
+    def _step_under(self, e: Experiment, size: int, extra_bytes: int) -> StepCost:
         """A step of `size` images under the strategy of `e`, which sees `extra_bytes` besides tensors."""
         limit = e.strategy.limit_bytes(e.budget_bytes)
         if limit is not None:
             return self._rule_step(size, limit - extra_bytes)
         with _models_own_errors("profiled"):
             part, precision = self._part(size), self.experiment.precision
-            return rule_step(part, precision, e.strategy, e.budget_bytes, extra_bytes)
+            return step_under(part, precision, e.strategy, e.budget_bytes, extra_bytes)
 
-    def _rule_step(self, size: int, limit: float) -> RuleStep:
+    def _rule_step(self, size: int, limit: float) -> StepCost:
         """A step of `size` images whose blocks are checkpointed from this limit on."""
         for ran in self._ran[size]:
             if ran.above < limit <= ran.up_to:
                 return ran
         with _models_own_errors("profiled"):
-            self._ran[size].append(rule_step(self._part(size), self.experiment.precision, AtLimit(limit)))
+            self._ran[size].append(step_under(self._part(size), self.experiment.precision, AtLimit(limit)))
         return self._ran[size][-1]
 
     def _part(self, size: int) -> Step:
@@ -292,11 +291,11 @@ def what_fits(
     num_classes: int = 100,
     folder: Path = FORECASTS,
 ) -> pd.DataFrame:
-    """The smallest budget in which a step of each backbone and method runs: as it is, and planned.
+    """The smallest budget in which a step of each backbone and method runs, without and with a plan.
 
     Columns: `backbone`, `method`; `strategy`: none (whole batch, nothing checkpointed) or planned (in
-    micro-batches where batch norms allow them); `smallest_bytes`, `card` (the smallest of `budgets` that
-    holds it, an ordered categorical; missing where none does), and the `reason` where there is no number.
+    micro-batches if batch norms allow them); `smallest_bytes`, `card` (the smallest of `budgets` that is
+    large enough, an ordered categorical; missing if none is), and the `reason` if there is no number.
     """
     limits = sorted(set(map(parse_bytes, budgets)))
     cards = [f"{limit / 1e9:g} GB" for limit in limits]
@@ -314,14 +313,14 @@ def what_fits(
 
 
 def made_by() -> dict:
-    """The code that answers are made by."""
+    """Versions of the code that makes the answers."""
     packages = {name: installed_packages().get(name) for name in (*PACKAGES, "open_clip_torch")}
     return {"packages": packages, "code_sha256": code_sha256()}
 
 
 @contextlib.contextmanager
 def _models_own_errors(done: str) -> Iterator[None]:
-    """Raise as `InputError` whatever the code of a model raises."""
+    """Raise every error of a model's code as an `InputError`."""
     try:
         yield
     except InputError:

@@ -1,8 +1,8 @@
-"""What a training step of a method keeps for backward, and its peak.
+"""Bytes that a training step of a method keeps for backward, and its peak.
 
-Parameters that train are only a part of the memory.  What backward needs of the forward pass is mostly
-kept for layers that are not trained at all, because the gradient has to come through them: here it is
-counted, tensor by tensor, in a step that really runs.
+Trained parameters are only a part of the memory.  Most of what backward needs is kept for layers that are not
+trained at all, because the gradient has to pass through them.  Here it is counted, tensor by tensor, in a
+step that really runs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from toolkit.budget import device_memory, tensors_of
 from toolkit.budget.step import make_state, run_step
 from toolkit.experiment import Experiment
-from toolkit.forecast.steps import step_of
+from toolkit.forecast.step import step_of
 from toolkit.measure.memory import KeptTensors, MemoryTrace
 from toolkit.methods import summarize
 from toolkit.training.result import FitResult
@@ -29,8 +29,8 @@ MIB = 2**20
 class StepMemory:
     """Memory of one training step whose optimizer has its state."""
 
-    kept_bytes: int  # by autograd at the end of the forward pass, weights and buffers left out
-    peak_bytes: int  # highest moment of the whole step, weights and optimizer state included
+    kept_bytes: int  # saved by autograd at the end of the forward pass, without weights and buffers
+    peak_bytes: int  # highest moment of the whole step, with weights and optimizer state
     trained_parameters: int
     trace: list[dict]  # see `MemoryTrace.segments`
 
@@ -38,7 +38,7 @@ class StepMemory:
 def step_memory(experiment: Experiment, num_classes: int) -> StepMemory:
     """Run a step of `experiment` on a batch of zeros, with random weights and nothing checkpointed.
 
-    What several operators keep is counted once, by storage.  Raises `InputError` for a model that cannot be
+    A storage that several operators keep is counted once.  Raises `InputError` for a model that cannot be
     built or adapted.
     """
     step = step_of(experiment, num_classes)
@@ -60,7 +60,7 @@ def step_memories(experiments: Iterable[Experiment], num_classes: int) -> dict[s
 
 
 def memory_table(steps: Mapping[str, StepMemory]) -> pd.DataFrame:
-    """One row for each step: what trains, what is kept for backward, and the peak."""
+    """One row for each step: trained parameters, bytes kept for backward, and the peak."""
     return pd.DataFrame(
         {
             "trained": {name: f"{step.trained_parameters:,}" for name, step in steps.items()},
@@ -71,7 +71,7 @@ def memory_table(steps: Mapping[str, StepMemory]) -> pd.DataFrame:
 
 
 def epoch_table(results: Mapping[str, FitResult]) -> pd.DataFrame:
-    """One row for each run, by its name: the time of an epoch, and what it reached."""
+    """One row for each run, by its name: time of an epoch, peak and accuracy."""
     return pd.DataFrame({name: _epoch_row(result) for name, result in results.items()}).T
 
 

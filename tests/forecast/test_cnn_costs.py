@@ -7,7 +7,7 @@ from toolkit.budget import TensorMemory
 from toolkit.errors import InputError
 from toolkit.experiment import Experiment
 from toolkit.forecast.cnn_costs import PUBLISHED_SETTING, cost_table, step_costs
-from toolkit.forecast.steps import step_of
+from toolkit.forecast.step import step_of
 
 SMALL = {"batch_size": 2, "image_size": 64, **PUBLISHED_SETTING}
 
@@ -76,7 +76,7 @@ def test_the_peak_is_that_of_a_real_step(method):
     assert costs.peak_bytes == memory.peak_bytes
 
 
-def test_what_holds_between_the_figures():
+def test_relations_between_the_figures():
     full, lora, galore = (
         step_costs("test_efficientnet", method, **SMALL | {"rank": 4 if method == "galore" else 1})
         for method in ("full", "lora", "galore")
@@ -132,7 +132,7 @@ def test_the_table_compares_with_full():
         ({"method": "qlora"}, "qlora"),
     ],
 )
-def test_bad_input(changed, message):
+def test_bad_input_is_refused(changed, message):
     arguments = {"backbone": "test_resnet", "method": "lora", "rank": 1, "batch_size": 1} | changed
     with pytest.raises(InputError, match=message):
         step_costs(**arguments)
