@@ -23,7 +23,7 @@ from toolkit.forecast.step import step_of
 from toolkit.measure.quantities import Quantity, register
 from toolkit.methods.optimizer import optimizer_flops
 
-FLOPS = register(Quantity("flops_per_step", "FLOPs of a step", "M", 1, "less", "no training step was traced"))
+register(Quantity("flops_per_step", "FLOPs of a step", "M", 1, "less", "no training step was traced"))
 register(Quantity("optimizer_flops_per_step", "FLOPs of the optimizer", "M", 1, "less"))
 NEEDED = ["score_pct", "peak_bytes", "flops_per_step"]
 MOST_NAMED = 3  # methods in one part of a reason
