@@ -1,7 +1,7 @@
-"""Started by `test_sweep_processes.py`: whole sweeps in processes that can be killed, without kernels.
+"""Runs whole sweeps in processes that `test_sweep_processes.py` can kill, without kernels.
 
-One JSON command a line on stdin, one answer a line on stdout.  Each sweep is a fork of this process, which
-has imported everything and computed nothing.
+Reads one JSON command per line from stdin and writes one answer per line to stdout.  Each sweep is a fork of
+this process, which has imported everything and computed nothing.
 """
 
 import json
@@ -21,7 +21,7 @@ TRAIN_SHA256 = "0" * 64
 
 
 def execute_notebook(name: str, output: Path, parameters: dict) -> None:
-    """Instead of a kernel: takes a moment, and leaves a line in a log and a record."""
+    """Replace a kernel: take a moment, and leave a line in a log and a record."""
     experiment = Experiment(**{key: value for key, value in parameters.items() if key != "runs"})
     time.sleep(random.uniform(0.001, 0.02))
     with open(output.parent.parent / "executed.log", "a") as log:

@@ -19,7 +19,7 @@ from toolkit.training.record import RunRecord, run_fields
 
 
 class Install(WorkerPlugin):
-    """In every worker that starts: instead of a kernel a record, and once, if there is `deadly`, a death."""
+    """Replaces the kernel in every worker by a record and, once, if the file `deadly` exists, by a kill."""
 
     name = "install"
 
@@ -81,17 +81,17 @@ def test_workers_listen_on_this_machine_only(two_workers):
     assert two_workers.scheduler.address.startswith("tcp://127.0.0.1:")
 
 
-# --- a scheduler of somebody's --------------------------------------------------------------------
+# --- a scheduler that the user started --------------------------------------------------------------------
 
 
-def test_no_scheduler_there(tmp_path, monkeypatch):
+def test_a_missing_scheduler_is_an_input_error(tmp_path, monkeypatch):
     monkeypatch.setattr(cluster, "CONNECT_SECONDS", 0.2)
     for address in ("tcp://127.0.0.1:1", "nonsense://x"):
         with pytest.raises(InputError, match=r"no scheduler answers at .*start one"):
             sweep.run_experiments(sweep.grid(method=["linear"]), tmp_path / "runs", scheduler=address)
 
 
-def test_workers_that_cannot_be_used(tmp_path, monkeypatch):
+def test_unusable_workers_are_refused(tmp_path, monkeypatch):
     """Threads in one process stand for workers: enough for what is asked of them before anything runs."""
     here = {"host": "127.0.0.1", "dashboard": False, "dashboard_address": "127.0.0.1:0"}
     worker = {"cls": Worker, "options": here | {"nthreads": 2}}
@@ -121,7 +121,7 @@ def test_workers_that_cannot_be_used(tmp_path, monkeypatch):
     assert list((tmp_path / "runs").iterdir()) == [], "the marker is gone"
 
 
-def test_runs_of_a_scheduler_are_its_workers(two_workers, digits, tmp_path):
+def test_a_scheduler_runs_experiments_on_its_workers(two_workers, digits, tmp_path):
     two_workers.register_plugin(Install(digits.hashes["train"]))
     runs = tmp_path / "runs"
     experiments = sweep.grid(seed=[0, 1], method=["linear"])
@@ -130,7 +130,7 @@ def test_runs_of_a_scheduler_are_its_workers(two_workers, digits, tmp_path):
 
 
 @pytest.mark.long
-def test_what_kills_its_workers_fails_alone(two_workers):
+def test_a_call_that_kills_its_workers_fails_alone(two_workers):
     """A call that takes four workers with it; those that wait are not counted as lost with them."""
 
     def call(number: int) -> int:

@@ -20,7 +20,7 @@ from toolkit.training.loop import FitResult
 from toolkit.training.record import RunRecord, run_fields
 
 
-def test_grid_is_the_product():
+def test_a_grid_is_the_product_of_its_lists():
     experiments = sweep.grid(method=["lora", "full"], seed=[0, 1, 2])
     assert [(e.method, e.seed) for e in experiments] == [(m, s) for m in ("lora", "full") for s in range(3)]
 
@@ -45,7 +45,7 @@ def test_parameter_names_are_checked_before_papermill_sees_them(tmp_path, monkey
     assert not (tmp_path / "out").exists()
 
 
-def test_unknown_notebook(tmp_path):
+def test_an_unknown_notebook_is_refused(tmp_path):
     with pytest.raises(InputError, match="Did you mean '1_finetune'"):
         sweep.execute_notebook("1_finetun", tmp_path / "n.ipynb", {})
 
@@ -105,7 +105,7 @@ def test_a_dead_kernel_is_a_failure_with_a_record_and_the_rest_goes_on(fake_run,
 
 
 @pytest.mark.parametrize("other_ends", ["finished", "gave up"])
-def test_what_another_process_is_running_comes_last(fake_run, tmp_path, monkeypatch, other_ends):
+def test_runs_of_another_process_come_last(fake_run, tmp_path, monkeypatch, other_ends):
     """The lock's holder ends while the sweep does the rest; what it leaves unfinished is done here."""
     experiments = sweep.grid(seed=[0, 1])
     folder = toolkit.run_folder(experiments[0], tmp_path)
@@ -139,7 +139,7 @@ def test_what_another_process_is_running_comes_last(fake_run, tmp_path, monkeypa
         (OSError("No space left on device"), 1),
     ],
 )
-def test_what_may_pass_is_tried_once_more(fake_run, tmp_path, error, attempts):
+def test_transient_errors_are_tried_once_more(fake_run, tmp_path, error, attempts):
     def behaviour(experiment):
         raise error
 
@@ -164,7 +164,7 @@ def test_a_second_attempt_may_succeed(fake_run, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 10_000])
-def test_as_many_workers_as_there_are_devices(fake_run, tmp_path, workers):
+def test_more_workers_than_devices_are_refused(fake_run, tmp_path, workers):
     calls = fake_run(lambda _: "ok")
     with pytest.raises(InputError, match="workers must be between 1 and"):
         sweep.run_experiments(sweep.grid(seed=[0]), tmp_path, workers=workers)
@@ -247,13 +247,13 @@ def test_the_version_is_that_of_the_package(capsys):
     assert capsys.readouterr().out == f"toolkit {toolkit.__version__}\n"
 
 
-def test_runs_folder_that_is_a_file(tmp_path, capsys):
+def test_a_file_is_not_a_folder_of_runs(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["run", "--runs", str(tmp_path / "file" / "runs"), "--method", "linear"]) == 2
     assert "(Not a directory); name another folder" in capsys.readouterr().err
 
 
-def test_weights_are_checked_as_they_will_be():
+def test_packed_weights_are_checked_as_packed():
     """Packed to four bits they fit where they would not in full."""
     fits = toolkit.Experiment(method="qlora", batch_size=16, budget="1.8 MB")
     assert set(sweep.check_runnable([fits])) == {"digits"}
@@ -284,7 +284,7 @@ def test_damaged_weights_stop_the_command_line(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_sweep_that_went_on_after_an_update_still_ends_with_its_report(
+def test_a_sweep_continued_after_an_update_still_ends_with_its_report(
     fake_run, tmp_path, capsys, monkeypatch
 ):
     """Runs of two versions are kept apart, and nothing that was finished is withheld."""

@@ -94,7 +94,7 @@ parameters = st.dictionaries(st.sampled_from(["method", "lr", "seed", "budget", 
         anything | parameters | st.lists(parameters, max_size=2),
     )
 )
-def test_law_a_file_gives_experiments_or_one_clear_error(write, content):
+def test_law_any_file_gives_experiments_or_one_clear_error(write, content):
     path = write(content)
     with warnings.catch_warnings(action="ignore"):  # of repeated experiments
         try:
@@ -115,7 +115,7 @@ def test_the_documented_example(write):
     assert [(e.protocol, e.seed) for e in baselines] == [("logreg", 0), ("knn", 0)]  # nothing is drawn
 
 
-def test_a_run_and_a_grid_go_before_common(write):
+def test_runs_and_grids_override_common(write):
     text = "common: {epochs: 9, lr: 0.5}\ngrid: {epochs: [1, 2]}\nruns: [{lr: 0.25}]"
     assert [(e.epochs, e.lr) for e in read_sweep(write(text))] == [(1, 0.5), (2, 0.5), (9, 0.25)]
 
@@ -125,7 +125,7 @@ def test_an_exclusion_matches_defaults_and_other_spellings(write):
     assert [e.budget_bytes for e in read_sweep(write(text))] == [2**31]
 
 
-def test_what_is_named_twice_runs_once(write):
+def test_a_repeated_experiment_runs_once(write):
     text = "grid: {method: [lora, full, lora]}\nruns: [{method: full}]\nseeds: 2"
     with pytest.warns(UserWarning, match="repeat 1 experiments; each is run once"):
         experiments = read_sweep(write(text))
@@ -189,7 +189,7 @@ def test_bad_files_are_named_with_key_and_remedy(write, text, message):
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 1000
 
 
-def test_a_file_that_cannot_be_read(tmp_path):
+def test_unreadable_files_are_input_errors(tmp_path):
     with pytest.raises(InputError, match=r"none.yaml: cannot be read \(No such file"):
         read_sweep(tmp_path / "none.yaml")
     with pytest.raises(InputError, match="cannot be read"):
@@ -204,7 +204,7 @@ def test_a_preset_is_chosen_by_name():
         preset("dmo")
 
 
-def test_demo_is_complete():
+def test_preset_demo_is_complete():
     experiments = preset("demo")
     assert {(e.dataset, e.backbone, e.budget_bytes) for e in experiments} == {
         ("digits", "demo_vit", 18 * 2**20)
@@ -213,7 +213,7 @@ def test_demo_is_complete():
     assert len({(e.method, e.checkpointing, e.seed) for e in experiments}) == len(experiments) == 5 * 4 * 3
 
 
-def test_paper_is_complete():
+def test_preset_paper_is_complete():
     experiments = preset("paper")
     tuned = [e for e in experiments if isinstance(e, toolkit.Experiment)]
     levels = ("dataset", "backbone", "method", "checkpointing", "seed")
@@ -226,7 +226,7 @@ def test_paper_is_complete():
     check_count(experiments)
 
 
-def test_edge_runs_every_method_that_convolutions_allow():
+def test_preset_edge_runs_every_method_that_convolutions_allow():
     runs = preset("edge")
     methods = {run.method for run in runs if run.dataset == "digits-c:mixed:5"}
     assert methods == {name for name, m in ALL_METHODS.items() if not m.frozen_backbone} - {"qlora"}
@@ -238,7 +238,7 @@ def test_edge_runs_every_method_that_convolutions_allow():
     assert {run.options["gap"] for run in galore if run.options["rank"] == 32} == {1, 5, 20, 50}
 
 
-def test_edge_paper_needs_no_confirmation():
+def test_preset_edge_paper_needs_no_confirmation():
     runs = preset("edge_paper")
     check_count(runs)
     assert {run.backbone for run in runs} == {

@@ -44,7 +44,7 @@ def records(runs: Path) -> dict[str, str]:
     return {run["experiment_id"]: run["run_id"] for run in found}
 
 
-def test_thirty_kills(sweeps, tmp_path):
+def test_thirty_kills_lose_no_run(sweeps, tmp_path):
     moments, killed = random.Random(0), Counter()
     for sweep in range(5):  # a sweep is finished after a few attempts
         runs, before = tmp_path / str(sweep), {}
@@ -63,7 +63,7 @@ def test_thirty_kills(sweeps, tmp_path):
 
 
 @pytest.mark.parametrize("count", [2, 6])
-def test_sweeps_that_share_a_folder(sweeps, tmp_path, count):
+def test_sweeps_that_share_a_folder_run_each_experiment_once(sweeps, tmp_path, count):
     for repeat in range(3):
         runs = tmp_path / str(repeat)
         assert sweeps(runs, count) == [0] * count
@@ -71,7 +71,7 @@ def test_sweeps_that_share_a_folder(sweeps, tmp_path, count):
         assert executed == Counter(records(runs).keys()) and len(executed) == RUNS
 
 
-def test_a_killed_sweep_beside_another(sweeps, tmp_path):
+def test_two_killed_sweeps_are_continued_by_two_others(sweeps, tmp_path):
     """Both are killed, and two new ones go on together."""
     sweeps(tmp_path, 2, kill_after_seconds=0.05)
     before = records(tmp_path)
@@ -116,7 +116,7 @@ def assert_same(runs: Path, undisturbed: pd.DataFrame) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("flags", [(), ("--workers", "2")])
-def test_thirty_kills_with_kernels(tmp_path, undisturbed, flags):
+def test_thirty_kills_with_kernels_change_no_record(tmp_path, undisturbed, flags):
     """Finished runs stay, and what is resumed ends bit for bit as if it had not been killed."""
     moments, killed, before = random.Random(0), 0, {}
     while killed < 30 // (1 + len(flags)):
@@ -138,6 +138,6 @@ def test_thirty_kills_with_kernels(tmp_path, undisturbed, flags):
 
 
 @pytest.mark.long
-def test_two_workers_say_what_one_says(tmp_path, undisturbed):
+def test_two_workers_leave_the_records_that_one_leaves(tmp_path, undisturbed):
     assert sweep(tmp_path, "--workers", "2").wait() == 0
     assert_same(tmp_path, undisturbed)
