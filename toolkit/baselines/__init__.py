@@ -1,6 +1,6 @@
-"""Foundation models as they are: zero-shot, frozen features, generative; nothing of them is trained.
+"""Foundation models that are evaluated, not trained: zero-shot, frozen features, generative.
 
-`evaluate_baseline` gives the record of one; `prepare`, `test` and `record_of` are its steps.
+`evaluate_baseline` returns the record of one; `prepare`, `test` and `record_of` are its steps.
 """
 
 from toolkit.baselines.evaluate import evaluate_baseline, prepare, test
