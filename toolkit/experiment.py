@@ -22,6 +22,12 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 Size = int | str  # bytes: a number, or text such as "2GB" or "1.5 GiB"; stored as a number
 
 
+def identity(parameters: Mapping) -> str:
+    """First 12 hex digits of the sha256 of the canonical JSON of all parameters of a run."""
+    canonical = json.dumps(parameters, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
 @dataclass(frozen=True)
 class Parameters(Options):
     """Base of frozen dataclasses with the fields `dataset`, `budget`, `device` and `seed`, among others.
@@ -83,9 +89,8 @@ class Parameters(Options):
 
     @property
     def id(self) -> str:
-        """First 12 hex digits of the sha256 of the canonical JSON of all parameters."""
-        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+        """The `identity` of the parameters."""
+        return identity(self.to_dict())
 
     def _folder_name(self, model: str, *rest: str) -> str:
         dataset = "".join(c if c.isalnum() else "-" for c in self.dataset)[-40:].strip("-")
@@ -336,4 +341,5 @@ def upgrade(parameters: Mapping) -> dict:
         if parameters.get(name, today) != today:
             options[name] = parameters[name]
     names = [field.name for field in fields(Experiment) if field.name in parameters]
-    return {name: parameters[name] for name in names} | {"options": options}
+    sizes = {name: int(parameters[name] or 0) for name in ("budget", "feature_cache") if name in names}
+    return {name: parameters[name] for name in names} | sizes | {"options": options}

@@ -231,7 +231,7 @@ def test_every_outcome_is_a_record_that_tables_accept(place, what, status, ten_d
 
 def is_finished_after(record, folder):
     record.save(folder)
-    return is_finished(folder, record.data["train_sha256"])
+    return is_finished(folder)
 
 
 def test_old_records_count_as_fine_tuned_runs(ten_digits, tmp_path):

@@ -28,7 +28,7 @@ from toolkit.forecast import explorer as explorer_module
 from toolkit.forecast import forecasts as forecast_module
 from toolkit.forecast.explorer import Explorer
 from toolkit.methods import Hooks, set_train_mode
-from toolkit.training.loop import held_bytes
+from toolkit.training.step import held_bytes
 from toolkit.widgets import BudgetExplorer
 
 EXPERIMENT = Experiment(

@@ -17,7 +17,7 @@ from toolkit.forecast import forecasts as module
 from toolkit.forecast.forecasts import Forecast, forecast, forecasts, what_fits
 from toolkit.forecast.step import Step, step_of
 from toolkit.plots import smallest_budgets
-from toolkit.training.loop import held_bytes
+from toolkit.training.step import held_bytes
 
 STRATEGIES = ("none", "static", "threshold", "planned")
 # Frozen but for the head: few operators need a gradient, so it is profiled in a moment.

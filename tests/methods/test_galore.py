@@ -22,7 +22,7 @@ from toolkit.measure.memory import memory_of_step
 from toolkit.methods import METHODS, Hooks
 from toolkit.methods.galore import GaLore
 from toolkit.methods.optimizer import ADAM_FLOPS, optimizer_flops
-from toolkit.training import loop as training
+from toolkit.training.step import Steps, held_bytes
 
 CPU = torch.device("cpu")
 
@@ -357,7 +357,7 @@ def test_training_takes_what_was_predicted(demo_model, few_digits, backbone, mic
     plain = toolkit.fit(build(), few_digits, e)
     wide = toolkit.fit(build(), few_digits, experiment(**vars(e) | {"checkpointing": "planned"}))
     assert wide.predicted_peak_bytes == wide.peak_bytes and wide.step_flops["recompute"] == 0
-    copies = training.held_bytes(build().train(), Hooks(), plans=True)
+    copies = held_bytes(build().train(), Hooks(), plans=True)
     assert wide.peak_bytes == plain.peak_bytes + copies
     budget = int(0.85 * wide.peak_bytes)
     tight = toolkit.fit(
@@ -387,16 +387,16 @@ def test_resume_after_a_kill_is_bit_identical(few_digits, monkeypatch, tmp_path,
     e = experiment(epochs=3, gap=2)
     reference = net()
     expected = toolkit.fit(reference, few_digits, e)
-    original = training._Run._train_step
+    original = Steps.run
 
-    def step(self, *batch):
-        if self.result.steps == killed_at:
+    def step(self, images, targets, result):
+        if result.steps == killed_at:
             raise Stop
-        original(self, *batch)
+        return original(self, images, targets, result)
 
     killed = net()
     with monkeypatch.context() as patch, pytest.raises(Stop) as holds_the_run:
-        patch.setattr(training._Run, "_train_step", step)
+        patch.setattr(Steps, "run", step)
         toolkit.fit(killed, few_digits, e, folder=tmp_path, snapshot_seconds=0)
     assert holds_the_run
     backward(killed, *small_batch())

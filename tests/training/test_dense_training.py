@@ -1,4 +1,4 @@
-"""`fit`, tests and records of segmentation, detection and cached features: the classifiers' loop."""
+"""`fit`, tests and records of segmentation, detection and cached features: the loop that classifiers have."""
 
 import math
 from dataclasses import replace
@@ -16,8 +16,8 @@ from toolkit.datasets.tasks import IGNORED, TASKS, score_in, split_targets
 from toolkit.forecast.forecasts import forecast
 from toolkit.methods import adapt
 from toolkit.model import build_model
-from toolkit.training import loop as training
 from toolkit.training.feature_cache import cached_features
+from toolkit.training.step import Steps
 
 SETTINGS = {
     "backbone": "demo_swin", "pretrained": False, "epochs": 2, "batch_size": 4, "budget": "100 MiB",
@@ -62,7 +62,7 @@ def test_targets_in_parts():
     assert torch.equal(torch.cat([part["boxes"] for part in parts]), targets["boxes"])
 
 
-def test_what_data_sets_ask_for():
+def test_each_data_set_has_a_metric():
     assert [task_of(name).metric for name in ("digits", "ade20k", "coco")] == [
         "top1_pct",
         "miou_pct",
@@ -86,7 +86,7 @@ def test_segmentation_is_planned_and_measured(few, tmp_path, method):
     assert compare(toolkit.load_records(tmp_path))["test mean IoU (%)"][0] == f"{evaluation.score_pct:.2f}"
 
 
-def test_micro_batches_train_a_segmentation_alike(few):
+def test_micro_batches_do_not_change_the_loss_of_a_segmentation(few):
     splits = few("mosaics")
     losses = [
         trained(splits, method="linear", checkpointing="none", micro_batch_size=size)[2].history[-1][
@@ -132,7 +132,7 @@ def test_detection_trains_and_is_scored(few, head):
     assert "no loss in a test" in record.missing["test_loss"]
 
 
-def test_what_is_told_of_dense_runs_before_they_run(tmp_path):
+def test_dense_runs_are_forecast_and_listed_before_they_run(tmp_path):
     dense = [{"dataset": "mosaics"}, {"dataset": "digit_scenes", "checkpointing": "none"}]
     table = dry_run([toolkit.Experiment(**SETTINGS | asked) for asked in dense], tmp_path, tmp_path)
     assert list(table.within_budget) == ["yes", "unknown"] and "measured" in table.reason[1]
@@ -155,7 +155,7 @@ class Told(nn.Module):
 
 
 @pytest.mark.parametrize("shift, score", [(0, 100.0), (1, 0.0)])
-def test_who_knows_the_boxes_and_classes_scores_all(few, shift, score):
+def test_perfect_boxes_score_100(few, shift, score):
     splits = few("digit_scenes")
     config = {"input_size": (3, 64, 64), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bilinear"}
     batches = list(loader(splits.test, config, splits.policy, batch_size=2))
@@ -177,33 +177,33 @@ def test_features_of_other_images_are_not_taken(few_digits, tmp_path):
     assert [len(features.train) for features in found] == [8, len(few_digits.train)]
 
 
-def test_a_killed_run_of_cached_features_goes_on_bit_for_bit(few_digits, tmp_path, monkeypatch):
+def test_a_killed_run_of_cached_features_resumes_bit_for_bit(few_digits, tmp_path, monkeypatch):
     settings = {"backbone": "demo_vit", "pretrained": True, "batch_size": 32, "feature_cache": "100MB"}
     settings |= {"method": "losa", "checkpointing": "none"}
-    goes_on_after_a_kill(monkeypatch, few_digits, tmp_path, settings, 6)
+    check_resumes_after_a_kill(monkeypatch, few_digits, tmp_path, settings, 6)
 
 
 @pytest.mark.long
-def test_a_killed_run_of_e3va_goes_on_bit_for_bit(few, tmp_path, monkeypatch):
-    goes_on_after_a_kill(
+def test_a_killed_run_of_e3va_resumes_bit_for_bit(few, tmp_path, monkeypatch):
+    check_resumes_after_a_kill(
         monkeypatch, few("mosaics"), tmp_path, {"method": "e3va", "checkpointing": "none"}, 4
     )
 
 
-def goes_on_after_a_kill(monkeypatch, splits, folder, settings, steps):
+def check_resumes_after_a_kill(monkeypatch, splits, folder, settings, steps):
     class Killed(Exception):
         pass
 
-    step = training._Run._train_step
+    step = Steps.run
     _, whole, _ = trained(splits, **settings)
 
-    def dies(run, *batch):
-        if run.result.steps == 3:
+    def dies(self, images, targets, result):
+        if result.steps == 3:
             raise Killed
-        step(run, *batch)
+        return step(self, images, targets, result)
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(training._Run, "_train_step", dies)
+        patched.setattr(Steps, "run", dies)
         trained(splits, folder, **settings)
     _, resumed, result = trained(splits, folder, **settings)
     assert result.resumes == 1 and result.steps == steps

@@ -32,7 +32,7 @@ def test_mean_iou_of_four_pixels_and_two_classes():
     assert found["pixel_accuracy_pct"] == pytest.approx(75)
 
 
-def test_an_absent_class_is_left_out_of_the_mean_and_one_that_is_only_predicted_is_not():
+def test_absent_classes_are_left_out_of_the_mean_and_wrongly_predicted_ones_are_not():
     found = segmentation([[0, 0], [1, 1]], [[0, 0], [1, 1]], 3)
     assert found["iou"] == [100, 100, None] and found["miou_pct"] == 100
     found = segmentation([[0, 2], [1, 1]], [[0, 0], [1, 1]], 3)
@@ -98,20 +98,20 @@ def detection(found: list[dict], *true: list[float]) -> dict:
     return score.result()["scores"]
 
 
-def test_one_box_found_exactly():
+def test_a_perfect_box_scores_100():
     assert detection(predictions((BOX, 0.9, 2)), [*BOX, 2]) == {
         "map_pct": 100, "map50_pct": 100, "map75_pct": 100,
     }  # fmt: skip
 
 
-def test_iou_thresholds():
+def test_a_box_counts_at_the_iou_thresholds_below_its_own():
     """IoU 0.83: a hit at 0.5, 0.55, ... 0.8, seven of COCO's ten thresholds."""
     found = detection(predictions(([0.0, 0, 83, 100], 0.9, 0)), [0.0, 0, 100, 100, 0])
     assert found["map50_pct"] == found["map75_pct"] == 100
     assert found["map_pct"] == pytest.approx(70)
 
 
-def test_a_wrong_class_and_no_prediction_are_worth_nothing():
+def test_wrong_classes_and_missing_predictions_score_zero():
     assert detection(predictions((BOX, 0.9, 1)), [*BOX, 2])["map_pct"] == 0
     assert detection(predictions(), [*BOX, 2])["map_pct"] == 0
 
@@ -130,7 +130,7 @@ def test_precision_and_recall_by_hand():
     assert detection(found, [*BOX, 0], [*FAR, 0])["map_pct"] == pytest.approx(100 * (51 + 100 / 3) / 101)
 
 
-def test_the_mean_is_over_classes_of_the_truth():
+def test_the_mean_is_over_the_classes_that_occur_in_the_truth():
     found = predictions((BOX, 0.9, 0), (FAR, 0.8, 2))
     assert detection(found, [*BOX, 0], [*FAR, 1])["map_pct"] == 50
 
@@ -156,7 +156,7 @@ def test_squeezing_an_image_does_not_change_the_score_of_its_boxes(true, found, 
     assert score(factor) == pytest.approx(score(1))
 
 
-def test_masks_come_from_the_instances():
+def test_masks_are_compared_with_the_instances():
     """The second digit's mask has a hole that the prediction lacks: IoU 13/16, a hit at 0.5 to 0.8."""
     instances = torch.zeros(1, 8, 8, dtype=torch.uint8)
     instances[0, :4, :4], instances[0, 4:, 4:], instances[0, 5, 5:8] = 1, 2, 0

@@ -14,6 +14,7 @@ from jupyter_client.manager import start_new_kernel
 import toolkit
 from toolkit.training import progress as progress_module
 from toolkit.training.progress import Bar, Lines, Progress, ProgressView, View, batch, plain_view
+from toolkit.training.step import Steps
 from toolkit.widgets import live
 from toolkit.widgets.live import LiveView
 
@@ -174,7 +175,7 @@ def test_an_error_in_the_run_ends_the_view(demo_model, few_digits, every_step, m
     def stumble(*_):
         raise RuntimeError("shapes cannot be multiplied")
 
-    monkeypatch.setattr(toolkit.training.loop._Run, "_passes", stumble)
+    monkeypatch.setattr(Steps, "_passes", stumble)
     view = Scripted()
     with pytest.raises(RuntimeError):
         toolkit.fit(demo_model(), few_digits, experiment(), view=view)

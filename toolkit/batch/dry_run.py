@@ -21,11 +21,11 @@ from toolkit.baselines.memory_estimate import form_and_batch
 from toolkit.baselines.prompts import class_names
 from toolkit.datasets import find_dataset, load_dataset
 from toolkit.errors import InputError, one_line
-from toolkit.experiment import Experiment, Parameters, upgrade
+from toolkit.experiment import Experiment, Parameters
 from toolkit.files import RUNS
 from toolkit.forecast.forecasts import FORECASTS, Forecast, forecasts
 from toolkit.measure.environment import device_name
-from toolkit.training.record import FILE_NAME, is_finished, run_folder
+from toolkit.training.record import FILE_NAME, finished_folder, is_finished, read_record
 
 _STOPS = "stops the sweep"
 _NOT_RUN = ("refused", _STOPS)
@@ -69,7 +69,7 @@ def dry_run(experiments: Sequence[Parameters], runs: Path = RUNS, folder: Path =
             steps = e.epochs * math.ceil(there[e.dataset].images / e.batch_size)
             row = _tuned_row(predicted[e], steps)
         train_sha256 = there[e.dataset].train_sha256 if e.dataset in there else None
-        finished = is_finished(run_folder(e, Path(runs)), train_sha256)
+        finished = finished_folder(e, Path(runs), train_sha256) is not None
         rows.append({"name": e.name, "what": e.describe(), "finished": finished} | row)
     frame = pd.DataFrame(rows, columns=_COLUMNS).astype({"predicted_peak_bytes": "Int64", "seconds": float})
     return _with_times(frame, experiments, Path(runs))
@@ -185,10 +185,9 @@ def _finished(runs: Path) -> Iterator[tuple[Parameters, float]]:
         if not is_finished(path.parent):
             continue
         try:
-            record = json.loads(path.read_bytes())
+            record = read_record(path)
             kind = BaselineExperiment if record["run"]["phase"] == BaselineExperiment.phase else Experiment
-            config = upgrade(record["config"]) if kind is Experiment else record["config"]
-            e = kind(**{field.name: config[field.name] for field in fields(kind)})
+            e = kind(**{field.name: record["config"][field.name] for field in fields(kind)})
             notebook = json.loads((path.parent / f"{e.notebook}.ipynb").read_bytes())
             seconds = notebook["metadata"]["papermill"]["duration"]
             here = record["env"]["device_name"] == device_name(e.device)

@@ -38,7 +38,7 @@ from toolkit.model import build_model, check_fits_weights
 from toolkit.training import progress
 from toolkit.training.feature_cache import checked_size
 from toolkit.training.loop import batch_sizes
-from toolkit.training.record import RunRecord, is_finished, run_folder
+from toolkit.training.record import RunRecord, finished_folder, run_folder
 
 ATTEMPTS = 2
 TRANSIENT = (RuntimeError, TimeoutError)  # of jupyter_client and nbclient: a kernel died, or did not start
@@ -196,7 +196,7 @@ def run_one(experiment: Parameters, *, runs: Path, hashes: dict[str, str], wait:
 
 def _run(experiment: Parameters, folder: Path, runs: Path, train_sha256: str) -> str | None:
     """Run one experiment unless it is finished; return what went wrong."""
-    if is_finished(folder, train_sha256):
+    if finished_folder(experiment, runs, train_sha256):
         return None
     parameters = {**experiment.to_dict(), "runs": str(runs)}
     for _ in range(ATTEMPTS):
@@ -205,7 +205,7 @@ def _run(experiment: Parameters, folder: Path, runs: Path, train_sha256: str) ->
             error, again = "the notebook ended without a finished record", False
         except Exception as problem:  # a dead kernel, a cell that raises, a full disk: on to the next run
             error, again = _described(problem), isinstance(problem, TRANSIENT)
-        if is_finished(folder, train_sha256):  # a figure that fails after the record changes nothing
+        if finished_folder(experiment, runs, train_sha256):  # a figure that fails later changes nothing
             return None
         if not again:
             break

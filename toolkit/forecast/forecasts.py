@@ -30,8 +30,8 @@ from toolkit.forecast.step import AtLimit, Step, StepCost, step_of, step_under
 from toolkit.measure.environment import PACKAGES, code_sha256, device_name, installed_packages
 from toolkit.methods import METHODS
 from toolkit.model import check_fits_weights
-from toolkit.training.loop import held_bytes
 from toolkit.training.progress import live_notebook
+from toolkit.training.step import held_bytes
 
 FORECASTS = CACHE / "forecasts"
 SHOWN_BACKBONES = ("demo_vit", "vit_small", "tiny_vit", "vim_small", "mambavision_t")

@@ -20,7 +20,7 @@ from toolkit.experiment import Experiment
 from toolkit.methods import METHODS, Hooks, adapt, set_train_mode
 from toolkit.model import build_model, optimizer_of
 from toolkit.training.feature_cache import FeatureModel, layout_of
-from toolkit.training.loop import held_bytes
+from toolkit.training.step import held_bytes
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,12 @@ measured is null with a reason under `missing`.
 
 from __future__ import annotations
 
+import glob
 import json
 import sys
 import uuid
 import warnings
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +22,8 @@ from torch import nn
 from toolkit.budget import STRATEGIES
 from toolkit.datasets import Splits
 from toolkit.datasets.tasks import TASKS, Task
-from toolkit.experiment import OLD_FIELDS, Experiment, Parameters, option_fields, upgrade
+from toolkit.errors import InputError
+from toolkit.experiment import Experiment, Parameters, identity, upgrade
 from toolkit.files import RUNS, write_atomically
 from toolkit.measure import Window, total
 from toolkit.measure.environment import environment, installed_packages
@@ -32,6 +35,8 @@ from toolkit.training.result import FitResult
 from toolkit.training.resume import Snapshots
 
 SCHEMA_VERSION = 6
+READABLE = (5, 6)
+DISPLAYED = ("backbone", "method", "checkpointing")  # added to the parameters of a baseline, for tables
 FILE_NAME = "record.json"
 FINISHED = ("ok", "oom", "nan")  # a run with such a record is not repeated; interrupted and failed ones are
 # What a simulated GPU makes worthless; tables leave it out.
@@ -46,6 +51,21 @@ OVERVIEW = (  # after the metrics of the test
     "ns", "ns_e_inference", "ns_m_inference", "ns_sharp_inference",
     "ns_e_training", "ns_m_training", "ns_sharp_training",
 )  # fmt: skip
+MEASURED = {  # fields of a record: window and its attribute
+    "energy_joules": ("whole", "energy_joules"),
+    "train_energy_joules": ("train", "energy_joules"),
+    "validation_energy_joules": ("validation", "energy_joules"),
+    "prepare_joules": ("prepare", "energy_joules"),
+    "test_energy_joules": ("test", "energy_joules"),
+    "train_quantisation_joules": ("train", "quantisation_joules"),
+    "test_quantisation_joules": ("test", "quantisation_joules"),
+    "train_poll_joules": ("train", "poll_joules"),
+    "train_disagreement_pct": ("train", "disagreement_pct"),
+    "train_net_joules": ("train", "net_joules"),
+    "train_cpu_joules": ("train", "cpu_joules"),
+    "gpu_start_celsius": ("fit", "start_celsius"),
+    "gpu_end_celsius": ("fit", "end_celsius"),
+}
 GROUPS = ("run", "config", "data", "quality", "time", "energy", "memory", "flops", "scores", "env")
 
 
@@ -90,6 +110,17 @@ class RunRecord:
         """Assemble the record of a run; `evaluation`: of the test split, None unless training ended well."""
         summary, task = summarize(model), TASKS[splits.task]
         env = result.environment or environment(experiment.device)
+        windows = {name: result.window(name) for name in ("fit", "train", "validation", *result.windows)}
+        windows["test"] = evaluation.window if evaluation else Window("test")
+        parts = [
+            windows[name]
+            for name in ("features", "fit", *(["test"] if evaluation else ()))
+            if name in windows
+        ]
+        windows["whole"] = total(parts)
+        energy, reasons = energy_fields(windows)
+        within = result.peak_bytes <= experiment.budget_bytes if result.status == "ok" else None
+        features = windows.get("features", Window("features", seconds=0.0, energy_joules=0.0))
         record = cls(
             run=run_fields(experiment, result.status, result.error) | {"started_at": result.started_at},
             config=experiment.to_dict(),
@@ -107,15 +138,22 @@ class RunRecord:
             time={
                 "train_seconds": result.train_seconds,
                 "data_seconds": result.data_seconds,
-                "features_seconds": result.window("features").seconds or 0.0,
+                "features_seconds": features.seconds,
                 "features_cached": result.features_cached,
-                "validation_seconds": result.window("validation").seconds or 0.0,
+                "validation_seconds": windows["validation"].seconds or 0.0,
                 "snapshot_seconds": result.window("snapshot").seconds or 0.0,
                 "test_seconds": evaluation and evaluation.seconds,
                 "steps": result.steps,
                 "resumes": result.resumes,
             },
-            energy=_energy_fields(result, evaluation),
+            energy=energy
+            | {
+                "features_energy_joules": features.energy_joules,
+                "energy_source": energy_source(windows.values()),
+                "idle_watts": result.idle_watts,
+                "train_energy_flags": ", ".join(windows["train"].flags),
+                "test_energy_flags": ", ".join(windows["test"].flags),
+            },
             memory={
                 "train_peak_bytes": result.peak_bytes or None,
                 "train_reserved_peak_bytes": result.reserved_peak_bytes,
@@ -125,19 +163,16 @@ class RunRecord:
                 "host_peak_bytes": host_peak_bytes(),
                 "memory_source": result.memory_source,
                 "budget_mode": budget_mode(experiment, env["device_total_bytes"]),
-                "within_budget": result.peak_bytes <= experiment.budget_bytes
-                if result.status == "ok"
-                else None,
+                "within_budget": within,
                 "checkpointed_blocks": result.checkpointed_blocks,
                 "predicted_peak_bytes": result.predicted_peak_bytes,
                 "micro_batch_images": result.micro_batch_size or None,
                 "out_of_memory_retries": result.out_of_memory_retries,
             },
             flops={
-                **{
-                    f"{phase}_flops_per_image": result.step_flops.get(phase)
-                    for phase in ("forward", "backward", "recompute")
-                },
+                "forward_flops_per_image": result.step_flops.get("forward"),
+                "backward_flops_per_image": result.step_flops.get("backward"),
+                "recompute_flops_per_image": result.step_flops.get("recompute"),
                 "inference_macs_per_image": evaluation and evaluation.macs_per_image,
             },
             env=env,
@@ -149,7 +184,9 @@ class RunRecord:
             },
         )
         record.score(summary.total, {"inference": "test", "training": "train"})
-        record.explain(_sensor_reasons(result, evaluation))
+        reasons |= dict.fromkeys(("context_bytes", "device_used_bytes"), result.context_reason)
+        reasons |= {"features_energy_joules": features.reason, "idle_watts": windows["train"].reason}
+        record.explain(reasons)
         return record
 
     def overview(self) -> pd.DataFrame:
@@ -186,12 +223,12 @@ class RunRecord:
                     reason = why_no_score(kind, accuracy, **costs)
                     self.missing[column] = reason.replace("watts was", "energy was")
 
-    def explain(self, sensors: dict[str, str | None]) -> None:
-        """Record why each missing value is missing: what the sensors told, or what `QUANTITIES` says."""
+    def explain(self, reasons: dict[str, str | None]) -> None:
+        """Record why each missing value is missing: one of `reasons`, or what `QUANTITIES` says."""
         for group in (self.quality, self.time, self.energy, self.memory, self.flops, self.env):
             for name, value in group.items():
                 if value is None:
-                    self.missing[name] = sensors.get(name) or QUANTITIES[name].missing
+                    self.missing[name] = reasons.get(name) or QUANTITIES[name].missing
 
     @classmethod
     def of_failure(cls, experiment: Parameters, error: str) -> RunRecord:
@@ -262,25 +299,6 @@ def _always_scored(task: Task) -> list[str]:
     return list(dict.fromkeys((task.metric, *per_image)))
 
 
-def _sensor_reasons(result: FitResult, evaluation: Evaluation | None) -> dict[str, str | None]:
-    """Why energies and temperatures are missing, where the meter knows it."""
-    fit, train = result.window("fit"), result.window("train")
-    features = result.window("features").reason if "features" in result.windows else None
-    test = evaluation.window.reason if evaluation else None
-    names = ("train_energy_joules", "train_quantisation_joules", "train_poll_joules", "train_net_joules")
-    names += ("train_disagreement_pct", "idle_watts", "gpu_start_celsius", "gpu_end_celsius")
-    return dict.fromkeys(names, train.reason) | {
-        "energy_joules": features or fit.reason or test,
-        "features_energy_joules": features,
-        "validation_energy_joules": result.window("validation").reason,
-        "test_energy_joules": test,
-        "test_quantisation_joules": test,
-        "train_cpu_joules": train.cpu_reason or train.reason,
-        "context_bytes": result.context_reason,
-        "device_used_bytes": result.context_reason,
-    }
-
-
 def _test_metrics() -> list[str]:
     return [f"test_{name}" for metrics in METRICS.values() for name in metrics]
 
@@ -293,33 +311,19 @@ def _readable(name: str, value: object) -> str:
     return quantity.text(value) if value is None else f"{quantity.text(value)} {quantity.unit}".strip()
 
 
-def _energy_fields(result: FitResult, evaluation: Evaluation | None) -> dict:
-    fit, train, validation = (result.window(name) for name in ("fit", "train", "validation"))
-    test = evaluation.window if evaluation else total([], "test")
-    features = [result.window("features")] if "features" in result.windows else []
-    whole = [*features, fit, test] if evaluation else [*features, fit]
-    return {
-        "energy_joules": total(whole).energy_joules,
-        "features_energy_joules": features[0].energy_joules if features else 0.0,
-        "energy_source": energy_source([*features, fit, train, validation, test]),
-        "train_energy_joules": train.energy_joules,
-        "validation_energy_joules": validation.energy_joules,
-        "test_energy_joules": test.energy_joules,
-        "train_quantisation_joules": train.quantisation_joules,
-        "test_quantisation_joules": test.quantisation_joules,
-        "train_poll_joules": train.poll_joules,
-        "train_disagreement_pct": train.disagreement_pct,
-        "train_net_joules": train.net_joules,
-        "idle_watts": result.idle_watts,
-        "train_cpu_joules": train.cpu_joules,
-        "gpu_start_celsius": fit.start_celsius,
-        "gpu_end_celsius": fit.end_celsius,
-        "train_energy_flags": ", ".join(train.flags),
-        "test_energy_flags": ", ".join(test.flags),
-    }
+def energy_fields(windows: dict[str, Window]) -> tuple[dict[str, float | None], dict[str, str | None]]:
+    """The fields of `MEASURED` from the windows that there are, and why those that are None are missing."""
+    fields, reasons = {}, {}
+    for name, (part, attribute) in MEASURED.items():
+        if part not in windows:
+            continue
+        window = windows[part]
+        fields[name] = getattr(window, attribute)
+        reasons[name] = window.cpu_reason or window.reason if "cpu" in name else window.reason
+    return fields, reasons
 
 
-def energy_source(windows: list[Window]) -> str:
+def energy_source(windows: Iterable[Window]) -> str:
     """The first energy source that there is, or "fake" if any window is a simulated GPU's."""
     sources = [window.source for window in windows if window.source != "none"]
     return "fake" if "fake" in sources else next(iter(sources), "none")
@@ -346,61 +350,105 @@ def run_folder(experiment: Parameters, runs: Path | str = "") -> Path:
     return Path(runs or RUNS) / experiment.name
 
 
-def is_finished(folder: Path, train_sha256: str | None = None) -> bool:
-    """Whether `folder` holds the record of a run that need not be repeated.
+def finished_folder(
+    experiment: Parameters, runs: Path = RUNS, train_sha256: str | None = None
+) -> Path | None:
+    """The folder of a finished run of `experiment` that need not be repeated, or None.
 
-    A record of an older schema does not count, nor, with `train_sha256`, a run on other training data.
+    The previous schema named the same run otherwise: its folder is found by the parameters in its record.
+    With `train_sha256`, a run on other training data does not count.
     """
+    folder = run_folder(experiment, runs)
+    readable_name = folder.name.removesuffix(experiment.id)
+    for other in (folder, *sorted(folder.parent.glob(f"{glob.escape(readable_name)}*"))):
+        try:
+            record = read_record(other / FILE_NAME)
+        except InputError:
+            continue
+        run = record["run"]
+        same = run["experiment_id"] == experiment.id
+        if same and run["status"] in FINISHED and train_sha256 in (None, record["data"].get("train_sha256")):
+            return other
+    return None
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether `folder` holds the record of a run that ended with a result."""
     try:
-        record = json.loads((folder / FILE_NAME).read_text())
-        finished = record["run"]["status"] in FINISHED and record["run"]["schema_version"] == SCHEMA_VERSION
-        return finished and train_sha256 in (None, record["data"]["train_sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_record(Path(folder) / FILE_NAME)["run"]["status"] in FINISHED
+    except InputError:
         return False
 
 
-def load_records(folder: Path = RUNS) -> pd.DataFrame:
-    """All records below `folder`, one row each; columns are the fields of `GROUPS`, and `folder`.
+def read_record(path: Path) -> dict:
+    """The content of a record file; parameters and identity of older records are brought to today's schema.
 
-    A file that is no record is left out with a warning.
+    Raises `InputError` with the reason if the file cannot be used.
     """
-    rows = []
+    try:
+        record = json.loads(Path(path).read_text())
+        version, phase = record["run"]["schema_version"], record["run"]["phase"]
+        if version not in READABLE:
+            raise InputError(f"schema version {version!r}; this toolkit reads {READABLE}")
+        for group in GROUPS:
+            record[group].items()  # raises for what is not a dict
+        if version != SCHEMA_VERSION and phase == "training":
+            record["config"] = _completed(upgrade(record["config"]))
+            record["run"]["experiment_id"] = identity(record["config"])
+        elif version != SCHEMA_VERSION:
+            record["config"]["budget"] = int(record["config"]["budget"])
+            own = {name: value for name, value in record["config"].items() if name not in DISPLAYED}
+            record["run"]["experiment_id"] = identity(own)
+        elif phase == "training":
+            record["config"] = _completed(record["config"])
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"not a record ({type(error).__name__}: {error})") from None
+    return record
+
+
+def _completed(parameters: dict) -> dict:
+    """All parameters of a fine-tuning run; those that were unknown at the time have their defaults."""
+    defaults = {field.name: field.default for field in fields(Experiment)}
+    parameters = defaults | {"options": {}} | parameters
+    kinds = []
+    if parameters["method"] in METHODS:  # others were registered elsewhere
+        kinds.append(METHODS[parameters["method"]].options)
+    if parameters["checkpointing"] in STRATEGIES:
+        kinds.append(STRATEGIES[parameters["checkpointing"]])
+    options = {field.name: field.default for kind in kinds for field in fields(kind)}
+    return parameters | {"options": options | parameters["options"]}
+
+
+def load_records(folder: Path = RUNS) -> pd.DataFrame:
+    """All records below `folder`, one row each, sorted by folder.
+
+    Columns are the fields of `GROUPS`, options by their names, `budget_bytes`, and `folder`.  A file that
+    cannot be read is left out with a warning; `frame.attrs["left_out"]` has the reason by path.
+    """
+    rows, options, left_out = [], set(), {}
     for path in sorted(Path(folder).glob(f"*/{FILE_NAME}")):
         try:
-            record = json.loads(path.read_text())
-            row = {name: value for group in GROUPS for name, value in record[group].items()}
-            row.setdefault("phase", "training")  # before there were baselines
-            if row["phase"] == "training":
-                row = _completed(row)
-            row["budget_bytes"] = int(row["budget"])
-            if row.get("energy_source") == "fake":  # a simulated GPU measures nothing
-                row |= dict.fromkeys(SIMULATED)
-        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-            warnings.warn(f"{path} is no record and was left out: {error!r}", stacklevel=2)
+            record = read_record(path)
+        except InputError as error:
+            left_out[str(path)] = str(error)
+            warnings.warn(f"{path} was left out: {error}", stacklevel=2)
             continue
-        rows.append(row | {"folder": str(path.parent)})
+        row = {name: value for group in GROUPS for name, value in record[group].items()}
+        own = row.pop("options", {})
+        options |= own.keys()
+        row |= own | {"budget_bytes": row.pop("budget"), "folder": str(path.parent)}
+        if row.get("energy_source") == "fake":  # a simulated GPU measures nothing
+            row |= dict.fromkeys(SIMULATED)
+        rows.append(row)
     frame = pd.DataFrame(rows)
-    for name in set(option_fields()) & set(frame):  # a method without the option makes no floats of integers
+    for name in options:  # a run without the option would turn integers into floats
         frame[name] = pd.Series([row.get(name) for row in rows], dtype=object)
+    frame.attrs["left_out"] = left_out
     return frame
 
 
-def _completed(row: dict) -> dict:
-    """A row with a column for each parameter and option, under today's names; parameters that were unknown at
-    the time of the run have their defaults, which are what was done before."""
-    for name in ("budget", "feature_cache"):  # text in the previous schema
-        if str(row.get(name) or 0).isdigit():
-            row[name] = int(row.get(name) or 0)
-    if str(row["method"]) not in METHODS or str(row["checkpointing"]) not in STRATEGIES:
-        return {**row.pop("options", {}), **row}
-    parameters = upgrade(row)
-    options = parameters.pop("options")
-    kinds = METHODS[row["method"]].options, STRATEGIES[row["checkpointing"]]
-    every = [field for kind in (Experiment, *kinds) for field in fields(kind) if field.name != "options"]
-    rest = {name: value for name, value in row.items() if name not in (*OLD_FIELDS, "options")}
-    return {field.name: field.default for field in every} | rest | parameters | options
-
-
 def load_curves(folder: Path) -> dict:
-    """`history` and `memory_trace_bytes` of the run in `folder`, as far as it has them."""
+    """`history`, `memory_trace_bytes` and `windows` of the run in `folder`, as far as it has them."""
     return json.loads((Path(folder) / FILE_NAME).read_text()).get("curves", {})

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from toolkit.budget import DeviceMemory
 from toolkit.measure import Meter, Window, total
 
 
@@ -48,6 +49,12 @@ class FitResult:
     def window(self, name: str) -> Window:
         """The total of the windows `name`; without seconds if there was none."""
         return Window(**self.windows[name]) if name in self.windows else total([], name)
+
+    def read_peaks(self, memory: DeviceMemory) -> None:
+        """Raise the peaks to those of `memory`."""
+        self.peak_bytes = max(self.peak_bytes, memory.peak_bytes)
+        if memory.reserved_peak_bytes is not None:
+            self.reserved_peak_bytes = max(self.reserved_peak_bytes or 0, memory.reserved_peak_bytes)
 
     @property
     def train_seconds(self) -> float:

@@ -1,15 +1,17 @@
 import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from simulated_gpu import SimulatedGpu, VirtualClock, meter_of
 
 import toolkit
+from toolkit.batch import sweep
 from toolkit.files import write_atomically
-from toolkit.measure.environment import environment
 from toolkit.training.loop import FitResult
-from toolkit.training.record import RunRecord, is_finished, load_curves
+from toolkit.training.record import RunRecord, finished_folder, is_finished, load_curves
 
 
 @pytest.fixture
@@ -24,7 +26,7 @@ def finished(demo_model, few_digits, tmp_path):
     return record, folder, experiment, result, evaluation
 
 
-def test_record_round_trip(finished, tmp_path):
+def test_a_record_is_read_as_it_was_written(finished, tmp_path):
     record, folder, experiment, result, evaluation = finished
     record.save(folder)
     frame = toolkit.load_records(tmp_path)
@@ -34,15 +36,8 @@ def test_record_round_trip(finished, tmp_path):
     assert row.test_top1_pct == evaluation.top1_pct
     assert row.train_peak_bytes == result.peak_bytes
     assert row.train_seconds == result.train_seconds
-    assert (
-        toolkit.Experiment.flat(
-            **{
-                name: row[name].item() if hasattr(row[name], "item") else row[name]
-                for name in experiment.flat_dict()
-            }
-        )
-        == experiment
-    )
+    assert toolkit.Experiment(**record.config) == experiment
+    assert row.budget_bytes == experiment.budget_bytes and row["rank"] == experiment.options["rank"]
     assert load_curves(folder)["history"] == result.history
     assert row.ns_m_inference == toolkit.netscore(
         "NS-M", evaluation.top1_pct, peak_mib=evaluation.peak_bytes / 2**20
@@ -55,7 +50,7 @@ def finished_model():
     return toolkit.adapt(toolkit.build_backbone("demo_vit", 10, False), "lora")
 
 
-def test_snapshots_go_when_the_record_stands(finished):
+def test_snapshots_are_removed_when_the_record_is_written(finished):
     record, folder, *_ = finished
     assert list((folder / "snapshots").iterdir())
     record.save(folder)
@@ -78,7 +73,7 @@ def test_provenance_is_complete(finished):
     assert record.energy["energy_source"] == "none" and record.memory["budget_mode"] == "simulated"
 
 
-def test_what_was_not_measured_is_null_with_a_reason(demo_model, few_digits, tmp_path):
+def test_values_that_were_not_measured_are_null_with_a_reason(demo_model, few_digits, tmp_path):
     experiment = toolkit.Experiment(device="cpu")
     record = RunRecord.of_run(
         experiment, few_digits, demo_model(), FitResult(status="oom", error="CUDA out of memory"), None
@@ -113,22 +108,61 @@ def test_a_finished_record_is_not_replaced_by_an_unfinished_one(finished, demo_m
     assert (folder / "record.json").read_bytes() == before
 
 
-def test_a_run_on_other_data_is_not_this_one(finished):
-    record, folder, *_ = finished
+def test_a_run_on_other_data_is_repeated(finished, tmp_path):
+    record, folder, experiment, *_ = finished
     record.save(folder)
-    assert is_finished(folder, record.data["train_sha256"])
-    assert not is_finished(folder, "of other data")
+    assert finished_folder(experiment, tmp_path, record.data["train_sha256"]) == folder
+    assert finished_folder(experiment, tmp_path, "of other data") is None
 
 
-def test_a_record_of_an_older_schema_is_repeated(finished):
-    record, folder, *_ = finished
-    record.run["schema_version"] -= 1
+def test_a_record_of_an_unknown_schema_is_repeated(finished, tmp_path):
+    record, folder, experiment, *_ = finished
+    record.run["schema_version"] = 4
     record.save(folder)
-    assert not is_finished(folder)
+    assert not is_finished(folder) and finished_folder(experiment, tmp_path) is None
+    with pytest.warns(UserWarning, match="schema version 4"):
+        assert toolkit.load_records(tmp_path).empty
+
+
+OLD_RUNS = {  # records that the previous schema wrote, by the folder that it gave them
+    "schema_5_planned": "digits-demo_vit-lora-planned-s0-f3a27fd7b3dd",
+    "schema_5_threshold": "digits-demo_vit-lora-threshold-s0-41a11f7f79c2",
+}
+
+
+@pytest.fixture
+def old_runs(tmp_path):
+    """A folder of runs of the previous schema."""
+    for name, folder in OLD_RUNS.items():
+        (tmp_path / folder).mkdir()
+        shutil.copy(Path(__file__).parent / "data" / f"{name}.json", tmp_path / folder / "record.json")
+    return tmp_path
+
+
+def test_runs_of_the_previous_schema_are_listed_under_todays_names(old_runs, recwarn):
+    frame = toolkit.load_records(old_runs).set_index("checkpointing")
+    assert not recwarn and frame.attrs["left_out"] == {}
+    assert frame.loc["planned", "test_top1_pct"] == pytest.approx(97.78, abs=0.01)
+    assert (frame.budget_bytes == 18 * 2**20).all() and (frame["rank"] == 8).all()
+    assert frame.loc["threshold", "tau"] == 0.55 and frame.feature_cache.tolist() == [0, 0]
+    assert not {"lora_rank", "threshold", "galore_rank", "options"} & set(frame)
+
+
+@pytest.mark.parametrize("checkpointing", ["planned", "threshold"])
+def test_finished_runs_of_the_previous_schema_are_not_repeated(old_runs, monkeypatch, checkpointing):
+    parameters = {"method": "lora", "checkpointing": checkpointing, "budget": "18 MiB", "device": "cpu"}
+    experiment = toolkit.Experiment(**parameters)
+    assert experiment.id in set(toolkit.load_records(old_runs).experiment_id)
+    folder = finished_folder(experiment, old_runs)
+    assert folder.name == OLD_RUNS[f"schema_5_{checkpointing}"] != experiment.name
+    monkeypatch.setattr(sweep, "execute_notebook", lambda *_: pytest.fail("the run is repeated"))
+    assert sweep.run_experiments([experiment], old_runs) == []
+    other = toolkit.Experiment(**parameters, options={"rank": 4})
+    assert finished_folder(other, old_runs) is None
 
 
 def test_energy_of_a_simulated_gpu_stays_marked(demo_model, few_digits):
-    """From the sensor to what people read; each null with the reason of its own window."""
+    """From the sensor to the overview; each null has the reason of its own window."""
     clock = VirtualClock()
     gpu = SimulatedGpu(clock, [(0, 100.0)])
     meter = meter_of(gpu)
@@ -157,31 +191,6 @@ def test_energy_of_a_simulated_gpu_stays_marked(demo_model, few_digits):
     assert record.curves["windows"]["train"]["samples"] > 100
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda patch: patch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"),
-        lambda patch: patch.setattr(torch, "get_num_threads", lambda: 99),
-        lambda patch: patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True),
-        lambda patch: patch.setattr(torch.backends.cudnn, "benchmark", True),
-        lambda patch: patch.setattr("toolkit.measure.environment.code_sha256", lambda: "edited"),
-        lambda patch: patch.setattr("toolkit.measure.environment._version", lambda name: "0"),
-    ],
-)
-def test_what_makes_runs_incomparable_changes_their_environment(monkeypatch, change):
-    before = environment("cpu")
-    assert environment("cpu") == before
-    with monkeypatch.context() as patch:
-        change(patch)
-        assert environment("cpu")["env_hash"] != before["env_hash"]
-
-
-def test_a_new_commit_of_the_same_code_does_not(monkeypatch):
-    before = environment("cpu")["env_hash"]
-    monkeypatch.setattr("toolkit.measure.environment._git", lambda: {"git_sha": "new", "git_dirty": True})
-    assert environment("cpu")["env_hash"] == before
-
-
 def test_nan_cannot_enter_a_record(finished):
     record, folder, *_ = finished
     record.quality["test_loss"] = math.nan
@@ -190,34 +199,41 @@ def test_nan_cannot_enter_a_record(finished):
     assert not (folder / "record.json").exists()
 
 
-def test_no_record_is_left_out_with_a_warning(finished, tmp_path):
+def test_a_file_that_is_not_a_record_is_left_out_with_its_reason(finished, tmp_path):
     record, folder, *_ = finished
     record.save(folder)
     for name, text in {"empty": "", "list": "[]", "half": '{"run": {'}.items():
         write_atomically(tmp_path / name / "record.json", text.encode())
         assert not is_finished(tmp_path / name)
-    with pytest.warns(UserWarning, match="is no record") as caught:
-        assert len(toolkit.load_records(tmp_path)) == 1
-    assert len(caught) == 3
+    with pytest.warns(UserWarning, match="was left out: not a record") as caught:
+        frame = toolkit.load_records(tmp_path)
+    assert len(frame) == 1 and len(caught) == 3
+    assert {Path(path).parent.name for path in frame.attrs["left_out"]} == {"empty", "list", "half"}
 
 
-def test_older_runs_have_the_defaults_of_parameters_that_came_later(finished, tmp_path):
+def test_parameters_added_later_have_their_defaults_in_earlier_records(finished, tmp_path):
     record, *_ = finished
     path = record.save(tmp_path / "old")
     content = json.loads(path.read_text())
-    del content["config"]["batch_norm"], content["config"]["options"]
-    content["config"] |= {"method": "galore", "lora_rank": 4, "galore_rank": 16, "budget": "1000"}
+    del content["config"]["batch_norm"]
     path.write_text(json.dumps(content))
-    (row,) = toolkit.load_records(tmp_path).to_dict("records")
-    assert (row["batch_norm"], row["method"], row["rank"], row["gap"]) == ("auto", "galore", 16, 50)
-    assert row["budget"] == 1000 and "lora_rank" not in row and "options" not in row
+    assert toolkit.load_records(tmp_path).batch_norm.tolist() == ["auto"]
 
 
-def test_no_records_is_an_empty_frame(tmp_path):
+def test_options_that_a_run_does_not_have_leave_the_others_integers(finished, tmp_path):
+    record, *_ = finished
+    record.save(tmp_path / "lora")
+    record.config = toolkit.Experiment(method="linear", device="cpu").to_dict()
+    record.save(tmp_path / "linear")
+    ranks = dict(toolkit.load_records(tmp_path)[["method", "rank"]].to_numpy())
+    assert ranks["lora"] == 8 and isinstance(ranks["lora"], int)
+
+
+def test_a_folder_without_records_is_an_empty_frame(tmp_path):
     assert toolkit.load_records(tmp_path / "nowhere").empty
 
 
-def test_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_atomically(path, b"old")
 

@@ -1,0 +1,155 @@
+"""Killed and interrupted runs continue where they were, bit for bit."""
+
+import dataclasses
+import os
+import signal
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from short_runs import Stop, experiment, same, stop_after, weights
+
+import toolkit
+from toolkit.errors import InputError
+from toolkit.training import resume
+from toolkit.training.resume import Snapshots
+from toolkit.training.step import Steps
+
+
+def test_energy_of_a_run_survives_a_kill(demo_model, few_digits, tmp_path, monkeypatch):
+    """A simulated GPU of 100 W: joules per second stay what they are across two processes' meters."""
+    from simulated_gpu import SimulatedGpu
+
+    def meter():
+        gpu = SimulatedGpu(SimpleNamespace(now=0.0), [(0, 100.0)])
+        gpu.counter_joules = lambda: 100 * time.perf_counter()
+        gpu.watts = lambda: 100.0
+        return toolkit.Meter("cpu", gpu=gpu, cpu=None)
+
+    e = experiment(epochs=3)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_after(patch, 5)
+        toolkit.fit(demo_model(), few_digits, e, folder=tmp_path, snapshot_seconds=0, meter=meter())
+    first = Snapshots(tmp_path).newest()["result"]["windows"]
+    second_meter = meter()
+    with second_meter.window("whole") as whole:
+        result = toolkit.fit(
+            demo_model(), few_digits, e, folder=tmp_path, snapshot_seconds=0, meter=second_meter
+        )
+    assert result.resumes == 1
+    (fit,) = whole.children
+    second = {"fit": [fit], "train": [window for window in fit.children if window.name == "train"]}
+    for name, windows in second.items():
+        window = result.windows[name]
+        assert window["source"] == "fake"
+        for quantity in ("seconds", "energy_joules"):
+            before, after = first[name][quantity], sum(getattr(w, quantity) for w in windows)
+            assert before > 0 and window[quantity] == pytest.approx(before + after)
+        assert window["energy_joules"] == pytest.approx(100 * window["seconds"], rel=0.05)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("killed_at", [1, 3, 4, 7])
+def test_resume_after_a_kill_is_bit_identical(
+    demo_model, few_digits, monkeypatch, tmp_path, killed_at, precision
+):
+    """Three steps an epoch; killed in the first epoch, at an epoch's end, after it, and in the third."""
+    e = experiment(
+        method="lora",
+        options={"dropout": 0.2},
+        epochs=3,
+        precision=precision,
+        checkpointing="threshold",
+        budget="14 MiB",
+    )
+    reference = demo_model("lora", dropout=0.2)
+    expected = toolkit.fit(reference, few_digits, e)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_after(patch, killed_at)
+        toolkit.fit(demo_model("lora", dropout=0.2), few_digits, e, folder=tmp_path, snapshot_seconds=0)
+    torch.rand(7)  # whatever the new process does before it resumes
+    model = demo_model("lora", dropout=0.2)
+    result = toolkit.fit(model, few_digits, e, folder=tmp_path, snapshot_seconds=0)
+
+    assert result.resumes == 1 and result.steps == 9
+    assert result.history == expected.history
+    assert result.peak_bytes == expected.peak_bytes
+    assert result.memory_trace == expected.memory_trace
+    assert same(weights(model), weights(reference))
+
+
+def test_finished_training_is_not_repeated(demo_model, few_digits, monkeypatch, tmp_path):
+    first = toolkit.fit(demo_model(), few_digits, experiment(), folder=tmp_path)
+    stop_after(monkeypatch, first.steps)
+    assert toolkit.fit(demo_model(), few_digits, experiment(), folder=tmp_path).history == first.history
+
+
+def test_damaged_snapshot_falls_back_to_the_older_one(demo_model, few_digits, monkeypatch, tmp_path, capsys):
+    e = experiment(epochs=2)
+    reference = demo_model()
+    toolkit.fit(reference, few_digits, e)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_after(patch, 4)
+        toolkit.fit(demo_model(), few_digits, e, folder=tmp_path, snapshot_seconds=0)
+    newest = sorted((tmp_path / "snapshots").glob("*.pt"))[-1]
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    model = demo_model()
+    toolkit.fit(model, few_digits, e, folder=tmp_path)
+    assert "damaged" in capsys.readouterr().out
+    assert same(weights(model), weights(reference))
+
+
+@pytest.mark.parametrize("position", [0.0, 0.3, 0.999])
+def test_any_damage_to_a_snapshot_is_noticed(tmp_path, position):
+    snapshots = Snapshots(tmp_path)
+    snapshots.save(1, {"x": torch.arange(100.0)})
+    path = tmp_path / "snapshots" / "step-00000001.pt"
+    content = bytearray(path.read_bytes())
+    content[int(position * len(content))] ^= 4
+    path.write_bytes(content)
+    assert snapshots.newest() is None
+    path.write_bytes(content[: len(content) // 2])
+    assert snapshots.newest() is None
+    path.with_suffix(".json").write_text("{")
+    assert snapshots.newest() is None
+
+
+def test_snapshots_of_another_experiment_are_refused(demo_model, few_digits, tmp_path):
+    toolkit.fit(demo_model(), few_digits, experiment(epochs=1), folder=tmp_path)
+    with pytest.raises(InputError, match="another experiment"):
+        toolkit.fit(demo_model(), few_digits, experiment(epochs=2), folder=tmp_path)
+    with pytest.raises(InputError, match="another weights"):
+        toolkit.fit(demo_model(pretrained=True), few_digits, experiment(epochs=1), folder=tmp_path)
+    few_digits = dataclasses.replace(few_digits, hashes={**few_digits.hashes, "train": "other"})
+    with pytest.raises(InputError, match="another train data"):
+        toolkit.fit(demo_model(), few_digits, experiment(epochs=1), folder=tmp_path)
+
+
+def test_a_folder_is_claimed_once(demo_model, few_digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(resume, "CLAIM_SECONDS", 0.1)
+    with resume.claim(tmp_path), pytest.raises(InputError, match="another process"):
+        toolkit.fit(demo_model(), few_digits, experiment(), folder=tmp_path)
+
+
+def test_interrupt_finishes_the_step_and_resumes(demo_model, few_digits, tmp_path, monkeypatch):
+    e = experiment(epochs=2)
+    reference = demo_model()
+    toolkit.fit(reference, few_digits, e)
+    original = Steps.run
+
+    def step(self, images, targets, result):
+        if result.steps == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, images, targets, result)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Steps, "run", step)
+        result = toolkit.fit(demo_model(), few_digits, e, folder=tmp_path)
+    assert result.status == "interrupted" and result.steps == 4
+    model = demo_model()
+    assert toolkit.fit(model, few_digits, e, folder=tmp_path).status == "ok"
+    assert same(weights(model), weights(reference))
