@@ -154,9 +154,10 @@ class Experiment(Parameters):
         if self.batch_norm == method.batch_norm:
             self._set("batch_norm", "auto")
         if self.task == "detection" and STRATEGIES[self.checkpointing].plans:
+            others = [repr(name) for name, strategy in STRATEGIES.items() if not strategy.plans]
             raise InputError(
                 f"checkpointing {self.checkpointing!r} cannot predict detectors: what their losses compute "
-                "depends on the boxes that they meet; choose 'none', 'static' or 'threshold'."
+                f"depends on the boxes in the images; choose {' or '.join(others)}."
             )
         self._check_task()
         self._check_feature_cache()

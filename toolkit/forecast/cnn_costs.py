@@ -43,10 +43,10 @@ class StepCosts:
     forward_flops: int
     backward_flops: int
     optimizer_flops: int  # with projections, and one step's share of a decomposition
-    svd_flops: int  # one refresh of all of GaLore's subspaces; 0 for other methods
+    svd_flops: int  # one choice of all of an optimizer's subspaces; 0 without such
     published_flops: int  # by the counter of arXiv 2507.23536
     corrected_flops: int  # by that counter, with the weight gradient of grouped convolutions corrected
-    peak_bytes: int  # the highest simultaneous sum, at a step that refreshes GaLore's subspaces
+    peak_bytes: int  # the highest simultaneous sum, at a step that chooses subspaces
     category_peaks: dict[str, int]  # category -> bytes at its own highest moment
     trainable: int
     total: int
@@ -77,7 +77,7 @@ def step_costs(
     lean: bool = False,
     **options: object,
 ) -> StepCosts:
-    """Costs of one fp32 step of `method` on `backbone`: AdamW (or GaLore), cross-entropy, no checkpointing.
+    """Costs of one fp32 step of `method` on `backbone`: its optimizer, cross-entropy, no checkpointing.
 
     `image_size`: pixels of a side, by default what the backbone's weights were made for.  `lean`: with the
     memory-minimal exact forms of layers that `planned` uses; by default stock torch and peft.  `options`:

@@ -1,12 +1,16 @@
 """Which features of a frozen backbone side networks read, and in what form.
 
 A tap is the output of one of the backbone's repeated blocks (`budget.find_blocks`), taken by a hook while
-`forward_features` runs.  Whatever the backbone's layout is, tokens (B, N, C), maps (B, C, H, W) as of CNNs
-or (B, H, W, C) as of Swin, side networks see tokens (B, N, C) at the positions of the final features, those
-that the head reads: maps of earlier stages are averaged over cells of positions, without parameters and on
-the frozen side, so that little is held and stored.  Widths stay what they are: matching them is the side
-network's.  (The papers of side networks, arXiv 2206.06522 and 2402.02887, are about transformers with one
-width and one number of tokens; how to read a hierarchical backbone is our choice.)
+`forward_features` runs.  The backbone's layout may be tokens (B, N, C), maps (B, C, H, W) as in CNNs, or
+(B, H, W, C) as in Swin; side networks see tokens (B, N, C) at the positions of the final features, which the
+head reads.  Maps of earlier stages are averaged over cells of positions, without parameters and on the frozen
+side, so that little is held and stored.  Matching widths is left to the side network.  (The papers, arXiv
+2206.06522 and 2402.02887, are about transformers with one width and one number of tokens; how to read a
+hierarchical backbone is our choice.)
+
+timm's `forward_intermediates` does not return these features: of a hierarchy it returns one map per stage
+(ResNet-18: 5 maps for 8 blocks, Swin-T: 4 for 12), and of a vision transformer maps without the class token,
+which LoSA mixes and LST reads.
 
 Layouts are found once, from a run on fake tensors.
 """
@@ -69,12 +73,12 @@ class Taps:
 
     @property
     def positions(self) -> int:
-        """Of all that `collect` returns."""
+        """Positions N of all that `collect` returns."""
         return math.prod(self.final.positions)
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Of what `collect` returns, the final features last."""
+        """Widths C_i of what `collect` returns, the final features last."""
         return (*(tap.form.width for tap in self.taps), self.final.width)
 
     def collect(self, backbone: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -83,7 +87,7 @@ class Taps:
 
         def taker(tap: Tap) -> Callable:
             def take(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-                found[tap.name] = self._brought(tap, output)
+                found[tap.name] = self._brought_to_final(tap, output)
 
             return take
 
@@ -91,14 +95,14 @@ class Taps:
             final = self.final.tokens_of(backbone.forward_features(images))
         if final.shape[1:] != (self.positions, self.final.width):
             raise InputError(
-                f"features of {tuple(final.shape[1:])} (positions, width), where the side network was made "
-                f"for ({self.positions}, {self.final.width}): give images of the size that it was made for."
+                f"features of {tuple(final.shape[1:])} (positions, width), and the side network was made for "
+                f"({self.positions}, {self.final.width}): use images of that size."
             )
         return *(found.pop(tap.name) for tap in self.taps), final
 
     def for_head(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Features (B, N, C) as `forward_head` takes them: as the backbone's own lie in memory, so that sums
-        over them round alike."""
+        """Features (B, N, C) in the layout and memory format of the backbone's own, so that sums over them
+        round alike."""
         if self.final.layout == TOKENS:
             return tokens
         if self.final.layout == CHANNELS_LAST:
@@ -106,7 +110,7 @@ class Taps:
         features = tokens.transpose(1, 2).unflatten(2, self.final.positions)
         return features.contiguous(memory_format=self.memory_format)
 
-    def _brought(self, tap: Tap, output: torch.Tensor) -> torch.Tensor:
+    def _brought_to_final(self, tap: Tap, output: torch.Tensor) -> torch.Tensor:
         if not tap.pooled:
             return tap.form.tokens_of(output)
         pooled = F.adaptive_avg_pool2d(tap.form.map_of(output), self.final.positions)
@@ -117,7 +121,7 @@ class Taps:
 def hooked(
     model: nn.Module, after: dict[str, Callable], before: dict[str, Callable] | None = None
 ) -> Iterator[None]:
-    """Hooks on modules of `model` by name: `after` on outputs, `before` on inputs, as torch calls them."""
+    """Hooks on modules of `model` by name: forward hooks `after` and forward pre-hooks `before`."""
     handles = [model.get_submodule(n).register_forward_hook(hook) for n, hook in after.items()]
     handles += [model.get_submodule(n).register_forward_pre_hook(h) for n, h in (before or {}).items()]
     try:
@@ -129,7 +133,7 @@ def hooked(
 
 @dataclass
 class Seen:
-    """What a block read and returned in one run."""
+    """Shapes that a block read and returned in one run."""
 
     name: str
     read: torch.Size
@@ -148,12 +152,12 @@ class Survey:
 
     @classmethod
     def of(cls, model: nn.Module, image: tuple[int, int] | None = None) -> Survey:
-        """Run `model` on two images; of the size that it wants, or of `image` (height, width).
+        """Run `model` on two images of its own size, or of `image` (height, width).
 
         Raises `InputError` for a model without `forward_features` and `forward_head`, or without blocks
         that can be tapped.
         """
-        from toolkit.backbones import data_config  # timm: an experiment is checked without it
+        from toolkit.backbones import data_config  # timm takes seconds to import
 
         for part in ("forward_features", "forward_head"):
             if not hasattr(model, part):
@@ -175,7 +179,7 @@ class Survey:
             def note(module: nn.Module, args: tuple, output) -> None:
                 if not (args and isinstance(args[0], torch.Tensor) and isinstance(output, torch.Tensor)):
                     raise InputError(
-                        f"{name} turns no tensor into a tensor, so its features cannot be tapped."
+                        f"{name} does not map a tensor to a tensor, so its features cannot be tapped."
                     )
                 ran.append(Seen(name, args[0].shape, output.shape))
                 outputs.append((name, output, output._version))
@@ -194,9 +198,7 @@ class Survey:
                 model.forward_head(final)
         for name, output, version in outputs:
             if output._version != version:
-                raise InputError(
-                    f"what {name} returns is changed in place by what follows, so it cannot be tapped."
-                )
+                raise InputError(f"the output of {name} is changed in place later, so it cannot be tapped.")
         again = [name for i, (name, *_) in enumerate(outputs) if name in {n for n, *_ in outputs[:i]}]
         if again:
             raise InputError(f"{again[0]} runs more than once for an image, so its features are ambiguous.")
@@ -211,7 +213,7 @@ class Survey:
         )
 
     def layout(self, shape: torch.Size) -> str | None:
-        """Of features of this `shape`; None if it cannot be told."""
+        """Layout of features of this `shape`; None if that is ambiguous."""
         if len(shape) == 3:
             return TOKENS
         if len(shape) != 4:
@@ -225,11 +227,11 @@ class Survey:
 
 
 def forms_of(model: nn.Module, survey: Survey) -> tuple[list[Form], Form]:
-    """The forms of what the blocks return, in the order of the run, and of the final features.
+    """The forms of the blocks' outputs, in the order of the run, and of the final features.
 
-    The side of a map that grows with the image is a position, the other axis the width.  Where a map has as
-    many channels as rows and columns that shows on images of twice the height.  Raises `InputError` where a
-    layout stays ambiguous.
+    An axis that grows with the image is a position, the other one the width.  Where a map has as many
+    channels as rows and columns, images of twice the height decide.  Raises `InputError` where a layout stays
+    ambiguous.
     """
     shapes = {"the final features": survey.final, **{seen.name: seen.returned for seen in survey.blocks}}
     layouts = {name: survey.layout(shape) for name, shape in shapes.items()}
@@ -239,7 +241,7 @@ def forms_of(model: nn.Module, survey: Survey) -> tuple[list[Form], Form]:
         try:
             taller = Survey.of(model, (2 * height, width))
         except (AssertionError, RuntimeError, ValueError):
-            taller = survey  # for images of one size: nothing grows
+            taller = survey  # the model takes images of one size only
         grown = {"the final features": taller.final, **{s.name: s.returned for s in taller.blocks}}
         for name in unclear:
             shape, other = shapes[name], grown[name]

@@ -1,4 +1,4 @@
-"""What an adapted model has that its backbone has not: in memory, as a file, and as a digest."""
+"""The trained weights of an adapted model: in memory, as a file, and as a digest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from toolkit.errors import InputError
 
 
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Trained parameters and all buffers: what an adapted model has that its backbone has not."""
+    """Trained parameters and all buffers: what the backbone alone lacks."""
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     packed = tuple(f"{name}." for name, p in model.named_parameters() if hasattr(p, "quant_state"))
@@ -26,7 +26,7 @@ def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save_adapted(model: nn.Module, path: Path) -> Path:
-    """Write what `trained_state` returns as safetensors: all that a backbone lacks to be this model."""
+    """Write `trained_state` as safetensors."""
     state = {name: value.detach().cpu().contiguous() for name, value in trained_state(model).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file(state, path)
@@ -34,9 +34,9 @@ def save_adapted(model: nn.Module, path: Path) -> Path:
 
 
 def load_adapted(model: nn.Module, path: Path) -> None:
-    """Fill a model, built and adapted as the saved one was, from `save_adapted`'s file.
+    """Load the file of `save_adapted` into a model that was built and adapted like the saved one.
 
-    The frozen weights are the backbone's and are not in the file: that they are the same is not checked.
+    The frozen weights are not in the file, and are not checked.
     """
     try:
         state = safetensors.torch.load_file(path)
