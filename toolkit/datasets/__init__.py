@@ -12,7 +12,7 @@ from toolkit.datasets import (  # noqa: F401  (each of them registers its data s
     composed,
     corruptions,
     embedded,
-    image_files,
+    folder,
     public,
     segmentation_files,
     vtab,

@@ -20,6 +20,8 @@ from torchvision.transforms import v2
 from toolkit.datasets.splits import Policy, Target
 from toolkit.errors import InputError
 
+MOST_STRETCHED = 16  # a longer side, relative to the other, is cropped before the image is resized
+
 
 def loader(
     split: Dataset,
@@ -92,13 +94,13 @@ class _Batches(Dataset):
             self.flipped = torch.zeros(len(split), dtype=torch.bool)
 
     def __getitem__(self, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor | dict[str, torch.Tensor]]:
-        images, targets = zip(*(self.split[row] for row in rows))
+        images, targets = zip(*(self._sample(row) for row in rows))
         flipped = self.flipped[rows]
         if not isinstance(targets[0], int):
             images, targets = self._dense(images, targets, flipped)
             return self.finish(images), targets
         if self.frame is not None:
-            batch = torch.stack([self._framed(image, row) for image, row in zip(images, rows)])
+            batch = torch.stack(images)
         elif len({image.shape for image in images}) == 1:
             batch = self.squeeze(torch.stack(images))
         else:
@@ -107,9 +109,20 @@ class _Batches(Dataset):
         batch[flipped] = batch[flipped].flip(-1)
         return batch, torch.tensor(targets)
 
+    def _sample(self, row: int) -> tuple[torch.Tensor, Target]:
+        """An image, cropped if crops are due, so that no batch holds many whole photos, and its target."""
+        image, target = self.split[row]
+        if self.frame is not None and isinstance(target, int):
+            image = self._framed(image, row)
+        return image, target
+
     def _framed(self, image: torch.Tensor, row: int) -> torch.Tensor:
         if self.seed is None:
-            return self.frame(image)
+            # Resizing the short side first would make a strip of 20,000 x 2 pixels gigabytes large.
+            longest = MOST_STRETCHED * min(image.shape[1:])
+            return self.frame(
+                v2.functional.center_crop(image, [min(side, longest) for side in image.shape[1:]])
+            )
         # Not torch.manual_seed: that would reseed the GPU's generator, and with it dropout, too.
         before = torch.default_generator.get_state()
         torch.default_generator.manual_seed(_mix(self.seed, self.epoch, row))

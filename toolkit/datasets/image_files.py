@@ -1,26 +1,23 @@
-"""Images in files: decoded on demand, checked and hashed once.  Your own folder is such a data set."""
+"""Images in files: decoded on demand, checked and hashed once."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
+import PIL
 import torch.utils.data
-from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 from toolkit import cache
-from toolkit.datasets.catalog import Dataset, register_dataset
-from toolkit.datasets.splits import Policy, Splits, Target, hash_target, three_way, two_way
-from toolkit.errors import InputError
+from toolkit.datasets.pictures import decode, formats
+from toolkit.datasets.splits import Splits, Target, hash_target, two_way
+from toolkit.errors import InputError, one_line
 from toolkit.files import CACHE, sha256_of
-
-MAX_PIXELS = 40_000_000  # larger pictures are refused before decoding: they may be decompression bombs
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises
 
 Sample = tuple[Path, object]  # an image's file, and its label or the source of its dense target
 
@@ -36,22 +33,14 @@ class ImageFiles(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
+    @property
+    def labels(self) -> list[object]:
+        """The second parts of the samples: labels, or the sources of dense targets."""
+        return [source for _, source in self.samples]
+
     def __getitem__(self, index: int) -> tuple[torch.Tensor, Target]:
         path, source = self.samples[index]
         return v2.functional.pil_to_tensor(decode(path)), self.read(source)
-
-
-def decode(path: Path) -> Image.Image:
-    """Return an RGB image.  Raises one of `UNREADABLE` for anything else, or more than `MAX_PIXELS`."""
-    # Pillow goes by content, not by name: only formats whose decoders are its own.
-    with Image.open(path, formats=("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")) as image:
-        check_size(image)
-        return image.convert("RGB")
-
-
-def check_size(image: Image.Image) -> None:
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
 
 
 def from_files(
@@ -69,10 +58,34 @@ def from_files(
     `InputError` for a target that does not fit its image or its classes.  `stamp`: whatever else targets
     depend on.  Raises `InputError` for a split without images or, with labels, with only one class.
     """
+    return checked(
+        name, root, samples, classes, scanned(root, samples, read, check, [name, classes, stamp]), read
+    )
+
+
+def scanned(
+    root: Path,
+    samples: dict[str, list[Sample]],
+    read: Callable[[object], Target] = int,
+    check: Callable[[Path, object, torch.Tensor, Target], None] | None = None,
+    stamp: object = None,
+) -> dict:
+    """Decode, check and hash every sample, once per unchanged list of files: see `_scan`."""
     listing = [(split, *_stamp(root, sample)) for split, pairs in samples.items() for sample in pairs]
-    key = [name, str(root.resolve()), classes, stamp, listing]
-    scan = remembered("scan", key, lambda: _scan(root, samples, read, check))
-    broken, splits = scan["broken"], {}
+    key = [str(root.resolve()), stamp, listing, PIL.__version__, formats()]
+    return remembered("pictures", key, lambda: _scan(root, samples, read, check))
+
+
+def checked(
+    name: str,
+    root: Path,
+    samples: dict[str, list[Sample]],
+    classes: list[str],
+    scan: dict,
+    read: Callable[[object], Target] = int,
+) -> Splits:
+    """Splits of the samples that `scan`, made by `scanned`, could read."""
+    broken, splits, hashes = scan["broken"], {}, {}
     for split, pairs in samples.items():
         good = [(file, source) for file, source in pairs if str(file.relative_to(root)) not in broken]
         if not good:
@@ -81,8 +94,13 @@ def from_files(
         if read is int and len({label for _, label in good}) < 2:
             raise InputError(f"{name}: the {split} split has readable images of fewer than two classes.")
         splits[split] = ImageFiles(good, read)
+        hashes[split] = scan["hashes"].get(split) or _hash_labelled(root, good, scan["contents"])
     reasons = [f"{file}: {reason}" for file, reason in broken.items()]
-    return Splits(name=name, **splits, classes=classes, hashes=scan["hashes"], broken=reasons)
+    notes = []
+    if scan["scaled"]:
+        count = f"{scan['scaled']:,} grey image" + "s" * (scan["scaled"] > 1)
+        notes = [f"{count} of more than 8 bits scaled by the range of the values"]
+    return Splits(name=name, **splits, classes=classes, hashes=hashes, broken=reasons, notes=notes)
 
 
 def held_out(name: str, samples: list[Sample]) -> dict[str, list[Sample]]:
@@ -101,10 +119,9 @@ def remembered(kind: str, key: object, make: Callable[[], dict | list]) -> dict 
 
 
 def size_and_time(file: Path) -> tuple[int, int]:
-    try:
-        status = file.stat()
-    except OSError:  # a dangling link: decoding reports it
+    if not os.access(file, os.R_OK):  # a dangling link, or not permitted: decoding reports it
         return 0, 0
+    status = file.stat()
     return status.st_size, status.st_mtime_ns
 
 
@@ -120,89 +137,40 @@ def _stamp(root: Path, sample: Sample) -> list:
 
 
 def _scan(root: Path, samples: dict[str, list[Sample]], read: Callable, check: Callable | None) -> dict:
-    """Decode, check and hash every sample: `{"hashes": {split: sha256}, "broken": {file: reason}}`."""
-    hashes, broken = {}, {}
+    """Decode, check and hash every sample.
+
+    `{"broken": {file: reason}, "scaled": number of greys of more than 8 bits}`, with `"contents"`, the sha256
+    of each labelled file, or `"hashes"`, that of each split with dense targets.
+    """
+    contents, hashes, broken, scaled = {}, {}, {}, 0
     for split, pairs in samples.items():
-        digest, data = hashlib.sha256(), ImageFiles(pairs, read)
-        for row in tqdm(range(len(data)), desc=f"checking {split} images", leave=False, disable=None):
-            path, source = pairs[row]
+        digest = hashlib.sha256()
+        for path, source in tqdm(pairs, desc=f"checking {split} images", leave=False, disable=None):
             name = str(path.relative_to(root))
             try:
-                image, target = data[row]
+                image, target = decode(path), read(source)
             except InputError:
                 raise
-            except UNREADABLE as error:
-                broken[name] = str(error) or type(error).__name__
+            except Exception as error:  # damaged content leads decoders to errors of any type
+                broken[name] = getattr(error, "strerror", None) or one_line(error)
                 continue
+            scaled += "scaled" in image.info
             if check is not None:
-                check(path, source, image, target)
+                check(path, source, v2.functional.pil_to_tensor(image), target)
             content = sha256_of(path)
             if isinstance(target, int):
-                digest.update(json.dumps([name, target]).encode())
-                digest.update(bytes.fromhex(content))
-            else:
-                digest.update(json.dumps([name, content]).encode())
-                hash_target(digest, target)
-        hashes[split] = digest.hexdigest()
-    return {"hashes": hashes, "broken": broken}
+                contents[name] = content
+                continue
+            digest.update(json.dumps([name, content]).encode())
+            hash_target(digest, target)
+            hashes[split] = digest.hexdigest()
+    return {"broken": broken, "scaled": scaled, "contents": contents, "hashes": hashes}
 
 
-# --- your own folder ------------------------------------------------------------------------------
-
-
-def folder(path: Path) -> Splits:
-    """Read one subfolder of images per class, or `train/`, `val/` and `test/` with such subfolders.
-
-    Without split folders 70 % of each class are for training and 15 % each for validation and test.
-    Raises `InputError` for a folder of another form.
-    """
-    if not path.is_dir():
-        raise InputError(f"folder:{path}: there is no such folder.")
-    if (path / "train").is_dir():
-        missing = [f"{split}/" for split in ("val", "test") if not (path / split).is_dir()]
-        if missing:
-            raise InputError(
-                f"folder:{path} has train/ but lacks {', '.join(missing)}: add them, or use one subfolder "
-                "per class and no split folders."
-            )
-        classes = _classes_in(path / "train")
-        samples = {split: _images_in(path / split, classes) for split in ("train", "val", "test")}
-    else:
-        classes = _classes_in(path)
-        everything = _images_in(path, classes)
-        try:
-            rows = three_way([label for _, label in everything], val=0.15, test=0.15)
-        except ValueError as error:  # scikit-learn names the class that is too small
-            raise InputError(f"folder:{path} cannot be split into train, val and test: {error}") from error
-        samples = {split: [everything[row] for row in r] for split, r in rows.items()}
-    return from_files(f"folder:{path}", path, samples, classes)
-
-
-def _classes_in(path: Path) -> list[str]:
-    classes = sorted(
-        entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")
-    )
-    if len(classes) < 2:
-        found = f"only {classes[0]!r}" if classes else "none"
-        raise InputError(
-            f"folder:{path} must hold one subfolder of images per class, at least two; found {found}."
-        )
-    return classes
-
-
-def _images_in(path: Path, classes: list[str]) -> list[Sample]:
-    samples = []
-    for label, name in enumerate(classes):
-        files = [file for file in sorted((path / name).rglob("*")) if file.suffix.lower() in IMG_EXTENSIONS]
-        if not files:
-            raise InputError(f"folder:{path}: class {name!r} has no images.")
-        samples += [(file, label) for file in files]
-    return samples
-
-
-register_dataset(
-    Dataset(
-        "folder", lambda root, path: folder(Path(path).expanduser()),
-        Policy(crop_scale=(0.35, 1.0), flip=True), members="PATH",
-    )
-)  # fmt: skip
+def _hash_labelled(root: Path, samples: list[Sample], contents: dict[str, str]) -> str:
+    digest = hashlib.sha256()
+    for path, label in samples:
+        name = str(path.relative_to(root))
+        digest.update(json.dumps([name, int(label)]).encode())
+        digest.update(bytes.fromhex(contents[name]))
+    return digest.hexdigest()

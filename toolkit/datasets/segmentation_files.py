@@ -15,7 +15,8 @@ import torchvision
 from PIL import Image
 
 from toolkit.datasets.catalog import Dataset, register_dataset
-from toolkit.datasets.image_files import UNREADABLE, Sample, check_size, from_files, held_out
+from toolkit.datasets.image_files import Sample, from_files, held_out
+from toolkit.datasets.pictures import check_size
 from toolkit.datasets.public import fetched
 from toolkit.datasets.splits import Policy, Splits
 from toolkit.datasets.tasks import IGNORED
@@ -101,7 +102,7 @@ def _mask(first: int, path: Path) -> torch.Tensor:
             if image.mode not in ("P", "L"):
                 raise ValueError(f"{image.mode} pixels, not one class each")
             stored = np.array(image)
-    except UNREADABLE as error:
+    except Exception as error:  # damaged content leads decoders to errors of any type
         raise ValueError(f"mask {path.name}: {error}") from error
     classes = stored.astype(np.int16) - first
     classes[(classes < 0) | (stored == IGNORED)] = IGNORED

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import pandas as pd
 import torch
 from sklearn.model_selection import train_test_split
 from torch.utils.data import Dataset
+
+from toolkit.errors import InputError
 
 Target = int | torch.Tensor | dict[str, torch.Tensor]  # see `Splits`
 
@@ -27,7 +30,9 @@ class Policy:
     flip: bool = False
 
 
+SPLITS = ("train", "val", "test")
 WHOLE = Policy()
+LEAST_IMAGES = 3  # of a class, so that it can be in every split
 
 
 @dataclass
@@ -39,7 +44,8 @@ class Splits:
     the class; also `"instances"`, if known: uint8 (H, W), 1 + the row of the pixel's box, or 0.
 
     `hashes` holds a sha256 of each split's content; `broken` lists unreadable images with the reason;
-    `left_out` counts the targets left out, by kind.  `load_dataset` fills in name, policy and task.
+    `left_out` counts the targets left out, by kind; `notes` says what else was decided.  `load_dataset`
+    fills in name, policy and task.
     """
 
     name: str
@@ -52,13 +58,32 @@ class Splits:
     broken: list[str] = field(default_factory=list)
     task: str = "classification"  # | "segmentation" | "detection"
     left_out: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        sizes = ", ".join(f"{len(getattr(self, split)):,} {split}" for split in ("train", "val", "test"))
+        sizes = ", ".join(f"{len(getattr(self, split)):,} {split}" for split in SPLITS)
         left_out = {"broken images": len(self.broken)} if self.broken else {}
         left_out |= self.left_out
-        notes = "".join(f"; {count:,} {kind} left out" for kind, count in left_out.items())
-        return f"{self.name}: {len(self.classes)} classes, {sizes}{notes}"
+        notes = [f"{count:,} {kind} left out" for kind, count in left_out.items()] + self.notes
+        return "; ".join([f"{self.name}: {len(self.classes)} classes, {sizes}", *notes])
+
+    def counts(self) -> pd.DataFrame:
+        """The number of images of each class in each split, of a classification data set."""
+        if self.task != "classification":
+            raise InputError(
+                f"{self.name}: an image has many classes; images are counted per class otherwise."
+            )
+        columns = {}
+        for split in SPLITS:
+            data = getattr(self, split)
+            labels = data.labels if hasattr(data, "labels") else [label for _, label in data]
+            columns[split] = np.bincount(np.asarray(labels, np.int64), minlength=len(self.classes))
+        return pd.DataFrame(columns, index=pd.Index(self.classes, name="class"))
+
+    def summary(self) -> str:
+        """All there is to know before training: the counts, the notes, and each image left out."""
+        table = [self.counts().to_string()] if self.task == "classification" else []
+        return "\n".join([str(self), *table, *(f"left out: {line}" for line in self.broken)])
 
 
 class InMemory(Dataset):
@@ -126,6 +151,35 @@ def three_way(labels: Sequence[int], val: float, test: float) -> dict[str, np.nd
     rest, test_rows = _hold_out(np.arange(len(labels)), labels, test)
     train_rows, val_rows = _hold_out(rest, labels, val / (1 - test))
     return {"train": np.sort(train_rows), "val": np.sort(val_rows), "test": np.sort(test_rows)}
+
+
+def deal(labels: Sequence[int], val: float, test: float) -> dict[str, np.ndarray]:
+    """Split rows as `three_way` does, so that classes of at least `LEAST_IMAGES` are in every split.
+
+    Smaller classes stay in training.  Where classes are too small for the shares, each is dealt alone.
+    """
+    labels = np.asarray(labels)
+    large = np.bincount(labels)[labels] >= LEAST_IMAGES
+    rows, few = np.flatnonzero(large), np.flatnonzero(~large)
+    try:
+        dealt = three_way(labels[rows], val, test)
+    except ValueError:
+        dealt = None
+    classes = np.unique(labels[rows])
+    if dealt is None or any(len(np.unique(labels[rows[part]])) < len(classes) for part in dealt.values()):
+        dealt = _dealt_by_class(labels[rows], val, test)
+    parts = {split: rows[part] for split, part in dealt.items()}
+    return parts | {"train": np.sort(np.concatenate([parts["train"], few]))}
+
+
+def _dealt_by_class(labels: np.ndarray, val: float, test: float) -> dict[str, np.ndarray]:
+    rng, parts = np.random.default_rng(0), {"train": [], "val": [], "test": []}
+    for label in np.unique(labels):
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        counts = [max(1, round(share * len(rows))) for share in (val, test)]
+        for split, part in zip(("val", "test", "train"), np.split(rows, np.cumsum(counts))):
+            parts[split].append(part)
+    return {split: np.sort(np.concatenate(found)) for split, found in parts.items()}
 
 
 def _hold_out(rows: np.ndarray, labels: Sequence[int], share: float) -> list[np.ndarray]:

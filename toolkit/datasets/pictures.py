@@ -1,0 +1,111 @@
+"""Pictures of any kind, decoded as upright 8-bit RGB images."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+with contextlib.suppress(ImportError):  # optional: without it HEIC pictures are left out
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+
+MAX_PIXELS = 40_000_000  # JPEGs are decoded at a fraction of their size beyond it, other pictures refused
+WHITE = 240  # mean brightness of visible pixels from which a transparent picture is composed on black
+HEIC = (".heic", ".heif", ".hif")
+OTHERS = (*HEIC, ".jxl", ".svg")  # pictures that Pillow alone does not read
+
+
+def formats() -> list[str]:
+    """The formats that Pillow and its plugins decode by themselves: PostScript would run a program."""
+    Image.init()
+    return [name for name in Image.ID if name != "EPS"]
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file is a picture by its name, or by its first bytes if the name does not say so."""
+    if path.suffix.lower() in OTHERS or path.suffix.lower() in Image.registered_extensions():
+        return True
+    try:
+        with Image.open(path, formats=("BMP", "GIF", "JPEG", "PNG", "WEBP")):
+            return True
+    except Exception:  # whatever other content leads to
+        return False
+
+
+def decode(path: Path) -> Image.Image:
+    """Return the picture in a file, the first one of several, as an upright RGB image.
+
+    Transparency is composed on white, or on black if what is visible is white.  Greys of more than 8 bits
+    are scaled by their range, which sets `info["scaled"]`.
+
+    Raises whatever Pillow raises for damaged content, and `ValueError` for no picture or too large a one.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about damaged metadata, and about sizes, which are checked here
+        try:
+            # The content decides, not the name.
+            with Image.open(path, formats=formats()) as image:
+                _draft(image)
+                check_size(image)
+                image.load()
+                with contextlib.suppress(Exception):  # damaged metadata does not spoil a picture
+                    ImageOps.exif_transpose(image, in_place=True)
+                return _rgb(image)
+        except UnidentifiedImageError as error:
+            hint = "; install pillow-heif to read HEIC" if path.suffix.lower() in HEIC else ""
+            raise ValueError(f"not a picture in a format that can be read{hint}") from error
+
+
+def check_size(image: Image.Image) -> None:
+    """Raise `ValueError` before a decompression bomb is decoded."""
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+
+
+def _draft(image: Image.Image) -> None:
+    """Have a huge JPEG decoded at a half, a quarter or an eighth of its size."""
+    pixels = image.width * image.height
+    divisor = next((divisor for divisor in (1, 2, 4) if pixels <= MAX_PIXELS * divisor**2), 8)
+    if divisor > 1:
+        image.draft(image.mode, (image.width // divisor, image.height // divisor))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):
+        rgb = _eight_bits(image).convert("RGB")
+        rgb.info["scaled"] = True
+        return rgb
+    if image.has_transparency_data:
+        return _composed(image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Scale greys by the usual range that holds them, if they fill half of it, else by their own.
+
+    Values that are not finite do not count and are clipped; NaN is black.
+    """
+    values = np.asarray(image).astype(np.float32)
+    finite = np.isfinite(values)
+    low, high = values.min(where=finite, initial=np.inf), values.max(where=finite, initial=-np.inf)
+    for most in (1, 255, 65535):
+        if low >= 0 and most / 2 <= high <= most:
+            low, high = 0, most
+    if not low < high:  # a single grey, or none
+        low, high = 0, 65535
+    scaled = (values - low) / (high - low) * 255
+    return Image.fromarray(np.nan_to_num(scaled, nan=0.0).clip(0, 255).round().astype(np.uint8))
+
+
+def _composed(image: Image.Image) -> Image.Image:
+    pixels = np.asarray(image)
+    alpha = pixels[..., 3]
+    brightness = pixels[..., :3].min(axis=2)
+    white = alpha.any() and np.average(brightness, weights=alpha) >= WHITE
+    background = Image.new("RGBA", image.size, "black" if white else "white")
+    return Image.alpha_composite(background, image).convert("RGB")
