@@ -32,7 +32,12 @@ def kept(tmp_path_factory) -> Path:
 def _finish(e, runs: Path, seconds: float | None, train_seconds: float = 1.0, steps: int = 1, **changes):
     """A record of `e` as a finished run leaves it, with the executed notebook beside it."""
     train_sha256 = changes.pop("train_sha256", None) or load_dataset(e.dataset).hashes["train"]
-    run = {"schema_version": SCHEMA_VERSION, "status": "ok", "phase": e.phase} | changes
+    run = {
+        "schema_version": SCHEMA_VERSION,
+        "experiment_id": e.id,
+        "status": "ok",
+        "phase": e.phase,
+    } | changes
     record = RunRecord(
         run=run, config=e.config, data={"n_classes": 10, "n_train": 1077, "train_sha256": train_sha256},
         env={"device_name": device_name("cpu")},

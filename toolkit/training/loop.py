@@ -355,7 +355,7 @@ class _Run:
 
 
 def _read_context(result: FitResult, meter: Meter) -> None:
-    """Note what the device holds besides this process's tensors, while the kernels are loaded."""
+    """Note what the device holds in addition to the tensors of this process, while its kernels are loaded."""
     if result.memory_source != "cuda_allocator":
         result.context_reason = "the CPU has no context"
         return

@@ -1,4 +1,4 @@
-"""Live progress of a run, and the pause and stop requests that come back from who watches it.
+"""Live progress of a run, and the pause and stop requests that its user sends back.
 
 `fit` reports to a `View`.  `Lines` prints one line per epoch (notebooks in batch, log files), `Bar` moves a
 bar in a terminal, `widgets.LiveView` draws in a notebook.  `ProgressView` is between `fit` and a view: it

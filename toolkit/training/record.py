@@ -366,7 +366,7 @@ def finished_folder(
         except InputError:
             continue
         run = record["run"]
-        same = run["experiment_id"] == experiment.id
+        same = run.get("experiment_id") == experiment.id
         if same and run["status"] in FINISHED and train_sha256 in (None, record["data"].get("train_sha256")):
             return other
     return None

@@ -1,4 +1,4 @@
-"""How a killed or stopped run goes on: Ctrl-C between steps, one process per folder, snapshots of its state.
+"""How a killed or stopped run continues: Ctrl-C between steps, one process per folder, and snapshots.
 
 A snapshot is one file plus a manifest with its sha256, each written whole or not at all.  If a file was
 truncated or a bit flipped, which neither torch nor safetensors would notice, the one before it is used.
