@@ -59,6 +59,7 @@ def test_one_folder_with_everything_that_people_have(photos, tmp_path):
     (photos / "void").mkdir()
     (photos / "void" / "text.JPG").write_text("no picture")
     (photos / "cat" / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    write_image(photos / "stray.png")
     Image.new("I;16", (8, 8), 9).save(photos / "cat" / "deep.png")
     Image.new("RGB", (1, 1)).save(photos / "cat" / "pixel.GIF")
 
@@ -69,10 +70,14 @@ def test_one_folder_with_everything_that_people_have(photos, tmp_path):
     assert counts.loc["rare"].tolist() == [2, 0, 0] and (counts.drop("rare") > 0).all(axis=None)
     real = [os.path.realpath(file) for file in files_of(splits)]
     assert len(set(real)) == len(real) == 41
-    assert sorted(line.split(":")[0] for line in splits.broken) == ["cat/phone.HEIC", "void/text.JPG"]
+    assert sorted(line.split(":")[0] for line in splits.broken) == [
+        "cat/phone.HEIC",
+        "stray.png",
+        "void/text.JPG",
+    ]
     text = splits.summary()
     assert str(splits) in text and all(line in text for line in splits.broken)
-    assert "no class without a readable image of its own: 'again', 'empty', 'void'" in str(splits)
+    assert "without a readable image of their own: 'again', 'empty', 'void'" in str(splits)
     assert "fewer than 3 images, all kept in training: 'rare'" in str(splits)
     assert "1 grey image of more than 8 bits" in str(splits)
     assert load_dataset(f"folder:{photos}").hashes == splits.hashes

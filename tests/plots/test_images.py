@@ -81,3 +81,14 @@ def test_examples_show_images_and_their_truth(dataset):
         target = splits.train[row][1]
         seen |= set((target if dataset == "mosaics" else target["boxes"][:, 4]).int().unique().tolist())
     assert set(legend(figure)) == {splits.classes[label] for label in seen}
+
+
+def test_examples_of_a_classification_set_are_a_row_for_each_class():
+    digits = toolkit.load_dataset("digits")
+    figure = plots.examples(digits, 3)
+    figure.canvas.draw()
+    names = [axes.get_ylabel() for axes in figure.axes[::3]]
+    assert len(names) == 8 and names[0] == digits.classes[0] and names[-1] == digits.classes[-1]
+    last = [row for row in range(len(digits.train)) if digits.train[row][1] == 9][:3]
+    for axes, row in zip(figure.axes[-3:], last):
+        assert np.array_equal(shown(axes), digits.train[row][0].permute(1, 2, 0))

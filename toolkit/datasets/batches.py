@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 from toolkit.datasets.splits import Policy, Target
 from toolkit.errors import InputError
 
-MOST_STRETCHED = 16  # a longer side, relative to the other, is cropped before the image is resized
+MOST_STRETCHED = 8  # a longer side, relative to the other, is cropped before the image is resized
 
 
 def loader(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from toolkit.datasets.catalog import Dataset, register_dataset
@@ -37,8 +37,10 @@ def folder(path: Path) -> Splits:
         part: [(file, entry.name) for entry in entries for file in walk.pictures(entry)]
         for part, entries in folders.items()
     }
+    for top in parts.values():
+        walk.note_strays(top)
     scan = scanned(path, {part: [(file, 0) for file, _ in pairs] for part, pairs in files.items()})
-    scan["broken"] |= {str(Path(place).relative_to(path)): reason for place, reason in walk.closed.items()}
+    scan["broken"] |= {str(Path(place).relative_to(path)): reason for place, reason in walk.left_out.items()}
 
     readable = {
         part: [(file, kind) for file, kind in pairs if str(file.relative_to(path)) not in scan["broken"]]
@@ -59,10 +61,9 @@ def folder(path: Path) -> Splits:
             f"{name} must hold one subfolder of images per class, at least two; found {found}{without}.  Add "
             f"classes, or name the folder that holds their folders.{broken}"
         )
-    notes = [f"no class without a readable image of its own: {empty}"] if empty else []
-    samples = {
-        part: [(file, classes.index(kind)) for file, kind in pairs] for part, pairs in readable.items()
-    }
+    notes = [f"left out as classes, without a readable image of their own: {empty}"] if empty else []
+    labels = {kind: label for label, kind in enumerate(classes)}
+    samples = {part: [(file, labels[kind]) for file, kind in pairs] for part, pairs in readable.items()}
     if "all" in parts:
         samples, few = _dealt(name, samples["all"], classes)
         if few:
@@ -123,7 +124,8 @@ def _dealt(
 ) -> tuple[dict[str, list[tuple[Path, int]]], list[str]]:
     """Samples of train, val and test, and the classes of which all images stay in training."""
     labels = [label for _, label in samples]
-    few = [kind for label, kind in enumerate(classes) if labels.count(label) < LEAST_IMAGES]
+    counts = Counter(labels)
+    few = [kind for label, kind in enumerate(classes) if counts[label] < LEAST_IMAGES]
     if len(classes) - len(few) < 2:
         raise InputError(
             f"{name} cannot be split into train, val and test: {_quoted(few)} "
@@ -153,7 +155,7 @@ class _Walk:
 
     def __init__(self, folders: list[Path]):
         self.entered, self.above = set(), set()  # real folders, and all folders around them
-        self.closed: dict[str, str] = {}  # folders that cannot be read, with the reason
+        self.left_out: dict[str, str] = {}  # places, with the reason
         self.folders = {folder for folder in sorted(folders, key=os.path.islink) if self._enter(folder)}
 
     def _enter(self, folder: Path) -> bool:
@@ -179,8 +181,14 @@ class _Walk:
             found += [here / name for name in files if not _ignored(name) and is_picture(here / name)]
         return sorted(found)
 
+    def note_strays(self, top: Path) -> None:
+        """Note the pictures next to the folders of classes."""
+        for file in sorted(top.iterdir()):
+            if not file.is_dir() and not _ignored(file.name) and is_picture(file):
+                self.left_out[str(file)] = "in no class folder"
+
     def _note(self, error: OSError) -> None:
-        self.closed[error.filename] = error.strerror
+        self.left_out[error.filename] = error.strerror
 
 
 register_dataset(

@@ -73,17 +73,22 @@ class Splits:
             raise InputError(
                 f"{self.name}: an image has many classes; images are counted per class otherwise."
             )
-        columns = {}
-        for split in SPLITS:
-            data = getattr(self, split)
-            labels = data.labels if hasattr(data, "labels") else [label for _, label in data]
-            columns[split] = np.bincount(np.asarray(labels, np.int64), minlength=len(self.classes))
+        columns = {
+            split: np.bincount(labels_of(getattr(self, split)), minlength=len(self.classes))
+            for split in SPLITS
+        }
         return pd.DataFrame(columns, index=pd.Index(self.classes, name="class"))
 
     def summary(self) -> str:
         """All there is to know before training: the counts, the notes, and each image left out."""
         table = [self.counts().to_string()] if self.task == "classification" else []
         return "\n".join([str(self), *table, *(f"left out: {line}" for line in self.broken)])
+
+
+def labels_of(split: Dataset) -> np.ndarray:
+    """The classes of all images of a split, without decoding them where they are known."""
+    labels = split.labels if hasattr(split, "labels") else [label for _, label in split]
+    return np.asarray(labels, np.int64)
 
 
 class InMemory(Dataset):

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from toolkit.backbones import data_config
 from toolkit.datasets import Splits, loader
+from toolkit.datasets.splits import labels_of
 from toolkit.datasets.tasks import IGNORED
 from toolkit.plots.style import plain, styled
 from toolkit.training.evaluation import Evaluation
@@ -50,13 +51,34 @@ def test_examples(model: nn.Module, splits: Splits, count: int = 4) -> Figure:
 
 
 def examples(splits: Splits, count: int = 4) -> Figure:
-    """The first training images of a data set for dense prediction with their truth."""
+    """The first training images of a data set with their truth; of a classification set, of each class."""
+    if splits.task == "classification":
+        return class_examples(splits, count)
     rows = [splits.train[row] for row in range(count)]
     images = torch.stack([image for image, _ in rows]) / 255
     targets = [target for _, target in rows]
     if splits.task == "detection":
         targets = [_true_boxes(target["boxes"]) for target in targets]
     return dense_grid(images, targets, splits.classes)
+
+
+@styled
+def class_examples(splits: Splits, count: int = 4, most: int = 8) -> Figure:
+    """The first `count` training images of up to `most` classes, spread over all of them; one class a row."""
+    labels = labels_of(splits.train)
+    classes = np.unique(labels)
+    shown = classes[np.linspace(0, len(classes) - 1, min(most, len(classes))).astype(int)]
+    size = (1.5 * count + 1, 1.5 * len(shown))
+    figure, rows = plt.subplots(len(shown), count, figsize=size, layout="constrained", squeeze=False)
+    for label, panels in zip(shown, rows):
+        panels[0].set_ylabel(plain(splits.classes[label]), rotation=0, ha="right", va="center")
+        for panel in panels:
+            panel.set(xticks=[], yticks=[], frame_on=False)
+        for panel, row in zip(panels, np.flatnonzero(labels == label)):
+            image = splits.train[row][0]
+            step = max(1, max(image.shape) // 256)  # whole photos would take the figure gigabytes
+            panel.imshow(image[:, ::step, ::step].permute(1, 2, 0))
+    return figure
 
 
 def _true_boxes(boxes: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -194,7 +216,7 @@ def gallery(split: Dataset, evaluation: Evaluation, classes: list[str], count: i
 @styled
 def image_grid(split: Dataset, per_class: int, classes: int) -> Figure:
     """The first `per_class` images of `classes` classes, spread over all of them; one class a row."""
-    labels = np.array([split[row][1] for row in range(len(split))])
+    labels = labels_of(split)
     shown = np.unique(labels)[np.linspace(0, len(np.unique(labels)) - 1, classes).astype(int)]
     rows = [np.flatnonzero(labels == label)[:per_class] for label in shown]
     pictures = [split[row][0] for row in np.concatenate(rows)]
