@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from toolkit.analysis.recommend import ranking, recommend, write_ranking
 from toolkit.errors import InputError
+from toolkit.experiment import Experiment
 from toolkit.training.record import FILE_NAME, GROUPS, SCHEMA_VERSION
 
 MIB = 2**20
@@ -132,8 +133,8 @@ def records() -> pd.DataFrame:
             rows.append(
                 {
                     "status": "ok" if accuracy else "oom", "phase": "training", "dataset": "digits",
-                    "backbone": "demo_vit", "method": method, "checkpointing": "none", 
-                    "budget": "20971520", "budget_bytes": 20971520,
+                    "backbone": "demo_vit", "method": method, "checkpointing": "none",
+                    "budget_bytes": 20971520,
                     "rank": rank, "batch_size": 64, "seed": seed, "n_classes": 10,
                     "test_top1_pct": accuracy, "train_peak_bytes": 10 * MIB, "train_seconds": 5.0 + seed,
                     "train_energy_joules": None, "energy_source": "none", "train_sha256": "a",
@@ -167,12 +168,14 @@ def test_rows_without_a_traced_step_have_no_flops():
 
 def test_the_ranking_is_written_by_environment_for_people_and_programs(tmp_path):
     for number, run in enumerate(records().to_dict("records")):
+        known = Experiment.flat_types()
+        config = Experiment.flat(**{name: run.pop(name) for name in known if name in run}).config
         run |= {"schema_version": SCHEMA_VERSION, "experiment_id": str(number)}
-        run |= {"env_hash": "new" if run["rank"] == 4 else "old"}
+        run |= {"env_hash": "new" if config["options"].get("rank") == 4 else "old"}
         if math.isnan(run["test_top1_pct"]):
             run["test_top1_pct"] = None
         (tmp_path / str(number)).mkdir()
-        whole = {group: {} for group in GROUPS} | {"run": run}
+        whole = {group: {} for group in GROUPS} | {"run": run, "config": config}
         (tmp_path / str(number) / FILE_NAME).write_text(json.dumps(whole))
     table = write_ranking(tmp_path, tmp_path / "out" / "ranking")
     assert list(table.environment) == ["E1", "E1", "E2"]  # E1 has most runs
