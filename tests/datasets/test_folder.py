@@ -1,5 +1,6 @@
 """Folders as people have them."""
 
+import io
 import os
 import shutil
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from pictures import CONFIG, write_image
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from toolkit.budget import TensorMemory
 from toolkit.datasets import Policy, load_dataset, loader
@@ -130,6 +132,23 @@ def test_what_is_not_permitted_is_left_out_until_it_is(photos):
     for path in closed:
         path.chmod(0o755)
     assert load_dataset(f"folder:{photos}").counts().sum(axis=1).tolist() == [10, 12]
+
+
+def test_a_plugin_that_is_installed_later_reads_what_was_left_out(photos, monkeypatch):
+    stored = (photos / "cat" / "0.png").read_bytes()
+    (photos / "cat" / "phone.HEIC").write_bytes(b"HEIF" + stored)
+    assert load_dataset(f"folder:{photos}").broken[0].startswith("cat/phone.HEIC: not a picture")
+
+    def accepts(start: bytes) -> bool:
+        return start.startswith(b"HEIF")
+
+    def opened(file, name) -> Image.Image:
+        return PngImageFile(io.BytesIO(file.read()[4:]))
+
+    monkeypatch.setitem(Image.OPEN, "HEIF", (opened, accepts))
+    monkeypatch.setattr(Image, "ID", [*Image.ID, "HEIF"])
+    splits = load_dataset(f"folder:{photos}")
+    assert not splits.broken and splits.counts().loc["cat"].sum() == 11
 
 
 @pytest.mark.parametrize("crop_scale", [None, (0.35, 1.0)])

@@ -27,7 +27,7 @@ def folder(path: Path) -> Splits:
     of fewer than `LEAST_IMAGES` stays in training.  Linked folders are followed once.
     Raises `InputError` for a folder of another form.
     """
-    if not path.is_dir():
+    if not os.path.isdir(path):  # False also where it is not permitted to look
         raise InputError(f"folder:{path}: there is no such folder.")
     name = f"folder:{path}"
     parts = _split_folders(path) or {"all": path}
