@@ -579,3 +579,27 @@ def test_held_bytes_count_under_every_strategy(demo_model, batch, strategy):
         for held in (0, 10_240)
     ]
     assert peaks[1] - peaks[0] == 10_240
+
+
+class Sequences(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.head = layer(32, 64, num_layers=2, batch_first=True), nn.Linear(64, 5)
+
+    def forward(self, x):
+        return self.head(self.layer(x)[0][:, -1])
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # torch.backends.mkldnn.flags, on any processor
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
+def test_memory_of_recurrent_layers_is_predicted_or_refused(layer):
+    """oneDNN has a kernel for LSTMs alone; its workspace is half of the step's memory."""
+    batch = torch.randn(16, 20, 32), torch.arange(16) % 5
+    with torch.backends.mkldnn.flags(enabled=layer is not nn.LSTM):
+        made = toolkit.plan(Sequences(layer).train(), "1GB", batch)
+        assert measured_peak(Sequences(layer).train(), batch, made) == made.peak_bytes
+    if layer is nn.LSTM and torch.backends.mkldnn.is_available():
+        model = Sequences(layer)
+        for predict in (toolkit.plan, toolkit.auto_checkpoint):
+            with pytest.raises(InputError, match=r"torch\.backends\.mkldnn\.flags\(enabled=False\)"):
+                predict(model, "1GB", batch)

@@ -1,6 +1,7 @@
 """FLOPs against formulas worked out by hand, two per multiply-add."""
 
 import copy
+import dataclasses
 
 import bitsandbytes as bnb
 import peft
@@ -12,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torchvision.ops import DeformConv2d
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 import toolkit
 from toolkit.backbones.selective_scan import selective_scan, selective_scan_flops
@@ -293,6 +296,122 @@ def test_batches_may_be_tensors_pairs_and_dicts():
             return a @ b
 
     assert flops(Product(), ((x, torch.randn(4, 5)), torch.zeros(3))).forward == 2 * 3 * 4 * 5
+
+
+@dataclasses.dataclass
+class Fields:
+    first: torch.Tensor
+    rest: dict
+    count: int = 3
+
+
+PACKINGS = {
+    "tuple": lambda a, b: (a, b),
+    "list": lambda a, b: [a, (b,)],
+    "dict": lambda a, b: {"a": a, "index": a.argmax(), "b": b},
+    "dataclass": lambda a, b: Fields(a, {"b": [b]}),
+    "ModelOutput": lambda a, b: SequenceClassifierOutput(logits=a, hidden_states=(b,)),
+    "with a loss": lambda a, b: SequenceClassifierOutput(loss=a.sum(), logits=a, hidden_states=(b,)),
+}
+
+
+@pytest.mark.parametrize("name", PACKINGS)
+def test_backward_starts_at_every_output(name):
+    class TwoHeads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = nn.Linear(20, 30), nn.Linear(20, 7)
+
+        def forward(self, x):
+            return PACKINGS[name](self.one(x), self.other(x))
+
+    count = flops(Trained(TwoHeads()), torch.randn(8, 20))
+    assert (count.forward, count.backward) == (2 * 8 * 20 * 37, 4 * 8 * 20 * 37)
+
+
+def test_outputs_without_real_numbers_are_an_error_that_names_their_type():
+    class Classes(nn.Linear):
+        def forward(self, x):
+            return {"class": super().forward(x).argmax(1)}
+
+    with pytest.raises(InputError, match="returns dict, which holds no tensor of real numbers"):
+        flops(Classes(4, 4), torch.randn(2, 4))
+
+
+@torch.library.custom_op("tests::gram", mutates_args=())
+def gram(x: torch.Tensor) -> torch.Tensor:
+    return x @ x.mT
+
+
+@gram.register_fake
+def _(x):
+    return x @ x.mT
+
+
+class Deformable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.offset, self.conv = nn.Conv2d(4, 18, 3, padding=1), DeformConv2d(4, 6, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(x, self.offset(x))
+
+
+class Paired(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x, x)
+
+
+class Applied(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+# Name: model, input shape, uncounted operators and their calls.
+UNCOUNTED = {
+    "custom operator": (Applied(lambda x: gram(gram(x.detach()))), (5, 5), {"tests.gram": 2}),
+    "deformable convolution": (
+        Deformable(), (2, 4, 8, 8),
+        {"torchvision.deform_conv2d": 1, "torchvision._deform_conv2d_backward": 1},
+    ),
+    "Fourier transform": (Applied(torch.fft.rfft), (4, 8), {"aten._fft_r2c": 1, "aten._fft_c2c": 1}),
+    "inverse": (Applied(lambda x: torch.inverse(x.detach())), (4, 4), {"aten.linalg_inv_ex": 1}),
+    "bilinear": (Paired(nn.Bilinear(8, 8, 4)), (3, 8), {"aten._trilinear": 4}),
+    "8-bit product": (
+        Applied(lambda x: torch._int_mm(x.to(torch.int8), x.to(torch.int8)).float()), (32, 32),
+        {"aten._int_mm": 1},
+    ),
+    "elementwise": (
+        nn.Sequential(nn.Softmax(1), nn.RMSNorm(8), nn.Upsample(16, mode="bilinear"), nn.Flatten(0, 2),
+                      nn.GRUCell(16, 4)),
+        (1, 1, 8, 8), {},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNCOUNTED)
+def test_products_without_a_formula_are_named(name):
+    model, shape, expected = UNCOUNTED[name]
+    count = flops(Trained(model), torch.randn(shape))
+    assert count.uncounted == expected
+    assert all(operator in str(count) for operator in expected)
+
+
+@pytest.mark.parametrize("name", CASES | NORM_CASES)
+def test_layers_with_a_formula_leave_nothing_uncounted(name):
+    layer, shape, *_ = CASES.get(name, (NORM_CASES.get(name, [None])[0], (2, 6, 8, 8)))
+    layer = SelfAttention(layer) if isinstance(layer, nn.MultiheadAttention) else layer
+    assert flops(Trained(layer), torch.randn(shape)).uncounted == {}
 
 
 def test_a_path_that_depends_on_values_is_an_error_that_names_the_alternative():

@@ -2,9 +2,10 @@
 
 Two per multiply-add of matrix products, convolutions (grouped and depthwise ones too), attention and
 registered operators (4-bit products, selective scans), and the arithmetic of batch, layer and group norms (5
-% of a MobileNet's step).  Not counted: activations, softmax, additions of residuals and biases, pooling, RMS
-norms, recurrent and bilinear layers, distances, 8-bit products, the optimizer, and work that a kernel repeats
-internally (flash attention's scores), so that a model has the same count with every kernel.
+% of a MobileNet's step).  Not counted: activations, softmax, additions of residuals and biases, pooling,
+resampling, RMS norms, the optimizer, and work that a kernel repeats internally (flash attention's scores), so
+that a model has the same count with every kernel.  Not counted but named in `Flops.uncounted`: other products
+(fused recurrent and bilinear layers, distances, Fourier transforms, 8-bit products) and custom operators.
 
 Most formulas are torch.utils.flop_counter's.  Ours replace: the weight gradient of grouped convolutions,
 which it multiplies by the number of groups (2.14.1; pytorch pull request 183405); attention's backward pass,
@@ -14,7 +15,9 @@ out.
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +27,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from toolkit.budget.step import call, loss_of, on_fake_tensors, split_batch
+from toolkit.budget.step import call, on_fake_tensors, split_batch, sum_of
 from toolkit.budget.tape import recomputing
 
 PHASES = ("forward", "backward", "recompute")
@@ -56,6 +59,7 @@ class Flops:
     recompute: int
     macs: int
     by_operator: dict[str, dict[str, int]]  # phase -> operator -> count
+    uncounted: dict[str, int]  # operator without a formula, a product or a custom one -> calls
 
     @property
     def total(self) -> int:
@@ -64,20 +68,21 @@ class Flops:
 
     def __str__(self) -> str:
         giga = (f"{phase} {getattr(self, phase) / 1e9:.3f}" for phase in PHASES)
-        return f"GFLOP: {', '.join(giga)}; forward {self.macs / 1e9:.3f} GMAC"
+        missing = f"; not counted: {', '.join(self.uncounted)}" if self.uncounted else ""
+        return f"GFLOP: {', '.join(giga)}; forward {self.macs / 1e9:.3f} GMAC{missing}"
 
 
 def flops(model: nn.Module, batch) -> Flops:
     """Count one training step of `model`, in its present mode, without computing anything.
 
     `batch`: a tensor (B, ...), a dict of keyword arguments, or (inputs, targets), whose targets are not
-    needed: the loss is the sum of the outputs.  Frozen layers have no weight gradient, and no input gradient
+    needed: the loss is the sum of all outputs.  Frozen layers have no weight gradient, and no input gradient
     below the first trained layer.  Recomputation of checkpointed parts counts under `recompute`.  Raises
     `InputError` if the model cannot run on fake tensors; then count a real step with `FlopCounter`.
     """
     with on_fake_tensors(model, batch) as fake_batch, FlopCounter() as counter:
         inputs, _ = split_batch(fake_batch)
-        loss = loss_of(call(model, inputs), None, None)
+        loss = sum_of(call(model, inputs))
         if loss.requires_grad:
             loss.backward()
     return counter.flops
@@ -89,6 +94,21 @@ _QUERIES = {
     *(f"aten.{q}" for q in ("is_non_overlapping_and_dense", "sym_size", "stride", "sym_stride", "numel")),
     *("aten.sym_numel", "aten.storage_offset", "aten.sym_storage_offset", "prim.layout", "prim.device"),
 }
+
+# torch's operators that compute products; interpolation and the gates of recurrent cells are elementwise.
+_PRODUCT = re.compile(
+    r"mm(_|$)|conv(?!ert)|linear(_|$)|(rnn|lstm|gru)(?!_cell)|attention|matmul|vdot|addr|dist_(for|back)ward"
+    r"|_fft_|linalg_(?!vector_norm|cross|check)|cholesky|triangular_solve|ormqr|geqrf"
+)
+
+
+@functools.cache
+def _is_uncounted(name: str) -> bool:
+    """Whether operator `name`, which has no formula, computes products or is not one of torch's."""
+    library, _, operator = name.partition(".")
+    if operator.startswith(("quantize", "dequantize")):
+        return False
+    return library not in ("aten", "prim", "prims", "profiler") or bool(_PRODUCT.search(operator))
 
 
 class FlopCounter(TorchDispatchMode):
@@ -104,6 +124,7 @@ class FlopCounter(TorchDispatchMode):
         super().__init__()
         self._formulas = FORMULAS | NORMS | (formulas or {})
         self.counts: dict[str, Counter] = defaultdict(Counter)
+        self.uncounted: Counter = Counter()
         self._fastpaths: list[bool] = []
 
     def __enter__(self) -> FlopCounter:
@@ -124,6 +145,7 @@ class FlopCounter(TorchDispatchMode):
             **{phase: sum(self.counts[phase].values()) for phase in PHASES},
             macs=products // 2,
             by_operator={phase: dict(counts) for phase, counts in self.counts.items() if counts},
+            uncounted=dict(self.uncounted),
         )
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -142,6 +164,8 @@ class FlopCounter(TorchDispatchMode):
             out = self._decomposed(func, args, kwargs)
             if out is NotImplemented:
                 out = func(*args, **kwargs)
+                if _is_uncounted(name):
+                    self.uncounted[name] += 1
         return out
 
     def _decomposed(self, func, args, kwargs):
@@ -177,6 +201,11 @@ def _attention_backward(grad, q, k, v, *rest, out_val, **options) -> int:
     return 2 * _attention(q, k, v, out_val=out_val)
 
 
+def _gemm_4bit(x, weight, shape, *rest, out_val, **options) -> int:
+    """`x` (..., in) times the unpacked weight of `shape` (out, in); unpacking is not counted."""
+    return 2 * x.numel() * shape[0]
+
+
 # Two per multiply-add, by the name of the operator.
 FORMULAS: dict[str, Callable] = {
     "aten.convolution_backward": _convolution_backward,
@@ -184,6 +213,8 @@ FORMULAS: dict[str, Callable] = {
     "aten.addmv": lambda bias, matrix, vector, *, out_val, **scales: 2 * matrix.numel(),
     "aten.dot": lambda a, b, *, out_val, **_: 2 * a.numel(),
     "aten.addbmm": lambda bias, a, b, *, out_val, **_: 2 * a.numel() * b.shape[2],
+    "bitsandbytes.gemm_4bit": _gemm_4bit,
+    "bitsandbytes.gemv_4bit": _gemm_4bit,
 }
 for _name in ("mm", "bmm", "addmm", "baddbmm", "addbmm", "addmv"):
     _packet = getattr(torch.ops.aten, _name)

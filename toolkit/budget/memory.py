@@ -16,6 +16,7 @@ from typing import Protocol
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -149,10 +150,24 @@ def register_attached(find: Callable[[nn.Parameter], Iterable[torch.Tensor]]) ->
     _ATTACHED.append(find)
 
 
+def _recurrent_workspace(x: torch.Tensor, *rest) -> int:
+    """The workspace of a fused recurrent layer: an output, so counted, but empty on fake tensors."""
+    if isinstance(x, FakeTensor):
+        library = "cudnn" if x.device.type == "cuda" else "mkldnn"
+        raise InputError(
+            "the memory of this model's recurrent layers cannot be predicted: the workspace of their fused "
+            f"kernel is known only when it runs. Plan and train inside `with torch.backends.{library}.flags("
+            "enabled=False):`, where the layers are ordinary operators."
+        )
+    return 0
+
+
 # Memory that an operator takes while it runs, which no mode sees: operator -> bytes, from its arguments.
 WORKSPACES: dict[object, Callable[..., int]] = {
     # Exponentiates into a copy.
     torch.ops.aten.logsumexp.default: lambda x, dim, keepdim=False: rounded(x.nbytes),
+    torch.ops.aten.mkldnn_rnn_layer.default: _recurrent_workspace,
+    torch.ops.aten._cudnn_rnn.default: _recurrent_workspace,
 }
 
 

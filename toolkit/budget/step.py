@@ -5,6 +5,7 @@ On fake tensors (`on_fake_tensors`) shapes and storages are those of a real step
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
@@ -53,7 +54,7 @@ def call(model: nn.Module, inputs):
 
 def loss_of(outputs, targets, loss: Callable | None) -> torch.Tensor:
     """`loss(outputs, targets)`; by default the loss that the model returns, or cross-entropy, or without
-    targets the sum of the first output."""
+    targets the sum of all outputs."""
     if loss is not None:
         return loss(outputs, targets)
     if getattr(outputs, "loss", None) is not None:
@@ -61,10 +62,31 @@ def loss_of(outputs, targets, loss: Callable | None) -> torch.Tensor:
     outputs = getattr(outputs, "logits", outputs)
     if targets is not None:
         return F.cross_entropy(outputs, targets)
-    tensors = [leaf for leaf in tree_iter(outputs) if isinstance(leaf, torch.Tensor)]
-    if not tensors:
-        raise InputError(f"the model returns {type(outputs).__name__}, which holds no tensor; pass loss=.")
-    return tensors[0].float().sum()
+    return sum_of(outputs)
+
+
+def sum_of(outputs) -> torch.Tensor:
+    """The sum of all numbers in the tensors that a model returns: in a nest of tuples, lists, dicts and
+    dataclasses.  Integers have no gradient and are left out."""
+    sums = [
+        (torch.view_as_real(tensor) if tensor.is_complex() else tensor).float().sum()
+        for tensor in _tensors_in(outputs)
+        if tensor.is_floating_point() or tensor.is_complex()
+    ]
+    if not sums:
+        raise InputError(
+            f"the model returns {type(outputs).__name__}, which holds no tensor of real numbers; let it "
+            "return tensors, or a tuple, list, dict or dataclass of tensors."
+        )
+    return functools.reduce(torch.add, sums)
+
+
+def _tensors_in(outputs) -> Iterator[torch.Tensor]:
+    for leaf in tree_iter(outputs):
+        if isinstance(leaf, torch.Tensor):
+            yield leaf
+        elif dataclasses.is_dataclass(leaf):
+            yield from _tensors_in([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
 
 
 def optimizer_like(optimizer, model: nn.Module) -> Callable[[nn.Module], torch.optim.Optimizer]:

@@ -187,6 +187,8 @@ class Meter:
         window.seconds = seconds
         if self.cpu is None:
             window.cpu_reason = self.cpu_reason
+        elif "cpu_counter_reset" in window.flags:
+            window.cpu_reason = "RAPL's counters were reset in this window"
         elif measured.uncounted_cpu_seconds:
             window.cpu_reason = f"RAPL could not be read for {measured.uncounted_cpu_seconds:.1f} s"
         else:

@@ -6,6 +6,7 @@ that cannot be read is never 0.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Protocol
 
@@ -104,11 +105,16 @@ class Nvml:
         return _text(self._call(self._nvml.nvmlSystemGetDriverVersion))
 
 
+PACKAGE_WATTS = 1000  # no CPU package takes more
+
+
 class Rapl:
     """Energy of all CPU packages (Intel and AMD) from Linux' powercap counters.
 
-    The counters wrap around, after minutes on a busy server, so they must be read regularly.
-    Raises `SensorError` if there are none that this user may read (often root only).
+    The counters wrap around, after minutes on a busy server, so they must be read regularly.  One that goes
+    backwards has wrapped if a package can have taken the energy up to its range and on to the new value;
+    otherwise it was reset (the machine was suspended, the driver reloaded), and what was taken is unknown.
+    Raises `SensorError` if there are no counters that this user may read (often root only).
     """
 
     def __init__(self, root: Path = Path("/sys/class/powercap")):
@@ -117,6 +123,7 @@ class Rapl:
             self._zones = [z for z in zones if (z / "name").read_text().startswith("package")]
             self._range_microjoules = [int((z / "max_energy_range_uj").read_text()) + 1 for z in self._zones]
             self._last_microjoules = [self._read(zone) for zone in self._zones]
+            self._last_seconds = time.monotonic()
         except (OSError, ValueError) as error:
             raise SensorError(f"RAPL: {error}") from None
         if not self._zones:
@@ -128,14 +135,19 @@ class Rapl:
         return int((zone / "energy_uj").read_text())
 
     def counter_joules(self) -> float:
-        """Joules since this object was made."""
+        """Joules since this object was made; after a reset, less than before."""
         try:
             now = [self._read(zone) for zone in self._zones]
         except (OSError, ValueError) as error:
             raise SensorError(f"RAPL: {error}") from None
-        moved = zip(now, self._last_microjoules, self._range_microjoules)
-        self._microjoules += sum((new - old) % size for new, old, size in moved)
-        self._last_microjoules = now
+        seconds = time.monotonic()
+        possible = 1e6 * PACKAGE_WATTS * (seconds - self._last_seconds + 1)  # the counters lag behind
+        gained, was_reset = 0, False
+        for new, old, size in zip(now, self._last_microjoules, self._range_microjoules):
+            gained += (new - old) % size
+            was_reset |= new < old and new - old + size > min(possible, size / 2)
+        self._microjoules += -1 if was_reset else gained
+        self._last_microjoules, self._last_seconds = now, seconds
         return self._microjoules / 1e6
 
 

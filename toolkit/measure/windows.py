@@ -165,14 +165,15 @@ class Integrator:
         if old is None:
             self._moved = None if new.gpu_joules is None else (new, self.value)
             return []
-        self._add_polled(old, new)
-        return self._add_counted(new)
+        return self._add_polled(old, new) + self._add_counted(new)
 
-    def _add_polled(self, old: Reading, new: Reading) -> None:
+    def _add_polled(self, old: Reading, new: Reading) -> list[str]:
+        """Integrate polled power and the CPU's counter."""
         seconds = new.seconds - old.seconds
         powers = [watts for watts in (old.watts, new.watts) if watts is not None]
         polled = bool(powers) and seconds <= GAP_SECONDS
-        cpu_known = old.cpu_joules is not None and new.cpu_joules is not None
+        cpu_answers = old.cpu_joules is not None and new.cpu_joules is not None
+        cpu_known = cpu_answers and new.cpu_joules >= old.cpu_joules
         joules = sum(powers) / len(powers) * seconds if polled else 0.0
         value = self.value
         self.value = Integral(
@@ -184,6 +185,7 @@ class Integrator:
             unpolled_seconds=value.unpolled_seconds + (0.0 if polled else seconds),
             uncounted_cpu_seconds=value.uncounted_cpu_seconds + (0.0 if cpu_known else seconds),
         )
+        return ["cpu_counter_reset"] if cpu_answers and not cpu_known else []
 
     def _add_counted(self, new: Reading) -> list[str]:
         """Let the counter overrule polled power where it can."""

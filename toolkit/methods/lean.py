@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from toolkit.budget import auto_checkpoint, plan
-from toolkit.budget.flops import register_flops
 from toolkit.budget.lean import Form, Geometry, conv_gradients, geometry, register_form
 from toolkit.budget.memory import register_attached
 
@@ -87,13 +86,7 @@ def _scales(parameter: nn.Parameter) -> Iterator[torch.Tensor]:
         state = getattr(state, "state2", None)
 
 
-def _gemm_4bit(x, weight, shape, *rest, out_val, **options) -> int:
-    """`x` (..., in) times the unpacked weight of `shape` (out, in); unpacking is not counted."""
-    return 2 * x.numel() * shape[0]
-
-
 register_attached(_scales)
-register_flops({"bitsandbytes.gemm_4bit": _gemm_4bit, "bitsandbytes.gemv_4bit": _gemm_4bit})
 
 
 def _active_adapter(layer: nn.Module) -> str | None:
