@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 import toolkit
+from toolkit import plots
 from toolkit.analysis import as_text, compare, ranking_table, write_ranking
 from toolkit.baselines.experiment import BaselineExperiment
 from toolkit.baselines.memory_estimate import estimate_table
@@ -21,10 +22,11 @@ from toolkit.batch.dry_run import dry_run, summary
 from toolkit.batch.report import write_report
 from toolkit.batch.sweep import DEFAULT_COMPARISON, grid, run_experiments
 from toolkit.batch.sweep_file import check_count, preset, presets, read_sweep
-from toolkit.budget import format_bytes
+from toolkit.budget import Plan, format_bytes
 from toolkit.errors import InputError
 from toolkit.experiment import Experiment, Parameters, option_fields
 from toolkit.files import FIGURES, RUNS
+from toolkit.forecast.explorer import picture_of
 from toolkit.forecast.forecasts import FORECASTS, TrainingStep
 from toolkit.training.record import load_records
 
@@ -70,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = command("plan", _plan, "show what one training step takes, and how it fits the budget")
     _add_experiment_flags(plan)
     plan.add_argument("--num-classes", type=int, default=100, metavar="COUNT", help="default: 100")
+    plan.add_argument("--figure", type=Path, metavar="FILE", help="also draw memory over the planned step")
     needs = command("baselines", _baselines, "show what evaluating each foundation model takes")
     needs.add_argument("--budget", default="2GB", metavar="SIZE", help="device memory; default: 2GB")
     report = command("report", _report, "write one HTML file about all runs, and its tables")
@@ -198,13 +201,24 @@ def _plan(given: argparse.Namespace) -> int:
     step = TrainingStep(experiment, given.num_classes)
     if experiment.strategy.plans:
         micro_batches = experiment.micro_batch_size or True
-        print(step.planner.plan(experiment.budget_bytes, micro_batches=micro_batches).explain())
+        plan = step.planner.plan(experiment.budget_bytes, micro_batches=micro_batches)
+        print(plan.explain())
+        if given.figure:
+            _draw_plan(step, plan, given.figure)
         return 0
+    if given.figure:
+        raise InputError(f"--figure draws plans, and checkpointing {experiment.checkpointing!r} has none.")
     found = step.forecast(experiment, FORECASTS)
     if found.peak_bytes is None:
         raise InputError(found.reason)
     print(found.explain())
     return 0
+
+
+def _draw_plan(step: TrainingStep, plan: Plan, path: Path) -> None:
+    """Draw `plan` in front of the same step without recomputation."""
+    picture = picture_of(plan, step.plain_memory())
+    print(f"figure   {plots.save(plots.step_figure(picture), path.stem, path.parent)}")
 
 
 def _baselines(given: argparse.Namespace) -> int:

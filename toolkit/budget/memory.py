@@ -187,17 +187,18 @@ class TensorMemory(TorchDispatchMode):
 
     Counts every tensor that an operator returns while the mode is entered, until the tensor is freed, even
     outside the mode.  Tensors made outside (parameters, the batch, a loaded optimizer state) are added by
-    `track`.
+    `track`.  With `history`, a list, the bytes at every operator are appended to it.
     """
 
     kind = "tracked_tensors"
     reserved_peak_bytes = None
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, history: list[int] | None = None):
         super().__init__()
         self.device_type = device.type
         self.allocated_bytes = 0
         self.peak_bytes = 0
+        self.history = history
         self._live: dict[int, StorageRef] = {}
 
     def reset_peak(self) -> None:
@@ -234,8 +235,11 @@ class TensorMemory(TorchDispatchMode):
             for leaf in tree_iter(result):
                 if isinstance(leaf, torch.Tensor):
                     self._count(leaf)
-        if func in WORKSPACES:
-            self._take_for_a_moment(workspace_bytes(func, args, kwargs or {}))
+        workspace = workspace_bytes(func, args, kwargs or {}) if func in WORKSPACES else 0
+        if workspace:
+            self._take_for_a_moment(workspace)
+        if self.history is not None:
+            self.history.append(self.allocated_bytes + workspace)
         return result
 
     def _take_for_a_moment(self, nbytes: int) -> None:

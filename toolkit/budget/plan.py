@@ -38,7 +38,7 @@ class Plan:
     budget_bytes: int
     reserve_bytes: int  # part of the budget that is not for tensors
     peak_bytes: int
-    unplanned_peak_bytes: int  # without any checkpointing
+    unplanned_peak_bytes: int  # of the same step (lean forms included) with everything kept
     forward_flops: int
     recompute_flops: int
     extra_seconds: float | None  # estimated time of recomputation and slicing, if known
@@ -70,7 +70,7 @@ class Plan:
             f"budget      {format_bytes(self.budget_bytes)}"
             + (f", of which {format_bytes(self.reserve_bytes)} are reserved" if self.reserve_bytes else ""),
             f"peak        {format_bytes(self.peak_bytes)}, {'fits' if self.fits else 'DOES NOT FIT'}; "
-            f"{format_bytes(self.unplanned_peak_bytes)} without checkpointing",
+            f"{format_bytes(self.unplanned_peak_bytes)} with everything kept",
             f"recomputed  {self.recompute_pct:.1f} % of the forward pass",
         ]
         if self.extra_seconds is not None:
@@ -393,6 +393,7 @@ class ObservedStep:
     recompute_flops: int
     checkpointed: frozenset[str]  # names of blocks
     seen_bytes: tuple[int, ...]  # every number of allocated bytes that the strategy has read
+    memory_bytes: tuple[int, ...]  # at every operator of the step
 
 
 class _Seen:
@@ -425,7 +426,8 @@ def observe(
     """
     make_optimizer = optimizer_like(optimizer, model)
     with on_fake_tensors(model, batch) as fakes:
-        memory = TensorMemory(next(model.parameters()).device)
+        history: list[int] = []
+        memory = TensorMemory(next(model.parameters()).device, history)
         memory.track(tensors_of(model))
         memory.track(leaf for leaf in tree_iter(fakes) if isinstance(leaf, torch.Tensor))
         stepper, counter, seen = make_optimizer(model), FlopCounter(), _Seen(memory, extra_bytes)
@@ -433,14 +435,14 @@ def observe(
         with memory, checkpointing:
             make_state(model, stepper)
             memory.reset_peak()
+            history.clear()
             run_step(model, fakes, loss, stepper, precision, counter)
     forward, recompute = (
         sum(n for name, n in counter.counts[phase].items() if name not in NORMS)
         for phase in ("forward", "recompute")
     )
-    return ObservedStep(
-        memory.peak_bytes, forward, recompute, frozenset(checkpointing.checkpointed), tuple(seen.bytes)
-    )
+    blocks = frozenset(checkpointing.checkpointed)
+    return ObservedStep(memory.peak_bytes, forward, recompute, blocks, tuple(seen.bytes), tuple(history))
 
 
 def _plan_of_rule(

@@ -10,7 +10,6 @@ import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +48,7 @@ class StepPicture:
     budget_bytes: int
     fixed_bytes: int  # weights, batch, optimizer state
     memory_bytes: np.ndarray  # highest bytes at each moment
-    without_bytes: np.ndarray  # the same without recomputation; empty if the moments differ
+    without_bytes: np.ndarray  # the same of the step without checkpointing
     blocks: tuple[BlockUse, ...]
 
     def to_json(self) -> dict:
@@ -64,8 +63,8 @@ class StepPicture:
         return cls(**values | arrays | {"blocks": tuple(BlockUse(**block) for block in values["blocks"])})
 
 
-def picture_of(plan: Plan, without: Plan | None = None) -> StepPicture:
-    """The picture of `plan`; `without`: the plan of the same step that recomputes nothing."""
+def picture_of(plan: Plan, without_bytes: Sequence[int] = ()) -> StepPicture:
+    """The picture of `plan`; `without_bytes`: memory at each operator of the step without checkpointing."""
     rows = [(name, option) for name, option in zip(plan.segments, plan.options) if name]
     blocks = []
     for name, option in rows:
@@ -73,12 +72,11 @@ def picture_of(plan: Plan, without: Plan | None = None) -> StepPicture:
         flops = sum(op.flops for op in option.segment.ops)
         recompute_pct = 100 * option.level.flops / flops if option.level.flops else 0.0
         blocks.append(BlockUse(name, kind, option.kept, recompute_pct, option.slices))
-    comparable = without is not None and len(without.memory) == len(plan.memory)
     return StepPicture(
         plan.budget_bytes - plan.reserve_bytes,
         sum(plan.fixed.get(kind, 0) for kind in ("weights", "batch", "optimizer")),
         _few(plan.memory),
-        _few(without.memory) if comparable else np.empty(0, np.int64),
+        _few(np.array(without_bytes, np.int64)),
         tuple(blocks),
     )
 
@@ -248,10 +246,6 @@ class Explorer:
         bar.update()
         return [(strategy, images, peak) for strategy, peak in peaks.items()]
 
-    @cached_property
-    def _without(self) -> Plan:
-        return self._training.planner.plan(1 << 62)
-
     def _profile(self) -> None:
         """Answer for all stops."""
         for size in tqdm(self._micro_batch_sizes(), desc="profiling", unit="size", leave=False):
@@ -281,7 +275,7 @@ class Explorer:
             ]
             found.append(("planned", Forecast.of_plan(plan)))
             rows = [_row(strategy, forecast) for strategy, forecast in found]
-            self._answers[size] = rows, picture_of(plan, self._without)
+            self._answers[size] = rows, picture_of(plan, self._training.plain_memory())
         return self._answers[size]
 
     def _question(self, asked: str) -> dict:

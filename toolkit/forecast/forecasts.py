@@ -194,6 +194,10 @@ class TrainingStep:
             pieces.add(1)
         return min(map(self.planner.smallest_bytes, pieces))
 
+    def plain_memory(self) -> tuple[int, ...]:
+        """Allocated bytes at every operator of the step without checkpointing."""
+        return self._rule_step(self.experiment.batch_size, math.inf).memory_bytes
+
     def of_images(self, images: int) -> TrainingStep:
         """The same model's step with a batch of another size."""
         if images == self.experiment.batch_size:

@@ -79,6 +79,7 @@ class StepCost:
     up_to: float
     peak_bytes: int
     recompute_pct: float  # recomputed FLOPs as a percentage of the forward pass
+    memory_bytes: tuple[int, ...]  # allocated at every operator
 
 
 def step_under(
@@ -102,4 +103,5 @@ def step_under(
         up_to=min((size for size in ran.seen_bytes if size >= limit), default=math.inf),
         peak_bytes=ran.peak_bytes + held_bytes(step.model, step.hooks, plans=False),
         recompute_pct=100 * ran.recompute_flops / ran.forward_flops if ran.forward_flops else 0.0,
+        memory_bytes=ran.memory_bytes,
     )

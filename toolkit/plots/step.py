@@ -135,9 +135,9 @@ class StepFigure:
     def show(self, picture: StepPicture) -> None:
         """Change the figure to `picture`, without rendering it."""
         memory = picture.memory_bytes / MIB
-        without = picture.without_bytes / MIB if len(picture.without_bytes) else np.zeros_like(memory)
+        without = picture.without_bytes / MIB
         moments = np.linspace(0, 100, len(memory))
-        self._without.set_data(moments, without, 0)
+        self._without.set_data(np.linspace(0, 100, len(without)), without, 0)
         self._memory.set_data(moments, memory, 0)
         self._line.set_data(moments, memory)
         self._fixed.set_height(picture.fixed_bytes / MIB)
