@@ -188,8 +188,8 @@ def _finished(runs: Path) -> Iterator[tuple[Parameters, float]]:
             record = read_record(path)
             kind = BaselineExperiment if record["run"]["phase"] == BaselineExperiment.phase else Experiment
             e = kind(**{field.name: record["config"][field.name] for field in fields(kind)})
-            notebook = json.loads((path.parent / f"{e.notebook}.ipynb").read_bytes())
-            seconds = notebook["metadata"]["papermill"]["duration"]
+            (notebook,) = path.parent.glob("*.ipynb")  # of whatever name that notebook had then
+            seconds = json.loads(notebook.read_bytes())["metadata"]["papermill"]["duration"]
             here = record["env"]["device_name"] == device_name(e.device)
             whole = record["run"]["status"] == "ok" and not record["time"].get("resumes")
         except (OSError, ValueError, KeyError, TypeError):  # run by hand, or on a device that is not here
