@@ -16,7 +16,6 @@ _HOME = {
     "auto_checkpoint": "methods.lean",  # which registers the lean forms of low-rank layers
     "build_backbone": "backbones",
     "build_model": "model",
-    "epoch_table": "forecast.step_memory",
     "evaluate": "training.evaluation",
     "evaluate_baseline": "baselines",
     "evaluate_split": "training.evaluation",

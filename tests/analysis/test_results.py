@@ -10,7 +10,7 @@ from bs4 import BeautifulSoup
 from hostile import HOSTILE
 
 from toolkit import analysis
-from toolkit.analysis.results import between, side_by_side
+from toolkit.analysis.results import side_by_side
 from toolkit.analysis.tables import markdown
 from toolkit.errors import InputError
 from toolkit.experiment import Experiment
@@ -191,18 +191,12 @@ def test_runs_are_selected_by_experiment_on_any_device(runs):
     assert analysis.runs_of(records[:0], wanted).empty
 
 
-def test_two_runs_side_by_side_and_over_their_seeds(records):
+def test_two_runs_side_by_side(records):
     index = records.set_index("experiment_id").index
     first, second = index.get_loc("full-none-0"), index.get_loc("lora-none-1")
-    changed = side_by_side(records, first, second).set_index("parameter")
+    changed = side_by_side(analysis.adaptation(records), first, second).set_index("parameter")
     assert changed.loc["method"].tolist() == ["full", "lora"] and "dataset" not in changed.index
-    table = between(records, first, second).set_index("")
-    assert table.loc["test score", "second less first"].startswith("−1.00 points [")
-    assert table.loc["test score", "seeds"] == 3 and table.loc["energy", "seeds"] == 0
-    with pytest.raises(InputError, match="differ in their seed only"):
-        between(records, first, index.get_loc("full-none-1"))
-    with pytest.raises(InputError, match="data or environment"):
-        between(records.assign(environment=["E1", "E2"] * 6), 0, 1)
+    assert changed.loc["test score (%)"].tolist() == ["91.00", "92.00"]
 
 
 @pytest.mark.parametrize("function", [

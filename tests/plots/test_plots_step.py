@@ -59,8 +59,8 @@ def picture(budget: int, kept: int) -> StepPicture:
         BlockUse("blocks.0", "keep", kept * MIB, 0.0, 1),
         BlockUse("blocks.1", "recompute", MIB, 50.0, 2),
     )
-    memory = np.array([1, kept + 2, 1]) * MIB
-    return StepPicture(budget * MIB, MIB, memory, 2 * memory, blocks)
+    memory = [MIB, (kept + 2) * MIB, MIB]
+    return StepPicture(budget * MIB, MIB, memory, [2 * size for size in memory], list(blocks))
 
 
 def test_a_step_figure_shows_one_picture_after_the_other():

@@ -1,12 +1,11 @@
 """Which method for this device: finished runs ranked by score, and the choice inside two limits.
 
 A recommendation is made of means over seeds with their intervals.  Where intervals overlap the runs cannot
-tell the methods apart, so the one that takes less memory is chosen, and the others are named.
+tell the methods apart, so the one that takes less memory is chosen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,13 +19,12 @@ from toolkit.budget import format_bytes
 from toolkit.errors import InputError
 from toolkit.experiment import Experiment
 from toolkit.forecast.step import step_of
-from toolkit.measure.quantities import Quantity, register
+from toolkit.measure.quantities import QUANTITIES, Quantity, register
 from toolkit.methods.optimizer import optimizer_flops
 
 register(Quantity("flops_per_step", "FLOPs of a step", "M", 1, "less", "no training step was traced"))
 register(Quantity("optimizer_flops_per_step", "FLOPs of the optimizer", "M", 1, "less"))
 NEEDED = ["score_pct", "peak_bytes", "flops_per_step"]
-MOST_NAMED = 3  # methods in one part of a reason
 
 
 def ranking(records: pd.DataFrame) -> pd.DataFrame:
@@ -106,7 +104,7 @@ class Recommendation:
     method: str | None  # None: nothing fits
     variant: str  # of the method; empty if there is only one
     why: str  # a sentence
-    table: pd.DataFrame  # all methods, with the reason why one does not fit
+    table: pd.DataFrame  # all methods; `fits` says which are as good, and why others are not chosen
 
 
 def recommend(frame: pd.DataFrame, memory_bytes: float, flops_per_step: float) -> Recommendation:
@@ -122,61 +120,38 @@ def recommend(frame: pd.DataFrame, memory_bytes: float, flops_per_step: float) -
     for name, value in {"memory_bytes": memory_bytes, "flops_per_step": flops_per_step}.items():
         if not value > 0:
             raise InputError(f"{name} must be a positive number, got {value!r}.")
-    frame = frame.sort_values("score_pct", ascending=False, kind="stable", ignore_index=True)
+    frame = frame.sort_values(["score_pct", "peak_bytes"], ascending=[False, True], ignore_index=True)
     known = frame[NEEDED].notna().all(axis=1)
     small, light = frame.peak_bytes <= memory_bytes, frame.flops_per_step <= flops_per_step
     fitting = frame[known & small & light]
-    limits = f"{format_bytes(memory_bytes)} and {_mflop(flops_per_step)} a step"
-    if fitting.empty:
-        why = f"nothing fits into {limits}"
-        for words, column in (("least memory", "peak_bytes"), ("fewest FLOPs", "flops_per_step")):
-            why += _listed(frame[known].nsmallest(1, column), words)
-        return Recommendation(None, "", f"{why}.", frame.assign(fits=_reasons(known, small, light)))
-    best = fitting.sort_values(["score_pct", "peak_bytes"], ascending=[False, True]).iloc[0]
+    mflop = QUANTITIES["flops_per_step"].text(flops_per_step)
+    limits = f"{format_bytes(memory_bytes)} and {mflop} MFLOP a step"
     half_widths = frame.score_pct_half_width.astype(float).fillna(0)
-    widths = half_widths + half_widths[best.name]
-    level = (frame.score_pct - best.score_pct).abs() <= widths
-    equal = fitting[level[fitting.index]].sort_values(["peak_bytes", "flops_per_step"], kind="stable")
-    better = frame[known & ~(small & light) & (frame.score_pct > best.score_pct) & ~level]
-    chosen = equal.iloc[0]
-    why = f"{_described(chosen)} fits into {limits}"
-    why += _listed(equal[1:], "as good, but no smaller") + _listed(better, "better, but too large")
-    if fitting.score_pct_half_width.isna().any():
-        why += "; some rows are of one seed, which says nothing about chance"
-    table = frame.assign(fits=_reasons(known, small, light, equal.index))
-    return Recommendation(chosen.method, chosen.variant, f"{why}.", table)
-
-
-def _reasons(known: pd.Series, small: pd.Series, light: pd.Series, equal: Sequence[int] = ()) -> np.ndarray:
-    """Say whether each method fits, and if not, why."""
+    equal = fitting[:0]
+    if fitting.empty:
+        chosen, why = None, f"nothing fits into {limits}."
+    else:
+        best = fitting.index[0]
+        level = frame.score_pct[best] - fitting.score_pct <= half_widths[fitting.index] + half_widths[best]
+        equal = fitting[level].sort_values(["peak_bytes", "flops_per_step"], kind="stable")
+        chosen = equal.iloc[0]
+        why = f"{title(chosen)} is the smallest of {len(equal)} as good as the best within {limits}"
+        if fitting.score_pct_half_width.isna().any():
+            why += "; some rows are of one seed, which says nothing about chance"
+        why += "."
     cases = {
         "not measured": ~known,
         "no: memory and FLOPs": ~small & ~light,
         "no: memory": ~small,
         "no: FLOPs": ~light,
-        "yes, as good as the best": known.index.isin(equal),
+        "yes, as good as the best": frame.index.isin(equal.index),
     }
-    return np.select(list(cases.values()), list(cases), "yes, worse")
+    table = frame.assign(fits=np.select(list(cases.values()), list(cases), "yes, worse"))
+    if chosen is None:
+        return Recommendation(None, "", why, table)
+    return Recommendation(chosen.method, chosen.variant, why, table)
 
 
 def title(row: pd.Series) -> str:
     """Method and variant of a row."""
     return f"{row.method} ({row.variant})" if row.variant else str(row.method)
-
-
-def _described(row: pd.Series) -> str:
-    half = "" if pd.isna(row.score_pct_half_width) else f" ± {row.score_pct_half_width:.1f}"
-    costs = f"{format_bytes(row.peak_bytes)}, {_mflop(row.flops_per_step)}"
-    return f"{title(row)} ({row.score_pct:.1f}{half} %, {costs})"
-
-
-def _listed(rows: pd.DataFrame, words: str) -> str:
-    if rows.empty:
-        return ""
-    named = ", ".join(_described(row) for _, row in rows[:MOST_NAMED].iterrows())
-    more = f" and {len(rows) - MOST_NAMED} more" if len(rows) > MOST_NAMED else ""
-    return f"; {words}: {named}{more}"
-
-
-def _mflop(count: float) -> str:
-    return f"{count / 1e9:,.2f} GFLOP" if count >= 1e9 else f"{count / 1e6:,.1f} MFLOP"

@@ -232,37 +232,8 @@ def failures(records: pd.DataFrame) -> pd.DataFrame:
 
 
 def side_by_side(records: pd.DataFrame, first: int, second: int) -> pd.DataFrame:
-    """Parameters, data and environment in which two rows of `records` differ, a row each."""
-    names = [name for name in ("status", "seed", *parameters(), *DATA, "environment") if name in records]
-    pair = records.loc[[first, second], names].astype(object).set_axis(["first", "second"]).T
-    pair = pair.where(pair.notna(), "–")
+    """Parameters, data, environment and figures in which two rows of `records` differ, a row each."""
+    names = ["status", "seed", *parameters(), *DATA, "environment", "score_pct", *COSTS.values()]
+    pair = as_text(records.loc[[first, second], [name for name in names if name in records]])
+    pair = pair.set_axis(["first", "second"]).T
     return pair[pair["first"] != pair["second"]].rename_axis("parameter").reset_index()
-
-
-def between(records: pd.DataFrame, first: int, second: int) -> pd.DataFrame:
-    """The second less the first of two experiments over the seeds that both finished, given a run of each.
-
-    Raises `InputError` where there is nothing to pair.
-    """
-    runs = records.loc[first], records.loc[second]
-    if "inference" in (runs[0].phase, runs[1].phase):
-        raise InputError("a baseline's seed means something else: only fine-tuned runs are paired by seed.")
-    names = [name for name in (*parameters(), *DATA, "environment") if name in records]
-    same = [(records[names] == run[names]) | (records[names].isna() & run[names].isna()) for run in runs]
-    changed = [name for name in names if not same[0].loc[second, name]]
-    if not changed:
-        raise InputError("the two runs differ in their seed only: choose another method or setting.")
-    if {*DATA, "environment"} & set(changed):
-        raise InputError("the two runs differ in their data or environment: their seeds cannot be paired.")
-    both = records[same[0].all(axis=1) | same[1].all(axis=1)]
-    against = {name: runs[0][name] for name in changed if pd.notna(runs[0][name])}
-    rows = []
-    for quantity in ("score_pct", *COSTS.values()):
-        table = differences(both, quantity, against)
-        pair = table.iloc[0] if len(table) else {"mean": None, "n": 0, "p": None}
-        unit = " points" if quantity == "score_pct" else " %"
-        text = interval(quantity, pair["mean"], pair["half_width"], unit) if pair["n"] else "–"
-        rows.append(
-            {"": QUANTITIES[quantity].label, "second less first": text, "seeds": pair["n"], "p": pair["p"]}
-        )
-    return pd.DataFrame(rows)

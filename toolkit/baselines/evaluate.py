@@ -100,7 +100,7 @@ def test(experiment: BaselineExperiment, prepared: Prepared, meter: Meter | None
         unmatched = evaluation.predictions == len(prepared.model.names)
         prepared.unmatched_pct = 100 * unmatched.double().mean().item()
         # An answer names one class and has no probability.
-        evaluation.scores["top5_pct"] = evaluation.loss = evaluation.confidences = None
+        evaluation.scores["top5_pct"] = evaluation.loss = None
     return evaluation
 
 

@@ -1,14 +1,14 @@
 """The effect of any budget on an experiment's training step, before anything trains.
 
-`Explorer` profiles the step once and then answers for every budget; `widgets.BudgetExplorer` is its slider.
-The answers at all stops of the slider are kept on disk, so that the step is profiled only once.
+`Explorer` answers for every budget; `widgets.BudgetExplorer` is its slider.  Answers are kept on disk: a step
+is profiled only once.
 """
 
 from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -17,9 +17,9 @@ import pandas as pd
 import yaml
 from tqdm.auto import tqdm
 
-from toolkit import cache
 from toolkit.budget import STRATEGIES, Plan, format_bytes, parse_bytes
 from toolkit.budget.memory import CARDS_BYTES
+from toolkit.cache import kept
 from toolkit.errors import InputError
 from toolkit.experiment import Experiment
 from toolkit.files import CACHE, NOTEBOOKS, write_atomically
@@ -47,45 +47,37 @@ class StepPicture:
 
     budget_bytes: int
     fixed_bytes: int  # weights, batch, optimizer state
-    memory_bytes: np.ndarray  # highest bytes at each moment
-    without_bytes: np.ndarray  # the same of the step without checkpointing
-    blocks: tuple[BlockUse, ...]
-
-    def to_json(self) -> dict:
-        """The fields as plain values."""
-        arrays = {name: getattr(self, name).tolist() for name in ("memory_bytes", "without_bytes")}
-        return asdict(self) | arrays
-
-    @classmethod
-    def of_json(cls, values: dict) -> StepPicture:
-        """A picture from `to_json`."""
-        arrays = {name: np.array(values[name], np.int64) for name in ("memory_bytes", "without_bytes")}
-        return cls(**values | arrays | {"blocks": tuple(BlockUse(**block) for block in values["blocks"])})
+    memory_bytes: list[int]  # highest bytes at each moment
+    without_bytes: list[int]  # the same of the step without checkpointing
+    blocks: list[BlockUse]
 
 
 def picture_of(plan: Plan, without_bytes: Sequence[int] = ()) -> StepPicture:
     """The picture of `plan`; `without_bytes`: memory at each operator of the step without checkpointing."""
-    rows = [(name, option) for name, option in zip(plan.segments, plan.options) if name]
     blocks = []
-    for name, option in rows:
+    for name, option in zip(plan.segments, plan.options):
+        if not name:
+            continue
         kind = plan.levels[name].split(" (")[0].split(", in ")[0]
         flops = sum(op.flops for op in option.segment.ops)
         recompute_pct = 100 * option.level.flops / flops if option.level.flops else 0.0
-        blocks.append(BlockUse(name, kind, option.kept, recompute_pct, option.slices))
+        blocks.append(BlockUse(name, kind, int(option.kept), recompute_pct, option.slices))
     return StepPicture(
         plan.budget_bytes - plan.reserve_bytes,
         sum(plan.fixed.get(kind, 0) for kind in ("weights", "batch", "optimizer")),
         _few(plan.memory),
-        _few(np.array(without_bytes, np.int64)),
-        tuple(blocks),
+        _few(without_bytes),
+        blocks,
     )
 
 
-def _few(values: np.ndarray) -> np.ndarray:
+def _few(values: Sequence[int]) -> list[int]:
     """At most `_MOMENTS` values, each the maximum of its neighbours."""
-    if len(values) <= _MOMENTS:
-        return values
-    return np.maximum.reduceat(values, np.linspace(0, len(values), _MOMENTS, endpoint=False).astype(int))
+    values = np.asarray(values, np.int64)
+    if len(values) > _MOMENTS:
+        starts = np.linspace(0, len(values), _MOMENTS, endpoint=False).astype(int)
+        values = np.maximum.reduceat(values, starts)
+    return values.tolist()
 
 
 def kinds_of(pictures: Sequence[StepPicture]) -> list[str]:
@@ -105,43 +97,34 @@ class Explorer:
 
     def __init__(self, experiment: Experiment, num_classes: int, folder: Path = ANSWERS):
         self.experiment = experiment.variant(checkpointing="planned")
-        rules = [name for name, strategy in STRATEGIES.items() if not strategy.plans]
-        # With the options that `experiment` has for its own.
-        self._rules = [experiment.variant(checkpointing=name).strategy for name in rules]
-        self._training = TrainingStep(self.experiment, num_classes)
         self.num_classes, self.folder = num_classes, folder
-        self._plans: dict[int, Plan] = {}
-        self._answers: dict[int, tuple[list[dict], StepPicture]] = {}  # budget -> rows of the table, picture
-        kept = cache.read(folder, self._question("plans"))
-        if kept is None:
-            self._profile()
-            self._keep()
-        else:
-            self._take(kept[0])
+        # With the options that `experiment` has for its own strategy.
+        self._by_rule = [
+            experiment.variant(checkpointing=name)
+            for name, strategy in STRATEGIES.items()
+            if not strategy.plans
+        ]
+        self._training = TrainingStep(self.experiment, num_classes)
+        self._answers: dict[int, tuple[pd.DataFrame, StepPicture]] = {}  # by budget
+        self._range = tuple(self._kept("range", self._find_range))
+        for stop in tqdm(self.stops, desc="budgets", unit="budget", leave=False):
+            self._answer(stop)
 
     def range(self) -> tuple[int, int]:
         """Bytes of the smallest budget with a plan, and of the step without checkpointing."""
         return self._range
 
     @property
-    def marks(self) -> list[int]:
-        """The cards of 2, 4, 6 and 8 GB that lie within the range."""
-        low, high = self._range
-        return [mark for mark in CARDS_BYTES if low <= mark <= high]
-
-    @property
     def stops(self) -> list[int]:
-        """Budgets for a slider: evenly spaced logarithms over the range, and the marks."""
-        spaced = np.geomspace(*self._range, STOPS)
-        return sorted({*map(int, np.ceil(spaced)), *self.marks})
+        """Budgets for a slider: evenly spaced logarithms over the range, and the cards of 2, 4, 6, 8 GB."""
+        low, high = self._range
+        cards = [card for card in CARDS_BYTES if low <= card <= high]
+        return sorted({*map(int, np.ceil(np.geomspace(low, high, STOPS))), *cards})
 
     def plan(self, budget: int | str) -> Plan:
         """The fastest plan, in micro-batches where these are faster.  Raises `InputError` if nothing fits."""
-        size = parse_bytes(budget)
-        if size not in self._plans:
-            micro_batches = self.experiment.micro_batch_size or True
-            self._plans[size] = self._training.planner.plan(size, micro_batches=micro_batches)
-        return self._plans[size]
+        micro_batches = self.experiment.micro_batch_size or True
+        return self._training.planner.plan(parse_bytes(budget), micro_batches=micro_batches)
 
     def table(self, budget: int | str) -> pd.DataFrame:
         """One row per strategy: strategy, budget_bytes, peak_bytes (predicted), recompute_pct (of the
@@ -149,16 +132,12 @@ class Explorer:
 
         Only "planned" chooses its micro-batches; the others take the experiment's, if it has any.
         """
-        known = len(self._answers)
-        rows, _ = self._answer(parse_bytes(budget))
-        if len(self._answers) > known:
-            self._keep()
-        return pd.DataFrame(rows)
+        return self._answer(parse_bytes(budget))[0]
 
     def curve(self) -> pd.DataFrame:
         """The planned rows of `table` at all stops, and the rows of "none" and "static"."""
-        rows = [self._answer(size)[0][-1] for size in self.stops]
-        return pd.concat([pd.DataFrame(rows), self.table(self.stops[-1])[:2]], ignore_index=True)
+        tables = [self.table(stop) for stop in self.stops]
+        return pd.concat([*(table[-1:] for table in tables), tables[-1][:2]], ignore_index=True)
 
     def summary(self, budget: int | str) -> pd.DataFrame:
         """`table` with formatted values."""
@@ -207,9 +186,8 @@ class Explorer:
         batch), the experiment's, and the size at which plans exceed 8 GB.  In between, linear interpolation
         is an upper bound: the first images may fit into memory that gradients need anyway.
         """
-        question = self._question("batch sizes")
-        kept = cache.kept(self.folder, question, lambda: {"rows": self._batch_sizes()})
-        frame = pd.DataFrame(kept["rows"], columns=["strategy", "images", "peak_bytes"])
+        rows = self._kept("batch sizes", self._batch_sizes)
+        frame = pd.DataFrame(rows, columns=["strategy", "images", "peak_bytes"])
         return frame.sort_values("images", kind="stable", ignore_index=True)
 
     def images_that_fit(self) -> pd.DataFrame:
@@ -225,8 +203,7 @@ class Explorer:
         ).T
 
     def _batch_sizes(self) -> list[tuple[str, int, int]]:
-        chain = self._training.planner.chain(self.experiment.batch_size, False)
-        smallest = 2 if chain.profile.batch_statistics else 1
+        smallest = 2 if self._training.chain(self.experiment.batch_size).profile.batch_statistics else 1
         size = max(self.experiment.batch_size, 8)
         with tqdm(total=3, desc="batch sizes", unit="size", leave=False) as bar:
             low, high = self._peaks(smallest, bar), self._peaks(size, bar)
@@ -246,76 +223,41 @@ class Explorer:
         bar.update()
         return [(strategy, images, peak) for strategy, peak in peaks.items()]
 
-    def _profile(self) -> None:
-        """Answer for all stops."""
-        for size in tqdm(self._micro_batch_sizes(), desc="profiling", unit="size", leave=False):
-            self._training.planner.chain(size, size == self.experiment.batch_size)
-        smallest = self._training.smallest_bytes(self.experiment.micro_batch_size)
+    def _find_range(self) -> tuple[int, int]:
         plain = self._training.by_rule(self.experiment.variant(checkpointing="none"))
-        self._range = smallest, max(smallest, plain.peak_bytes)
-        for stop in tqdm(self.stops, desc="budgets", unit="budget", leave=False):
-            self._answer(stop)
+        smallest = self._training.smallest_bytes(self.experiment.micro_batch_size)
+        return smallest, max(smallest, plain.peak_bytes)
 
-    def _micro_batch_sizes(self) -> list[int]:
-        """The micro-batch sizes that the planner tries, the largest first."""
-        size = self.experiment.micro_batch_size
-        if size:
-            return [size]
-        sizes = [self.experiment.batch_size]
-        if not self._training.planner.chain(sizes[0], False).profile.batch_statistics:
-            while sizes[-1] > 1:
-                sizes.append(-(-sizes[-1] // 2))
-        return sizes
-
-    def _answer(self, size: int) -> tuple[list[dict], StepPicture]:
+    def _answer(self, size: int) -> tuple[pd.DataFrame, StepPicture]:
+        """The table and the picture of a budget, from disk if they are kept there."""
         if size not in self._answers:
-            plan = self.plan(size)
-            found = [
-                (e.checkpointing, self._training.by_rule(replace(e, budget=size))) for e in self._by_rule()
-            ]
-            found.append(("planned", Forecast.of_plan(plan)))
-            rows = [_row(strategy, forecast) for strategy, forecast in found]
-            self._answers[size] = rows, picture_of(plan, self._training.plain_memory())
+            rows, picture = self._kept(size, lambda: self._find(size))
+            picture["blocks"] = [BlockUse(**block) for block in picture["blocks"]]
+            self._answers[size] = pd.DataFrame(rows), StepPicture(**picture)
         return self._answers[size]
 
-    def _question(self, asked: str) -> dict:
-        """Everything that an answer depends on; not the budget or the schedule."""
-        e = self.experiment
-        return {
+    def _find(self, size: int) -> tuple[list[dict], dict]:
+        plan = self.plan(size)
+        rows = [_row(e, self._training.by_rule(replace(e, budget=size))) for e in self._by_rule]
+        rows.append(_row(self.experiment, Forecast.of_plan(plan)))
+        return rows, asdict(picture_of(plan, self._training.plain_memory()))
+
+    def _kept(self, asked: str | int, make: Callable) -> list:
+        """The answer to a question about this step; it does not depend on the experiment's own budget."""
+        question = {
             **self._training.key,
             "asked": asked,
-            "micro_batch_size": e.micro_batch_size,
-            "strategies": {other.checkpointing: asdict(other.strategy) for other in self._by_rule()},
+            "micro_batch_size": self.experiment.micro_batch_size,
+            "strategies": {e.checkpointing: asdict(e.strategy) for e in self._by_rule},
         }
-
-    def _by_rule(self) -> list[Experiment]:
-        """The experiment under each strategy that decides block by block."""
-        return [self.experiment.variant(checkpointing=rule.name, **asdict(rule)) for rule in self._rules]
-
-    def _keep(self) -> None:
-        """Write all answers so far to disk."""
-        answers = [{"rows": rows, "picture": picture.to_json()} for rows, picture in self._answers.values()]
-        answer = {"range": self._range, "answers": answers}
-        cache.write(self.folder, self._question("plans"), answer, {})
-
-    def _take(self, answer: dict) -> None:
-        """Read what `_keep` has written."""
-        self._range = tuple(answer["range"])
-        for one in answer["answers"]:
-            self._answers[one["rows"][0]["budget_bytes"]] = one["rows"], StepPicture.of_json(one["picture"])
+        return kept(self.folder, question, lambda: {"found": make()})["found"]
 
 
-def _row(strategy: str, forecast: Forecast) -> dict:
+def _row(experiment: Experiment, forecast: Forecast) -> dict:
     """A row of `Explorer.table`."""
-    return {
-        "strategy": strategy,
-        "budget_bytes": forecast.budget_bytes,
-        "peak_bytes": forecast.peak_bytes,
-        "recompute_pct": forecast.recompute_pct,
-        "step_seconds": forecast.step_seconds,
-        "micro_batch_size": forecast.micro_batch_size,
-        "within_budget": forecast.fits,
-    }
+    shown = ("budget_bytes", "peak_bytes", "recompute_pct", "step_seconds", "micro_batch_size")
+    figures = {name: getattr(forecast, name) for name in shown}
+    return {"strategy": experiment.checkpointing} | figures | {"within_budget": forecast.fits}
 
 
 def _images_within(budget_bytes: int, rows: pd.DataFrame) -> int:

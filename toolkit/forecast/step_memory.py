@@ -20,7 +20,6 @@ from toolkit.experiment import Experiment
 from toolkit.forecast.step import step_of
 from toolkit.measure.memory import KeptTensors, MemoryTrace
 from toolkit.methods import summarize
-from toolkit.training.result import FitResult
 
 MIB = 2**20
 
@@ -68,21 +67,3 @@ def memory_table(steps: Mapping[str, StepMemory]) -> pd.DataFrame:
             "peak of the step (MiB)": {name: step.peak_bytes / MIB for name, step in steps.items()},
         }
     )
-
-
-def epoch_table(results: Mapping[str, FitResult]) -> pd.DataFrame:
-    """One row for each run, by its name: time of an epoch, peak and accuracy."""
-    return pd.DataFrame({name: _epoch_row(result) for name, result in results.items()}).T
-
-
-def _epoch_row(result: FitResult) -> dict[str, str]:
-    epochs, window = len(result.history), result.windows.get("features")
-    if not epochs:
-        return {"features (s)": "–", "an epoch (s)": "–", "peak (MiB)": "–", "validation accuracy (%)": "–"}
-    found = " (found on disk)" if result.features_cached else ""
-    return {
-        "features (s)": f"{window['seconds']:.2f}{found}" if window else "–",
-        "an epoch (s)": f"{result.train_seconds / epochs:.2f}",
-        "peak (MiB)": f"{result.peak_bytes / MIB:.2f}",
-        "validation accuracy (%)": f"{result.history[-1]['val_top1_pct']:.1f}",
-    }

@@ -1,6 +1,6 @@
 """Figures: every function draws one and returns it; `save` writes it for the README or a report."""
 
-from toolkit.plots.images import confusion_matrix, examples, gallery, image_grid, test_examples, test_pictures
+from toolkit.plots.images import confusion_matrix, examples, test_examples, test_pictures
 from toolkit.plots.runs import (
     accuracy_against,
     costs_by_batch,
@@ -25,8 +25,6 @@ __all__ = [
     "confusion_matrix",
     "costs_by_batch",
     "examples",
-    "gallery",
-    "image_grid",
     "learning_curves",
     "learning_rates",
     "memory_bars",

@@ -9,12 +9,10 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
-import torchvision
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from torch import nn
-from torch.utils.data import Dataset
 
 from toolkit.backbones import data_config
 from toolkit.datasets import Splits, loader
@@ -168,7 +166,7 @@ def _draw_boxes(panel: Axes, found: dict, classes: Sequence[str], colours: dict[
 
 @styled
 def confusion_matrix(evaluation: Evaluation, classes: list[str]) -> Figure:
-    """True against predicted class on the evaluated split; rows sum to 1."""
+    """True against predicted class on the evaluated split; rows sum to 1, less answers that name no class."""
     side = 5 if len(classes) <= 10 else 7
     figure, axes = plt.subplots(figsize=(side + 1, side), layout="constrained")
     pairs = pd.crosstab(evaluation.labels.numpy(), evaluation.predictions.numpy(), normalize="index")
@@ -179,49 +177,4 @@ def confusion_matrix(evaluation: Evaluation, classes: list[str]) -> Figure:
         annot_kws={"fontsize": 8}, xticklabels=names, yticklabels=names, ax=axes,
     )  # fmt: skip
     axes.set(xlabel="predicted", ylabel="true")
-    return figure
-
-
-@styled
-def gallery(split: Dataset, evaluation: Evaluation, classes: list[str], count: int = 12) -> Figure:
-    """Images of `split` with the predicted class and its confidence; up to half of them are mistakes.
-
-    A mistake is marked by ✗ and the true class.  The most confident of each kind are shown, or the first
-    where there are no confidences.
-    """
-    right = evaluation.predictions == evaluation.labels
-    confidences = evaluation.confidences
-    order = torch.arange(len(right))
-    if confidences is not None:
-        order = confidences.argsort(descending=True, stable=True)
-    wrong = order[~right[order]][: count // 2]
-    shown = torch.cat([order[right[order]][: count - len(wrong)], wrong]).tolist()
-    names = [plain(name) for name in [*classes, "no class"]]  # "no class": an unmatched answer
-    columns = min(6, max(1, len(shown)))
-    rows = -(-len(shown) // columns)
-    size = (1.9 * columns, 2.4 * rows)
-    figure, panels = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-    for panel in panels.flat:
-        panel.set_axis_off()
-    for panel, row in zip(panels.flat, shown):
-        image, label = split[row]
-        predicted = names[evaluation.predictions[row]]
-        share = "" if confidences is None else f"{100 * confidences[row]:.0f} %"
-        title = f"{predicted}\n{share}" if right[row] else f"✗ {predicted} {share}\ntrue: {names[label]}"
-        panel.imshow(image.permute(1, 2, 0))
-        panel.set_title(title, fontsize=9, color="black" if right[row] else "#b30000")
-    return figure
-
-
-@styled
-def image_grid(split: Dataset, per_class: int, classes: int) -> Figure:
-    """The first `per_class` images of `classes` classes, spread over all of them; one class a row."""
-    labels = labels_of(split)
-    shown = np.unique(labels)[np.linspace(0, len(np.unique(labels)) - 1, classes).astype(int)]
-    rows = [np.flatnonzero(labels == label)[:per_class] for label in shown]
-    pictures = [split[row][0] for row in np.concatenate(rows)]
-    grid = torchvision.utils.make_grid(pictures, nrow=2 * per_class, padding=2, pad_value=255)
-    figure, axes = plt.subplots(figsize=(10, 10 * grid.shape[1] / grid.shape[2]), layout="constrained")
-    axes.imshow(grid.permute(1, 2, 0))
-    axes.set_axis_off()
     return figure

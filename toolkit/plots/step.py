@@ -134,8 +134,7 @@ class StepFigure:
 
     def show(self, picture: StepPicture) -> None:
         """Change the figure to `picture`, without rendering it."""
-        memory = picture.memory_bytes / MIB
-        without = picture.without_bytes / MIB
+        memory, without = (np.divide(of, MIB) for of in (picture.memory_bytes, picture.without_bytes))
         moments = np.linspace(0, 100, len(memory))
         self._without.set_data(np.linspace(0, 100, len(without)), without, 0)
         self._memory.set_data(moments, memory, 0)

@@ -37,7 +37,6 @@ class Evaluation:
     macs_per_image: float | None  # multiply-adds; likewise
     # Of classifiers only:
     predictions: torch.Tensor | None = None  # int64 (N,)
-    confidences: torch.Tensor | None = None  # softmax of the scores, of the predicted class, float64 (N,)
     labels: torch.Tensor | None = None  # int64 (N,)
 
     @property

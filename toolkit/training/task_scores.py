@@ -37,7 +37,7 @@ class ImageMeans:
 
 
 class ClassScore:
-    """Loss, predicted classes and confidences of a classifier; its metrics are means over images."""
+    """Loss and predicted classes of a classifier; its metrics are means over images."""
 
     def __init__(self, num_classes: int):
         self._scores: list[torch.Tensor] = []
@@ -56,7 +56,6 @@ class ClassScore:
             "scores": {},
             "loss": F.cross_entropy(scores, labels).item(),
             "predictions": highest[:, 0].clone(),
-            "confidences": scores.softmax(1).amax(1),
             "labels": labels,
         }
 

@@ -14,7 +14,7 @@ import ipywidgets
 import pandas as pd
 
 from toolkit import analysis, plots
-from toolkit.analysis.results import between, side_by_side
+from toolkit.analysis.results import side_by_side
 from toolkit.budget import format_bytes
 from toolkit.errors import InputError
 from toolkit.measure.quantities import QUANTITIES
@@ -135,7 +135,6 @@ class ResultsBrowser(ipywidgets.VBox):
             self._one(*chosen)
         if len(chosen) == 2:
             self.details.value = analysis.show(side_by_side(self.records, *chosen)).to_html()
-            self.details.value += analysis.show(between(self.records, *chosen)).to_html()
 
     def _one(self, row: int) -> None:
         """A run's figures, with the reasons for those that are missing, and its curves."""
