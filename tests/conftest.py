@@ -33,7 +33,9 @@ import toolkit  # noqa: E402
 from toolkit.datasets import Splits, in_memory, load_dataset  # noqa: E402
 
 # A loaded machine is slow, not wrong.
-hypothesis.settings.register_profile("toolkit", deadline=None)
+hypothesis.settings.register_profile(
+    "toolkit", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("toolkit")
 
 

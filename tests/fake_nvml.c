@@ -3,7 +3,8 @@
    One GPU whose power is a square wave: 100 W and 200 W in turn, a second each.  What fails is set by
    environment variables, read at every call: FAKE_NVML_NO_COUNTER, FAKE_NVML_LOST_AFTER (seconds after
    nvmlInit), FAKE_NVML_NO_INSTANT (power averages over a second, as before driver 530), FAKE_NVML_PID
-   (the process that the driver lists; default: the caller). */
+   (the process that the driver lists; default: the caller), FAKE_NVML_NOW (the time in seconds, in place of
+   the clock). */
 
 #include <stdlib.h>
 #include <string.h>
@@ -24,6 +25,8 @@ typedef struct {
 static double started;
 
 static double now(void) {
+  const char *set = getenv("FAKE_NVML_NOW");
+  if (set) return atof(set);
   struct timespec t;
   clock_gettime(CLOCK_MONOTONIC, &t);
   return t.tv_sec + 1e-9 * t.tv_nsec;

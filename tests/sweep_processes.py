@@ -39,21 +39,19 @@ def main() -> None:
     experiments = sweep.grid(seed=range(12))
     for line in sys.stdin:
         command = json.loads(line)
-        children = [start(experiments, Path(command["runs"])) for _ in range(command["sweeps"])]
-        if command["kill_after_seconds"] is not None:
-            time.sleep(command["kill_after_seconds"])
-            for child in children:
-                os.kill(child, signal.SIGKILL)
+        children = [start(experiments, **command["sweep"]) for _ in range(command["count"])]
         statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         print(json.dumps(statuses), flush=True)
 
 
-def start(experiments: list[Experiment], runs: Path) -> int:
+def start(experiments: list[Experiment], runs: str, kill_after_seconds: float) -> int:
+    """Run a sweep in a process that the system kills after some time (0: never), on a busy machine too."""
     child = os.fork()
     if child:
         return child
+    signal.setitimer(signal.ITIMER_REAL, kill_after_seconds)
     random.seed(os.getpid())
-    os._exit(len(sweep.run_experiments(experiments, runs)))
+    os._exit(len(sweep.run_experiments(experiments, Path(runs))))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -29,9 +30,9 @@ def sweeps():
         [sys.executable, str(script)], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
     ) as server:
 
-        def run(runs: Path, count: int = 1, kill_after_seconds: float | None = None) -> list[int]:
-            command = {"runs": str(runs), "sweeps": count, "kill_after_seconds": kill_after_seconds}
-            print(json.dumps(command), file=server.stdin, flush=True)
+        def run(runs: Path, count: int = 1, kill_after_seconds: float = 0) -> list[int]:
+            sweep = {"runs": str(runs), "kill_after_seconds": kill_after_seconds}
+            print(json.dumps({"sweep": sweep, "count": count}), file=server.stdin, flush=True)
             return json.loads(server.stdout.readline())
 
         yield run
@@ -59,7 +60,7 @@ def test_thirty_kills_lose_no_run(sweeps, tmp_path):
         assert sorted(frame.seed) == list(range(RUNS)) and set(frame.status) == {"ok"}
         temporary = [path for path in runs.glob("*/.record*")]
         assert len(temporary) <= 6, "at most one of each kill"
-    assert killed[-9] >= 15, "the sweeps were too fast to be killed"
+    assert killed[-signal.SIGALRM] >= 15, "the sweeps were too fast to be killed"
 
 
 @pytest.mark.parametrize("count", [2, 6])

@@ -367,7 +367,7 @@ def test_two_processes_that_want_the_same_features_compute_them_once(tmp_path):
     for process in processes:
         process.stdin.write("\n")
         process.stdin.flush()
-    found = [process.communicate(timeout=120)[0].split() for process in processes]
+    found = [process.communicate(timeout=1200)[0].split() for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert sorted(each[0] for each in found) == ["False", "True"]
     assert found[0][1:] == found[1][1:] and found[0][2] == "270"

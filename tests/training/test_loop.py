@@ -51,8 +51,8 @@ def test_windows_of_a_run_add_up(demo_model, few_digits, tmp_path):
     fit, train, validation, snapshot = (
         result.windows[name]["seconds"] for name in ("fit", "train", "validation", "snapshot")
     )
-    assert 0 <= fit - train - validation <= snapshot + 0.2, "the rest is snapshots after an epoch"
-    assert fit <= whole.seconds <= fit + 5 and whole.children[0].name == "fit"
+    assert train + validation <= fit <= whole.seconds and snapshot <= fit - validation
+    assert whole.children[0].name == "fit"
     assert result.train_seconds == train > result.data_seconds > 0
     assert result.windows["train"]["energy_joules"] is None and result.windows["train"]["reason"]
 

@@ -3,12 +3,11 @@
 import dataclasses
 import os
 import signal
-import time
-from types import SimpleNamespace
 
 import pytest
 import torch
 from short_runs import Stop, experiment, same, stop_after, weights
+from simulated_gpu import SimulatedGpu, VirtualClock, meter_of
 
 import toolkit
 from toolkit.errors import InputError
@@ -19,23 +18,25 @@ from toolkit.training.step import Steps
 
 def test_energy_of_a_run_survives_a_kill(demo_model, few_digits, tmp_path, monkeypatch):
     """A simulated GPU of 100 W: joules per second stay what they are across two processes' meters."""
-    from simulated_gpu import SimulatedGpu
+    clock = VirtualClock()
+
+    def slow_model():
+        model = demo_model()
+        model.register_forward_pre_hook(lambda *_: clock.sleep(10))
+        return model
 
     def meter():
-        gpu = SimulatedGpu(SimpleNamespace(now=0.0), [(0, 100.0)])
-        gpu.counter_joules = lambda: 100 * time.perf_counter()
-        gpu.watts = lambda: 100.0
-        return toolkit.Meter("cpu", gpu=gpu, cpu=None)
+        return meter_of(SimulatedGpu(clock, [(0, 100.0)]))
 
     e = experiment(epochs=3)
     with monkeypatch.context() as patch, pytest.raises(Stop):
         stop_after(patch, 5)
-        toolkit.fit(demo_model(), few_digits, e, folder=tmp_path, snapshot_seconds=0, meter=meter())
+        toolkit.fit(slow_model(), few_digits, e, folder=tmp_path, snapshot_seconds=0, meter=meter())
     first = Snapshots(tmp_path).newest()["result"]["windows"]
     second_meter = meter()
     with second_meter.window("whole") as whole:
         result = toolkit.fit(
-            demo_model(), few_digits, e, folder=tmp_path, snapshot_seconds=0, meter=second_meter
+            slow_model(), few_digits, e, folder=tmp_path, snapshot_seconds=0, meter=second_meter
         )
     assert result.resumes == 1
     (fit,) = whole.children
