@@ -24,7 +24,6 @@ TEXTS = ["What type of object is in this photo?", "a photo of the number: 0 1 2 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("toolkit.baselines.features.CACHE", tmp_path / "features")
-    monkeypatch.setattr("toolkit.baselines.contrastive.CACHE", tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +149,7 @@ def no_long_work(monkeypatch):
         ("dinov2", {}, "Did you mean 'dinov2_"),
         ("dinov2_s", {"protocol": "knnn"}, "Did you mean 'knn'"),
         ("dinov2_s", {"protocol": "zero_shot"}, "protocol of 'dinov2_s'"),
-        ("dinov2_s", {"form": "nf4"}, "for generative baselines"),
+        ("dinov2_s", {"form": "nf4"}, "form of the weights of 'dinov2_s' 'nf4'"),
         ("dinov2_s", {"budget": "20MB"}, "needs .* above the budget of"),
         ("smolvlm_256m", {"protocol": "generate", "form": "nf4_pruned"}, "cannot generate"),
         ("smolvlm_256m", {"budget": "50MB"}, "needs .* above the budget of"),

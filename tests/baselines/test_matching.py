@@ -11,7 +11,7 @@ from PIL import Image
 from tiny_models import tiny_generative
 
 from toolkit import InputError
-from toolkit.baselines.generative import load, prune_vocabulary
+from toolkit.baselines.generative import load
 from toolkit.baselines.matching import NEW_TOKENS, GenerationClassifier, match, normalise
 
 CLASSES = [
@@ -94,7 +94,7 @@ def test_every_class_is_an_answer_for_itself(names, data):
 @pytest.fixture(scope="module")
 def vlm(tmp_path_factory):
     folder = tiny_generative("idefics3", tmp_path_factory.mktemp("idefics3"), CLASSES)
-    return load(folder, "idefics3", dtype=torch.float32, device=torch.device("cpu"))
+    return load(folder, "idefics3", dtype=torch.float32)
 
 
 def test_scores_mark_the_class_that_the_answer_names(vlm, monkeypatch):
@@ -130,11 +130,3 @@ def test_names_that_answers_cannot_tell_apart_are_refused(vlm):
         GenerationClassifier(vlm, ["bus", "?!"])
     with pytest.raises(InputError, match="no class names"):
         GenerationClassifier(vlm, [])
-
-
-def test_a_pruned_vocabulary_cannot_answer(tmp_path):
-    folder = tiny_generative("paligemma", tmp_path, CLASSES)
-    pruned = load(folder, "paligemma", dtype=torch.float32, device=torch.device("cpu"))
-    prune_vocabulary(pruned, pruned.used_tokens(QUESTION, CLASSES))
-    with pytest.raises(InputError, match="pruned vocabulary"):
-        GenerationClassifier(pruned, CLASSES)

@@ -18,15 +18,14 @@ from torch import nn
 from toolkit import InputError
 from toolkit.baselines.architectures import architecture
 from toolkit.baselines.contrastive import PROMPTS_AT_ONCE
+from toolkit.baselines.experiment import BaselineExperiment
 from toolkit.baselines.generative import load, packed_layers, prune_vocabulary
 from toolkit.baselines.memory_estimate import (
     contrastive_estimate,
     estimate,
     estimate_table,
-    first_form_that_fits,
-    fits,
+    form_and_batch,
     generative_estimate,
-    largest_batch,
     nf4_bytes,
     weights_bytes,
 )
@@ -139,8 +138,8 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["idefics3", "paligemma"])  # free and tied embeddings
 def test_weights_are_predicted_to_the_byte(folder, kind):
-    plain = load(folder(kind), kind, dtype=torch.float32, device=CPU)
-    packed = load(folder(kind), kind, dtype=torch.bfloat16, device=CPU, four_bit=True)
+    plain = load(folder(kind), kind, dtype=torch.float32)
+    packed = load(folder(kind), kind, dtype=torch.bfloat16, four_bit=True)
     meta = on_meta(plain.model)
     assert allocated(tensors_of(plain.model)) == weights_bytes(meta, "fp32")
     assert allocated(tensors_of(packed.model)) == weights_bytes(meta, "nf4")
@@ -160,7 +159,7 @@ def test_weights_are_predicted_to_the_byte(folder, kind):
     [("idefics3", 3), ("smolvlm", 1), ("paligemma", 3), ("paligemma2", 3), ("mobilevlm_v2", 3)],
 )
 def test_generative_peaks_are_those_of_real_runs(folder, kind, batch_size):
-    vlm = load(folder(kind), kind, dtype=torch.float32, device=CPU)
+    vlm = load(folder(kind), kind, dtype=torch.float32)
     deeper = copy.deepcopy(vlm.model.config)  # than the two blocks that run on fake tensors
     deeper.text_config.num_hidden_layers = 5
     if kind == "smolvlm":
@@ -205,41 +204,35 @@ def test_feature_peaks_are_those_of_real_runs(demo_model):
 # Choices
 
 
-def test_paligemma_needs_a_pruned_vocabulary_in_two_gigabytes():
-    assert not fits("paligemma", "nf4", "2GB")
-    assert first_form_that_fits("paligemma", "2GB", "cuda") == "nf4_pruned"
+def choice(name: str, budget: str | int, **parameters) -> tuple[str, int]:
+    experiment = BaselineExperiment(baseline=name, budget=budget, device="cpu", **parameters)
+    return form_and_batch(experiment, [f"class {number}" for number in range(100)])[:2]
 
 
-def test_the_smallest_smolvlm_fits_as_it_is():
-    assert first_form_that_fits("smolvlm_256m", "2GB", "cuda") == "bf16"
-    assert first_form_that_fits("smolvlm_256m", "2GB", "cpu") == "fp32"
+def test_the_first_form_that_fits_is_chosen():
+    assert choice("smolvlm_256m", "2GB", batch_size=1) == ("fp32", 1)
+    assert choice("smolvlm_256m", "800MB", batch_size=1) == ("bf16", 1)
+    assert choice("paligemma", "2GB", batch_size=1) == ("nf4_pruned", 1)
+    with pytest.raises(InputError, match="weights in nf4,"):  # answers need every token
+        choice("paligemma", "2GB", protocol="generate")
 
 
 def test_models_that_do_not_fit_are_refused_with_their_estimate():
-    smallest = estimate("smolvlm_256m", "nf4_pruned").total_bytes
-    message = rf"'smolvlm_256m' needs {smallest / 2**20:.1f} MiB .* nf4_pruned .* budget of 47.7 MiB; raise"
-    with pytest.raises(InputError, match=message):
-        first_form_that_fits("smolvlm_256m", "50MB", "cuda")
-    with pytest.raises(InputError, match=r"'demo_vit' needs 1.9 MiB .* fp32 .* budget of 1.0 MiB"):
-        largest_batch("demo_vit", "fp32", "1MiB", at_most=64)
-
-
-def test_four_bits_are_for_generative_models():
-    with pytest.raises(InputError, match="'nf4' is for generative baselines and 'demo_vit' is not"):
-        estimate("demo_vit", "nf4")
-    with pytest.raises(InputError, match="Did you mean 'nf4_pruned'"):
-        estimate("demo_vit", "nf4_prune")
+    with pytest.raises(InputError, match=r"'smolvlm_256m' needs .* nf4_pruned, above the budget of 47.7 MiB"):
+        choice("smolvlm_256m", "50MB")
+    with pytest.raises(InputError, match=r"'demo_vit' needs .* MiB .* fp32, above the budget of 1.0 MiB"):
+        choice("demo_vit", "1MiB", form="fp32")
 
 
 @settings(max_examples=20)
 @given(st.lists(st.integers(2_100_000, 6_000_000), min_size=2, max_size=5).map(sorted))
 def test_more_memory_never_means_a_smaller_batch(budgets):
-    batches = [largest_batch("demo_vit", "fp32", budget, at_most=36) for budget in budgets]
+    batches = [choice("demo_vit", budget, form="fp32", batch_size=36)[1] for budget in budgets]
     assert batches == sorted(batches)
     for budget, batch in zip(budgets, batches):
-        assert fits("demo_vit", "fp32", budget, batch_size=batch)
+        assert estimate("demo_vit", "fp32", batch_size=batch).total_bytes <= budget
         larger = {1: 2, 2: 4, 4: 9, 9: 18, 18: 36}.get(batch)
-        assert larger is None or not fits("demo_vit", "fp32", budget, batch_size=larger)
+        assert larger is None or estimate("demo_vit", "fp32", batch_size=larger).total_bytes > budget
 
 
 def test_sizes_count():

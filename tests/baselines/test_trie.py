@@ -34,7 +34,7 @@ def tiny(tmp_path_factory):
         if kind not in folders:
             write = tiny_mobilevlm if kind.startswith("mobilevlm") else tiny_generative
             folders[kind] = write(kind, tmp_path_factory.mktemp(kind), NAMES)
-        options = {"dtype": torch.float32, "device": torch.device("cpu")} | options
+        options = {"dtype": torch.float32} | options
         return load(folders[kind], kind, **options)
 
     return build
@@ -93,8 +93,6 @@ def test_a_pruned_vocabulary_gives_the_same_sibling_scores(tiny, kind):
     assert pruned.offered == ("sibling",)
     with pytest.raises(InputError, match="unknown aggregation 'sum'"):
         TrieClassifier(vlm, QUESTION, NAMES, "sum")
-    with pytest.raises(InputError, match="pruned to another question or other classes"):
-        TrieClassifier(vlm, QUESTION, [*NAMES, "zebra"])
 
 
 def test_sibling_scores_are_log_probabilities_of_the_classes(model):
@@ -218,15 +216,5 @@ def test_a_node_sees_its_ancestors_and_itself(candidates):
 
 @pytest.mark.parametrize("candidates", [[[1, 2], [1]], [[1, 9], [1, 9]], [[1], []]])
 def test_a_trie_refuses_candidates_that_are_not_alternatives(candidates):
-    with pytest.raises(InputError, match="a candidate begins with another"):
+    with pytest.raises(InputError, match="same tokens, or one begins with the other"):
         Trie(candidates)
-
-
-def test_a_trie_needs_candidates():
-    with pytest.raises(InputError, match="no candidates"):
-        Trie([])
-
-
-def test_pmi_needs_a_table_to_subtract():
-    with pytest.raises(InputError, match="pass null"):
-        aggregate(torch.zeros(1, 2), Trie([[1]]), "pmi")

@@ -1,8 +1,8 @@
 """The architectures of all baselines on torch's meta device: shapes and types, no memory and no download.
 
 So a model's memory can be counted before its weights are downloaded.  open_clip and timm know their
-architectures by name.  The configurations of generative models are files on the hub, some behind a licence;
-their published dimensions are written here, and the tests compare the parameter counts with published ones.
+architectures by name.  The configurations of generative models are files on the hub, some behind a licence:
+what differs from transformers' defaults is here, and the tests compare parameter counts with published ones.
 """
 
 from __future__ import annotations
@@ -34,37 +34,27 @@ def _sizes(width: int, inner: int, depth: int, heads: int, **others: object) -> 
     }
 
 
-_SIGLIP_BASE_512 = _sizes(768, 3072, 12, 12, image_size=512, patch_size=16)
-_SIGLIP_SO400M_384 = _sizes(1152, 4304, 27, 16, image_size=384, patch_size=14)
-_SIGLIP_SO400M_224 = _SIGLIP_SO400M_384 | {
-    "model_type": "siglip_vision_model",
-    "image_size": 224,
-    "vision_use_head": False,
-}
-
+_SIGLIP_BASE = _sizes(768, 3072, 12, 12, image_size=512, patch_size=16)
+_SIGLIP_SO400M = _sizes(1152, 4304, 27, 16, image_size=384, patch_size=14)
 _SMOL_256M = _sizes(576, 1536, 30, 9, num_key_value_heads=3, vocab_size=49280)
 _SMOL_500M = _sizes(960, 2560, 32, 15, num_key_value_heads=5, vocab_size=49280)
-_SMOL_2B = _sizes(2048, 8192, 24, 32, num_key_value_heads=32)
+_SMOL_2B = _sizes(2048, 8192, 24, 32, num_key_value_heads=32, vocab_size=49280)
 # Vision tower, language model, and the side of the square of patches that becomes one image token.
 _SMOL = {
-    "smolvlm_256m": (_SIGLIP_BASE_512, _SMOL_256M, 4),
-    "smolvlm_500m": (_SIGLIP_BASE_512, _SMOL_500M, 4),
-    "smolvlm": (_SIGLIP_SO400M_384, _SMOL_2B | {"vocab_size": 49155}, 3),
-    "smolvlm2_256m": (_SIGLIP_BASE_512, _SMOL_256M, 4),
-    "smolvlm2_500m": (_SIGLIP_BASE_512, _SMOL_500M, 4),
-    "smolvlm2": (_SIGLIP_SO400M_384, _SMOL_2B | {"vocab_size": 49280}, 3),
+    "smolvlm_256m": (_SIGLIP_BASE, _SMOL_256M, 4),
+    "smolvlm_500m": (_SIGLIP_BASE, _SMOL_500M, 4),
+    "smolvlm": (_SIGLIP_SO400M, _SMOL_2B | {"vocab_size": 49155}, 3),
+    "smolvlm2_256m": (_SIGLIP_BASE, _SMOL_256M, 4),
+    "smolvlm2_500m": (_SIGLIP_BASE, _SMOL_500M, 4),
+    "smolvlm2": (_SIGLIP_SO400M, _SMOL_2B, 3),
 }
-_GEMMA = {
-    "paligemma": _sizes(2048, 16384, 18, 8, num_key_value_heads=1, head_dim=256, model_type="gemma"),
-    "paligemma2": _sizes(2304, 9216, 26, 8, num_key_value_heads=4, head_dim=256, model_type="gemma2"),
-}
-_GEMMA_VOCABULARY = 257216  # with 1024 locations, 128 segments and 64 rows of padding
 _MOBILE_LLAMA = {
     "1.7b": _sizes(2048, 5632, 24, 16, vocab_size=32000),
     "3b": _sizes(2560, 6912, 32, 32, vocab_size=32000),
 }
 
 
+@functools.cache
 def architecture(name: str, image_size: int = FEATURES_PX) -> nn.Module:
     """The model of the baseline `name`, float32 on the meta device.  It is shared: do not modify it.
 
@@ -73,18 +63,10 @@ def architecture(name: str, image_size: int = FEATURES_PX) -> nn.Module:
     Raises `InputError` for an unknown name or an impossible `image_size`.
     """
     baseline = baseline_named(name)
-    resizable = baseline.family == "features" and baseline.source not in OWN
-    return _build(baseline, image_size if resizable else None)
-
-
-@functools.cache
-def _build(baseline: Baseline, image_size: int | None) -> nn.Module:
     with torch.device("meta"):
         if baseline.family == "features":
             model = build_backbone(baseline.source, 0, pretrained=False)
-            if image_size:
-                check_image_size(baseline.name, model, image_size)
-                model = build_backbone(baseline.source, 0, pretrained=False, img_size=image_size)
+            resize(baseline.source, model, image_size)
         elif baseline.family == "contrastive":
             model = _contrastive(baseline)
         else:
@@ -92,14 +74,21 @@ def _build(baseline: Baseline, image_size: int | None) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def check_image_size(name: str, model: nn.Module, image_size: int) -> None:
-    """Raise `InputError` if timm's `model` cannot cut images of `image_size` pixels into its patches."""
+def resize(source: str, model: nn.Module, image_size: int) -> None:
+    """Make a vision transformer of timm take images of `image_size` pixels a side; others keep their size.
+
+    Raises `InputError` for a size that does not divide into patches.
+    """
+    if source in OWN or not hasattr(model, "set_input_size") or not hasattr(model, "patch_embed"):
+        return
     patch = model.patch_embed.patch_size[0]
     if image_size < patch or image_size % patch:
         raise InputError(
-            f"{name!r} cuts images into patches of {patch} pixels: set image_size to a multiple of that "
+            f"{source!r} cuts images into patches of {patch} pixels: set image_size to a multiple of that "
             f"instead of {image_size}."
         )
+    model.set_input_size(img_size=image_size)  # position embeddings are interpolated, as on loading
+    model.pretrained_cfg = model.pretrained_cfg | {"input_size": (3, image_size, image_size)}
 
 
 def _contrastive(baseline: Baseline) -> nn.Module:
@@ -136,13 +125,16 @@ def configuration(name: str) -> PreTrainedConfig:
             scale_factor=scale,
             image_token_id=49190,
         )
-    if name in _GEMMA:
-        language = _GEMMA[name]
+    if baseline.kind in ("paligemma", "paligemma2"):
+        sizes = _sizes(2048, 16384, 18, 8, num_key_value_heads=1) if baseline.kind == "paligemma" else {}
+        # The vocabulary: with 1024 locations, 128 segments and 64 rows of padding.
+        language = {"model_type": baseline.kind.removeprefix("pali"), "vocab_size": 257216, **sizes}
+        width = {"paligemma": 2048, "paligemma2": 2304}[baseline.kind]
         return transformers.PaliGemmaConfig(
-            vision_config=_SIGLIP_SO400M_224,
-            text_config={"vocab_size": _GEMMA_VOCABULARY, **language},
-            projection_dim=language["hidden_size"],
-            hidden_size=language["hidden_size"],
+            vision_config=_SIGLIP_SO400M | {"image_size": 224, "vision_use_head": False},
+            text_config=language,
+            projection_dim=width,
+            hidden_size=width,
             image_token_index=257152,
         )
     # Here, because it imports transformers.

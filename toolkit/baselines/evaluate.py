@@ -32,9 +32,8 @@ from toolkit.model import check_fits_weights, seed_everything
 from toolkit.training.evaluation import Evaluation, attempt, evaluate
 from toolkit.training.record import RunRecord
 
-CHOICE_IMAGES = (
-    1000  # most validation images that a scoring rule is chosen on: the pass costs as much as a test
-)
+# Most validation images that a scoring rule is chosen on: the pass costs as much as a test.
+CHOICE_IMAGES = 1000
 
 
 def evaluate_baseline(
@@ -108,11 +107,10 @@ def _contrastive(prepared: Prepared, experiment: BaselineExperiment, splits: Spl
     device, templates = torch.device(experiment.device), prompts.templates(splits.name)
     both = contrastive.load(experiment.weights_source, dtype=prepared.dtype)
     check_fits_weights(both.model.visual, experiment.budget_bytes)
-    model, cost = contrastive.zero_shot(
+    model, prepared.window, prepared.peak_bytes = contrastive.zero_shot(
         both, prompts.class_names(splits), templates, device=device, meter=meter
     )
-    prepared.model, prepared.window, prepared.peak_bytes = model, cost.window, cost.peak_bytes
-    prepared.cached = cost.cached
+    prepared.model = model
     # The model does not compute on the same cores on a GPU.
     workers = min(4, os.cpu_count() or 1) if device.type == "cuda" else 0
     prepared.batches = _batches(
@@ -149,9 +147,9 @@ def _features(prepared: Prepared, experiment: BaselineExperiment, splits: Splits
     prepared.batches = loader(
         splits.test, extractor.data_config, splits.policy, batch_size=prepared.batch_size
     )
-    prepared.window = total([*(part.cost.window for part in parts), window], "prepare")
-    prepared.peak_bytes = max(memory.peak_bytes, *(part.cost.peak_bytes for part in parts))
-    prepared.cached = all(part.cost.cached for part in parts)
+    prepared.window = total([*(part.window for part in parts), window], "prepare")
+    prepared.peak_bytes = max(memory.peak_bytes, *(part.peak_bytes for part in parts))
+    prepared.cached = all(part.cached for part in parts)
     prepared.choices, prepared.val_top1_pct = probe.choices, probe.val_top1_pct
     if experiment.protocol != "centroid":  # it has only a scale
         prepared.selection_rule = "highest validation accuracy"
@@ -167,7 +165,6 @@ def _generative(prepared: Prepared, experiment: BaselineExperiment, splits: Spli
         experiment.weights_source,
         baseline.kind,
         dtype=prepared.dtype,
-        device=torch.device("cpu"),
         four_bit=prepared.form.startswith("nf4"),
         revision=None if experiment.source else baseline.revision,
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from toolkit.baselines.registry import FORMS, FOUR_BIT_FORMS, Baseline, baseline_named
+from toolkit.baselines.registry import Baseline, baseline_named
 from toolkit.budget import format_bytes
 from toolkit.datasets import task_of
 from toolkit.errors import InputError, check_name, option
@@ -46,9 +46,7 @@ class BaselineExperiment(Parameters):
         protocols = self.entry.protocols
         self._set("protocol", self.protocol or protocols[0])
         check_name(f"protocol of {self.baseline!r}", self.protocol, protocols)
-        check_name("form of the weights", self.form, ("auto", *FORMS))
-        if self.form in FOUR_BIT_FORMS and self.family != "generative":
-            raise InputError(f"form {self.form!r} is for generative baselines; use fp32, bf16 or fp16.")
+        check_name(f"form of the weights of {self.baseline!r}", self.form, ("auto", *self.entry.forms))
         if self.form == "nf4_pruned" and self.protocol == "generate":
             raise InputError("a pruned vocabulary cannot generate answers; use protocol 'likelihood'.")
         if self.form == "fp16" and self.device == "cpu":

@@ -6,7 +6,6 @@ them, so that a later run, which reads them, still reports it.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,22 +15,21 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from toolkit import files as paths
-from toolkit.backbones import OWN, build_backbone, data_config
+from toolkit.backbones import build_backbone, data_config
 from toolkit.baselines import hub
-from toolkit.baselines.architectures import check_image_size
-from toolkit.baselines.prepared import Cost, machine, peak_bytes_of
+from toolkit.baselines.architectures import resize
+from toolkit.baselines.prepared import peak_bytes_of
 from toolkit.baselines.probes import GRID_BLOCKS, Probe
 from toolkit.budget import tensors_of
 from toolkit.cache import kept_rows
 from toolkit.datasets import Policy, loader
 from toolkit.errors import InputError
-from toolkit.files import sha256_of
-from toolkit.measure import Meter
+from toolkit.files import CACHE, sha256_of
+from toolkit.measure import Meter, Window
+from toolkit.measure.environment import device_name
 from toolkit.methods.weights import weights_sha256
 from toolkit.training.feature_cache import STORED, Rows, feature_key, records_of
 
-CACHE = paths.CACHE / "features"
 _LOCAL = "local-dir:"
 
 
@@ -48,15 +46,6 @@ class FeatureExtractor(nn.Module):
         self.source, self.dtype = source, dtype
         self.data_config = data_config(model) | {"crop_pct": 1.0}
         self.model = model.to(dtype).eval().requires_grad_(False)
-
-    @functools.cached_property
-    def weights_sha256(self) -> str:
-        """Digest of the backbone, computed once: it is frozen and needed for every split."""
-        return weights_sha256(self.model)
-
-    def train(self, mode: bool = True) -> FeatureExtractor:
-        """Do nothing: the backbone is frozen and stays in evaluation mode."""
-        return super().train(False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """The normed class token; for models without one, the input of their classifier.
@@ -119,31 +108,25 @@ def extractor(source: str, *, dtype: torch.dtype = torch.float32, image_size: in
     Raises `InputError` for an unknown source, weights that cannot be loaded, or a size that does not fit the
     model.
     """
-    local = source.startswith(_LOCAL)
-    model = _build_local(source) if local else build_backbone(source, num_classes=1, pretrained=True)
+    if source.startswith(_LOCAL):
+        with hub.opening(source):
+            model = timm.create_model(source, pretrained=True, num_classes=1)
+    else:
+        model = build_backbone(source, num_classes=1, pretrained=True)
     model.reset_classifier(0)
-    if source not in OWN and hasattr(model, "set_input_size") and hasattr(model, "patch_embed"):
-        check_image_size(source, model, image_size)
-        model.set_input_size(img_size=image_size)
-        model.pretrained_cfg = model.pretrained_cfg | {"input_size": (3, image_size, image_size)}
+    resize(source, model, image_size)
     return FeatureExtractor(source, model, dtype)
-
-
-def _build_local(source: str) -> nn.Module:
-    remedy = (
-        "It must be a folder with config.json and model.safetensors as timm.models.save_for_hf writes them."
-    )
-    with hub.opening(source, remedy):
-        return timm.create_model(source, pretrained=True, num_classes=1)
 
 
 @dataclass(frozen=True)
 class Features:
-    """Features of a split, in its order, on the CPU, and the cost of computing them."""
+    """Features of a split, in its order, on the CPU, and the cost of computing them, now or when `cached`."""
 
     x: torch.Tensor  # (N, D), float16 for a float16 extractor, otherwise float32
     y: torch.Tensor  # (N,) int64
-    cost: Cost
+    window: Window
+    peak_bytes: int
+    cached: bool
 
 
 def features(
@@ -181,19 +164,19 @@ def features(
                         f"features of {extractor.source} are not finite in {extractor.dtype}"
                     )
                 write(records_of(x, labels, precision))
-        return Cost(window, peak_bytes).answer()
+        return {"window": window.to_dict(), "peak_bytes": peak_bytes}
 
-    key = cache_key(extractor, split_hash, policy, batch_size, layers) | machine(device, meter)
-    records, answer, found = kept_rows(cache_folder or CACHE, key, len(split), make)
+    key = cache_key(extractor, split_hash, policy, batch_size, layers) | {"device": device_name(device.type)}
+    records, answer, found = kept_rows(cache_folder or CACHE / "features", key, len(split), make)
     x, y = Rows(records, precision).__getitems__(slice(None))
-    return Features(x, y, Cost.of(answer, found))
+    return Features(x, y, Window(**answer["window"]), answer["peak_bytes"], found)
 
 
 def cache_key(
     extractor: FeatureExtractor, split_hash: str, policy: Policy, batch_size: int, layers: bool
 ) -> dict:
     """All that features depend on, and the batch size, which their memory depends on."""
-    return feature_key(extractor.weights_sha256, split_hash, extractor.data_config, policy) | {
+    return feature_key(weights_sha256(extractor.model), split_hash, extractor.data_config, policy) | {
         "source": extractor.source,
         "config": _config_sha256(extractor.source),
         "features": "layers" if layers else "pooled",

@@ -1,8 +1,7 @@
 """Generative vision-language models behind one interface: prompt in, states and logits out.
 
-The differences between them are here: how a question is put, where an answer begins and ends, from which
-number positions are counted.  The uses are elsewhere: likelihoods of class names in `trie`, free answers in
-`matching`.
+How a question is put, where an answer begins and ends, and from which number positions are counted differs
+between them.  `trie` scores class names, `matching` reads free answers.
 """
 
 from __future__ import annotations
@@ -11,13 +10,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import huggingface_hub
 import torch
 from PIL import Image
 from torch import nn
 
 from toolkit.baselines import hub
-from toolkit.errors import InputError, check_name
+from toolkit.errors import InputError
 from toolkit.methods.qlora import BLOCK_SIZES, quantise
 
 
@@ -25,7 +23,6 @@ from toolkit.methods.qlora import BLOCK_SIZES, quantise
 class Kind:
     """The conventions of a family of models."""
 
-    architecture: tuple[str, str]  # `model_type` of the whole configuration and of its text part
     style: str  # of the prompt: chat | paligemma | mobilevlm
     # Asks the question `{}` about the image.  Chats have a template in their processor, in about these words.
     prompt: str
@@ -35,36 +32,31 @@ class Kind:
     first_position: int = 0
 
 
-_CHAT = {
-    "style": "chat",
-    "prompt": "<|im_start|>User:<image>{}<end_of_utterance>\nAssistant:",
-    "terminator": "<end_of_utterance>",
-    "space": " ",
-}
-_GEMMA = {
-    "style": "paligemma",
-    "prompt": "<image>answer en {}",
-    "terminator": "<eos>",
-    "space": "",
-    "start": "<bos>",
-    "first_position": 1,
-}
-_VICUNA = {
-    "style": "mobilevlm",
+_CHAT = Kind(
+    "chat",
+    prompt="<|im_start|>User:<image>{}<end_of_utterance>\nAssistant:",
+    terminator="<end_of_utterance>",
+    space=" ",
+)
+_GEMMA = Kind(
+    "paligemma", prompt="<image>answer en {}", terminator="<eos>", space="", start="<bos>", first_position=1
+)
+_VICUNA = Kind(
+    "mobilevlm",
     # The conversation of the models' training, asking for a short answer.
-    "prompt": "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    prompt="A chat between a curious user and an artificial intelligence assistant. The assistant gives "
     "helpful, detailed, and polite answers to the user's questions. "
     "USER: <image>\n{}\nAnswer the question using a single word or phrase. ASSISTANT:",
-    "terminator": "</s>",
-    "space": " ",
-}
+    terminator="</s>",
+    space=" ",
+)
 KINDS = {
-    "idefics3": Kind(("idefics3", "llama"), **_CHAT),
-    "smolvlm": Kind(("smolvlm", "llama"), **_CHAT),
-    "paligemma": Kind(("paligemma", "gemma"), **_GEMMA),
-    "paligemma2": Kind(("paligemma", "gemma2"), **_GEMMA),
-    "mobilevlm": Kind(("mobilevlm", "llama"), **_VICUNA),
-    "mobilevlm_v2": Kind(("mobilevlm", "llama"), **_VICUNA),
+    "idefics3": _CHAT,
+    "smolvlm": _CHAT,
+    "paligemma": _GEMMA,
+    "paligemma2": _GEMMA,
+    "mobilevlm": _VICUNA,
+    "mobilevlm_v2": _VICUNA,
 }
 
 
@@ -79,60 +71,38 @@ def load(
     kind: str,
     *,
     dtype: torch.dtype,
-    device: torch.device,
     four_bit: bool = False,
     revision: str | None = None,
 ) -> VisionLanguageModel:
-    """Load the model of a local folder or a hub repository: weights in `dtype`, frozen, on `device`.
+    """Load the model of a local folder or a hub repository on the host: weights in `dtype`, frozen.
 
-    `kind`: one of `KINDS`.  With `four_bit` the linear layers except the last are packed as NF4 before they
-    reach the device; embeddings, norms and arithmetic stay in `dtype`.  `revision`: a commit, branch or tag
-    of the repository.
+    `kind`: one of `KINDS`.  With `four_bit` the linear layers except the last are packed as NF4; embeddings,
+    norms and arithmetic stay in `dtype`.  `revision`: a commit, branch or tag of the repository.
 
-    Raises `InputError` if the repository asks for consent, does not exist, has no such revision or cannot be
-    reached, or if its model is not of this kind.
+    Raises `InputError` if the files cannot be loaded or hold a model with other conventions.
     """
-    check_name("kind of vision-language model", kind, KINDS)
     source = str(source)
-    _reach(source, revision)
-    with hub.opening(source, "Download its files again, all of them."):
+    with hub.opening(source):
         if KINDS[kind].style == "mobilevlm":
             # Here, because it imports transformers, which takes seconds.
             from toolkit.baselines.mobilevlm import load_mobilevlm
 
             model, processor = load_mobilevlm(source, dtype=dtype, revision=revision)
-            if kind != (found := {"ldp": "mobilevlm", "ldpv2": "mobilevlm_v2"}[model.config.projector]):
-                raise InputError(f"{source} holds a model of kind {found!r}; pass that instead of {kind!r}.")
         else:
-            model, processor = _from_pretrained(source, kind, dtype, revision)
+            model, processor = _from_pretrained(source, dtype, revision)
         vlm = VisionLanguageModel(model.eval().requires_grad_(False), processor, kind)
         vlm.prompt("")  # the template may be missing
-    if vlm.terminator not in range(model.get_input_embeddings().weight.shape[0]):
+    if vlm.terminator not in range(vlm.vocabulary):
         raise InputError(f"the tokenizer in {source} does not know {KINDS[kind].terminator!r}.")
     if four_bit:
         quantise(model, list(packed_layers(model)), double_quantisation=True)
-    return vlm.to(device)
+    return vlm
 
 
-def _reach(source: str, revision: str | None) -> None:
-    """Fetch the smallest file from the hub, so that a problem is known at once, by its type."""
-    if not Path(source).is_dir():
-        with hub.reading(source, revision):
-            huggingface_hub.hf_hub_download(source, "config.json", revision=revision)
-
-
-def _from_pretrained(source: str, kind: str, dtype: torch.dtype, revision: str | None):
+def _from_pretrained(source: str, dtype: torch.dtype, revision: str | None):
     import transformers
 
     options = {"revision": revision, "trust_remote_code": False}
-    config = transformers.AutoConfig.from_pretrained(source, **options)
-    found = (config.model_type, config.get_text_config().model_type)
-    if found != KINDS[kind].architecture:
-        fitting = [name for name, known in KINDS.items() if known.architecture == found]
-        raise InputError(
-            f"{source} holds a model of type {' with '.join(found)}, not {kind!r}; "
-            + (f"pass kind {fitting[0]!r}." if fitting else f"supported kinds: {', '.join(KINDS)}.")
-        )
     processor = transformers.AutoProcessor.from_pretrained(source, **options)
     images = processor.image_processor
     if hasattr(images, "max_image_size"):
@@ -219,34 +189,20 @@ class VisionLanguageModel(nn.Module):
     def candidates(self, question: str, names: list[str]) -> list[list[int]]:
         """Token ids of each name as the answer to `question`, terminator included.
 
-        Raises `InputError` if there are no names, for a name without text, for two that are the same tokens,
-        and for one that the tokenizer merges with the end of the prompt.
+        Raises `InputError` for a name that the tokenizer merges with the end of the prompt.
         """
-        if not names:
-            raise InputError("there are no class names to choose among; give at least one.")
         tail = self._tail(question)
         before = self.null_inputs(question)["input_ids"][0, -len(self._encode(tail)) :].tolist()
-        added = self.processor.tokenizer.added_tokens_decoder
-        special = {token for token, content in added.items() if content.special or "<image>" in str(content)}
-        candidates: dict[tuple[int, ...], str] = {}
+        candidates = []
         for name in names:
-            text = " ".join(name.split())
-            whole = self._encode(tail + self.conventions.space + text)
-            if not text or whole[: len(before)] != before or len(whole) == len(before):
+            whole = self._encode(tail + self.conventions.space + " ".join(name.split()))
+            if whole[: len(before)] != before or len(whole) == len(before):
                 raise InputError(
                     f"class {name!r} does not follow the prompt as tokens of its own; rename it, or end the "
                     f"question {question!r} in another way."
                 )
-            answer = whole[len(before) :]
-            if not special.isdisjoint(answer):
-                raise InputError(f"class {name!r} holds a special token of the model; rename it.")
-            ids = (*answer, self.terminator)
-            if ids in candidates:
-                raise InputError(
-                    f"classes {candidates[ids]!r} and {name!r} are the same to the model; rename one."
-                )
-            candidates[ids] = name
-        return [list(ids) for ids in candidates]
+            candidates.append([*whole[len(before) :], self.terminator])
+        return candidates
 
     def used_tokens(self, question: str, names: list[str]) -> list[int]:
         """Ids of all tokens that are needed to score these names, for `prune_vocabulary`."""
@@ -305,13 +261,9 @@ def prune_vocabulary(vlm: VisionLanguageModel, tokens: Iterable[int]) -> None:
     """Keep, in place, only these tokens' rows of embedding and logits (see `vlm.used_tokens`).
 
     The embedding takes 1.05 of PaliGemma's 2.3 GB in four bits.  `vlm` still takes the tokenizer's ids.
-    Probabilities over the vocabulary are lost; those among siblings in a trie are exact.  Prune before moving
-    the model to a device with little memory.
-
-    Raises `InputError` if the vocabulary is pruned already.
+    Probabilities over the vocabulary are lost; those among siblings in a trie are exact.  Prune once, and
+    before moving the model to a device with little memory.
     """
-    if vlm.pruned:
-        raise InputError("the vocabulary is pruned already; load the model again.")
     kept = torch.tensor(sorted(set(tokens)), device=vlm.device)
     embedding, head = vlm.model.get_input_embeddings(), vlm.model.get_output_embeddings()
     tied = head.weight is embedding.weight

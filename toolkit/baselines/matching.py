@@ -14,7 +14,6 @@ from torch import nn
 
 from toolkit.baselines.generative import VisionLanguageModel
 from toolkit.baselines.prompts import check_classes
-from toolkit.errors import InputError
 
 NEW_TOKENS = 16  # a name and a few words around it
 _ARTICLES = {"a", "an", "the"}
@@ -54,13 +53,11 @@ class GenerationClassifier(nn.Module):
     `forward`: `vlm.inputs` of B images, on the model's device -> float32 (B, classes + 1): 1 at the class
     that `match` finds, or in the last column if it finds none, and 0 elsewhere.
 
-    Raises `InputError` for class names that `match` cannot tell apart and for a pruned vocabulary.
+    Raises `InputError` for class names that `match` cannot tell apart.
     """
 
     def __init__(self, vlm: VisionLanguageModel, names: list[str]):
         super().__init__()
-        if vlm.pruned:
-            raise InputError("a model with a pruned vocabulary cannot answer freely; load it again.")
         check_classes(names, normalise)
         self.vlm, self.names = vlm, names
 

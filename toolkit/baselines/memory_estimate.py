@@ -29,12 +29,12 @@ from toolkit.baselines.contrastive import PROMPTS_AT_ONCE
 from toolkit.baselines.experiment import BaselineExperiment
 from toolkit.baselines.generative import capped, packed_layers, prompt_text
 from toolkit.baselines.prompts import check_classes, question
-from toolkit.baselines.registry import BASELINES, FORMS, FOUR_BIT_FORMS, baseline_named
+from toolkit.baselines.registry import BASELINES, FOUR_BIT_FORMS, baseline_named
 from toolkit.baselines.trie import LOGITS_BYTES
 from toolkit.budget import TensorMemory, format_bytes, parse_bytes, tensors_of
 from toolkit.budget.memory import rounded
 from toolkit.budget.step import on_fake_tensors
-from toolkit.errors import InputError, check_name
+from toolkit.errors import InputError
 from toolkit.methods.qlora import BLOCK_SIZES
 
 _PREFERENCE = {"cpu": ("fp32", "bf16", *FOUR_BIT_FORMS), "cuda": ("bf16", *FOUR_BIT_FORMS)}
@@ -63,7 +63,6 @@ def estimate(
     batch_size: int = 1,
     classes: int = 100,
     image_size: int = FEATURES_PX,
-    prompt_tokens: int | None = None,
     class_tokens: int | None = None,
 ) -> MemoryEstimate:
     """Memory for evaluating the baseline `name` with weights in `form` and `batch_size` images at a time.
@@ -71,70 +70,18 @@ def estimate(
     contrastive: the larger of two phases, the text tower that writes the classifier of `classes` columns
     and the image tower that uses it.  features: the backbone on images of `image_size` pixels a side.
     generative: image tower, pass of the prompt, pass of all class names (see `trie`); images of one tile.
-    `prompt_tokens`: of the text around the image; `class_tokens`: of all class names together, which bounds
-    the nodes of their trie; both are estimated if not given.
-
-    Raises `InputError` for an unknown name or form, and for four bits of a model that is not generative.
+    `class_tokens`: of all class names together, which bounds the nodes of their trie; estimated by default.
     """
-    baseline = baseline_named(name)
-    check_name("form of the weights", form, FORMS)
-    if form in FOUR_BIT_FORMS and baseline.family != "generative":
-        raise InputError(
-            f"form {form!r} is for generative baselines and {name!r} is not one; use fp32, bf16 or fp16."
-        )
     if form == "fp16":  # takes the same, but not all CPU kernels have it
         form = "bf16"
-    model = architecture(name, image_size)
+    model, baseline = architecture(name, image_size), baseline_named(name)
     if baseline.family == "contrastive":
         return contrastive_estimate(model, form, batch_size, classes)
     if baseline.family == "features":
         return features_estimate(model, form, batch_size)
-    if prompt_tokens is None:
-        prompt_tokens = estimated_tokens(prompt_text(baseline.kind, question("digits")))
+    prompt_tokens = estimated_tokens(prompt_text(baseline.kind, question("digits")))
     nodes = TOKENS_PER_CLASS * classes if class_tokens is None else class_tokens
     return generative_estimate(model, form, batch_size, prompt_tokens, nodes)
-
-
-def fits(name: str, form: str, budget: int | str, **sizes: int) -> bool:
-    """Whether `estimate(name, form, **sizes)` is within `budget`, bytes or what `parse_bytes` reads."""
-    return estimate(name, form, **sizes).total_bytes <= parse_bytes(budget)
-
-
-def first_form_that_fits(name: str, budget: int | str, device_type: str, **sizes: int) -> str:
-    """The best form of the weights within `budget` on `device_type` cpu or cuda; `sizes` as for `estimate`.
-
-    In turn: fp32 (on the CPU), bf16, and for generative models nf4 and nf4_pruned.  Raises `InputError`,
-    with the smallest estimate, if none fits.
-    """
-    generative = baseline_named(name).family == "generative"
-    forms = [form for form in _PREFERENCE[device_type] if generative or form not in FOUR_BIT_FORMS]
-    for form in forms:
-        if fits(name, form, budget, **sizes):
-            return form
-    smallest = min(forms, key=lambda form: estimate(name, form, **sizes).total_bytes)
-    raise _too_large(name, smallest, budget, sizes)
-
-
-def largest_batch(name: str, form: str, budget: int | str, at_most: int, **sizes: int) -> int:
-    """`at_most` images at a time, halved until they fit `budget`; `sizes` as for `estimate`.
-
-    Raises `InputError`, with the estimate, if not even one image fits.
-    """
-    batch_size = at_most
-    while not fits(name, form, budget, batch_size=batch_size, **sizes):
-        if batch_size == 1:
-            raise _too_large(name, form, budget, sizes)
-        batch_size //= 2
-    return batch_size
-
-
-def _too_large(name: str, form: str, budget: int | str, sizes: dict[str, int]) -> InputError:
-    least = estimate(name, form, **sizes)
-    whole, weights, limit = map(format_bytes, (least.total_bytes, least.weights_bytes, parse_bytes(budget)))
-    return InputError(
-        f"{name!r} needs {whole} of device memory with weights in {form} ({weights} of it), above the budget "
-        f"of {limit}; raise the budget or choose a smaller model: `python -m toolkit baselines` lists them."
-    )
 
 
 def form_and_batch(
@@ -142,28 +89,42 @@ def form_and_batch(
 ) -> tuple[str, int, int | None]:
     """Form of the weights, images at a time and predicted peak bytes, from the architecture alone.
 
-    `classes`: names; without them the prediction is a lower bound.  It covers the passes over images and
-    class names: features that a probe is fitted to, and kNN's, come on top.  Nothing is predicted (None) for
-    weights from a folder, whose `auto` form is fp32 on the CPU and bf16 on a GPU.
+    The form `auto` is the first of fp32 (on the CPU), bf16, and for generative models nf4 and nf4_pruned that
+    fits the budget with one image at a time; the batch is halved until it fits.  `classes`: names; without
+    them the prediction is a lower bound.  It covers the passes over images and class names: features that a
+    probe is fitted to, and kNN's, come on top.  Nothing is predicted (None) for weights from a folder, whose
+    `auto` form is the first.
 
     Raises `InputError` for unusable names, and if no form, or not the one that was asked for, fits the
     budget.
     """
     check_classes(classes)
-    auto = experiment.form == "auto"
+    forms = [form for form in _PREFERENCE[experiment.device] if form in experiment.entry.forms]
+    if experiment.protocol == "generate":  # answers need every token
+        forms.remove("nf4_pruned")
+    if experiment.form != "auto":
+        forms = [experiment.form]
     if experiment.source:
-        first = "fp32" if experiment.device == "cpu" else "bf16"
-        return first if auto else experiment.form, experiment.batch_size, None
+        return forms[0], experiment.batch_size, None
     sizes = {"classes": len(classes), "image_size": experiment.image_size}
     if experiment.family == "generative":
         sizes["class_tokens"] = sum(map(estimated_tokens, classes))
-    name, budget, form = experiment.baseline, experiment.budget_bytes, experiment.form
-    if auto:
-        form = first_form_that_fits(name, budget, experiment.device, **sizes)
-        if form == "nf4_pruned" and experiment.protocol == "generate":
-            form = "nf4"  # answers need every token; `largest_batch` raises if that does not fit
-    batch = largest_batch(name, form, budget, experiment.batch_size, **sizes)
-    return form, batch, estimate(name, form, batch_size=batch, **sizes).total_bytes
+
+    def peak_bytes(form: str, batch_size: int = 1) -> int:
+        return estimate(experiment.baseline, form, batch_size=batch_size, **sizes).total_bytes
+
+    form = next((form for form in forms if peak_bytes(form) <= experiment.budget_bytes), None)
+    if form is None:
+        form = min(forms, key=peak_bytes)
+        need, limit = format_bytes(peak_bytes(form)), format_bytes(experiment.budget_bytes)
+        raise InputError(
+            f"{experiment.baseline!r} needs {need} of device memory with weights in {form}, above the budget "
+            f"of {limit}; raise the budget or choose a model that `python -m toolkit baselines` shows to fit."
+        )
+    batch_size = experiment.batch_size
+    while peak_bytes(form, batch_size) > experiment.budget_bytes:
+        batch_size //= 2
+    return form, batch_size, peak_bytes(form, batch_size)
 
 
 def estimate_table(budget: int | str = "2GB", names: Iterable[str] | None = None) -> pd.DataFrame:
@@ -176,8 +137,7 @@ def estimate_table(budget: int | str = "2GB", names: Iterable[str] | None = None
     for name in BASELINES if names is None else names:
         parameters = sum(p.numel() for p in architecture(name).parameters())
         baseline = baseline_named(name)
-        generative = baseline.family == "generative"
-        for form in FORMS if generative else [form for form in FORMS if form not in FOUR_BIT_FORMS]:
+        for form in baseline.forms:
             one = estimate(name, form)
             rows.append(
                 {
@@ -274,7 +234,6 @@ def _counted(
             yield fake, memory
 
 
-@functools.cache
 def features_estimate(model: nn.Module, form: str, batch_size: int) -> MemoryEstimate:
     """`estimate` for a frozen backbone on images of its own size."""
     dtype = _compute_dtype(form)
@@ -284,7 +243,6 @@ def features_estimate(model: nn.Module, form: str, batch_size: int) -> MemoryEst
     return MemoryEstimate(weights_bytes(model, form), 0, memory.peak_bytes)
 
 
-@functools.cache
 def contrastive_estimate(model: nn.Module, form: str, batch_size: int, classes: int) -> MemoryEstimate:
     """`estimate` for open_clip's `model`, of which one tower at a time is on the device."""
     dtype = _compute_dtype(form)

@@ -6,13 +6,13 @@ parameters.  Their repositories hold pickled weights and a configuration that tr
 Except for the projector the model is LLaVA, so the weights are renamed and loaded into LLaVA with that
 projector.
 
-Importing this module imports transformers, which takes seconds: do it where the model is needed.
+Importing this module imports transformers, which takes seconds: import it where the model is needed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -51,7 +51,7 @@ CLIP_VIT_L_14_336 = {
     "projection_dim": 768,
 }
 
-# The models that this module can build, in the words of the repositories' config.json ...
+# The models that this module can build, in the words of the repositories' config.json.
 _EXPECTED = {
     "model_type": "mobilevlm",
     "mm_vision_select_layer": -2,
@@ -60,41 +60,17 @@ _EXPECTED = {
     "mm_use_im_patch_token": False,
     "image_aspect_ratio": "pad",
 }
-# ... and the values that it reads from there.
 _PROJECTOR_TYPES = {"ldpnet": "ldp", "ldpnetv2": "ldpv2"}
-_TEXT_KEYS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "rope_theta",
-    "rope_scaling",
-    "tie_word_embeddings",
-    "bos_token_id",
-    "eos_token_id",
-)
-
-_ROPE = {"rope_theta": 10000.0, "rope_scaling": None}  # LLaMA's, which older files leave out
-
 _VISION_TOWER = "model.vision_tower.vision_tower.vision_model."
-_PREFIXES = {  # of the names of weights: here, and in the repositories
-    "lm_head.": "lm_head.",
-    "model.language_model.": "model.",
-    "model.vision_tower.": _VISION_TOWER,
-}
-_PROJECTOR_PREFIXES = {  # likewise, after `model.multi_modal_projector.` and `model.mm_projector.`
-    "ldp": {
-        "mlp.0.": "model.mlp.1.",
-        "mlp.2.": "model.mlp.3.",
-        "blocks.0.": "model.mb_block.1.",
-        "blocks.1.": "model.mb_block.2.",
-    },
-    "ldpv2": {"mlp.": "mlp.mlp.", "position.": "peg.peg.0."},
+_PREFIXES = {  # of the names of weights: in the repositories, and here; the first that fits counts
+    _VISION_TOWER: "model.vision_tower.",
+    "model.mm_projector.model.mlp.1.": "model.multi_modal_projector.mlp.0.",
+    "model.mm_projector.model.mlp.3.": "model.multi_modal_projector.mlp.2.",
+    "model.mm_projector.model.mb_block.1.": "model.multi_modal_projector.blocks.0.",
+    "model.mm_projector.model.mb_block.2.": "model.multi_modal_projector.blocks.1.",
+    "model.mm_projector.mlp.mlp.": "model.multi_modal_projector.mlp.",
+    "model.mm_projector.peg.peg.0.": "model.multi_modal_projector.position.",
+    "model.": "model.language_model.",
 }
 _NOT_WEIGHTS = (".rotary_emb.inv_freq", ".position_ids")  # computed, not learnt
 
@@ -187,7 +163,7 @@ def convert_config(upstream: dict) -> MobileVLMConfig:
     """The configuration for a repository's config.json.
 
     That file only names the vision tower; its dimensions are those of `CLIP_VIT_L_14_336`, unless the file
-    has a `vision_config`.  Raises `InputError` for missing values and for another kind of model.
+    has a `vision_config`.  Raises `InputError` for another kind of model.
     """
     wrong = [key for key, value in _EXPECTED.items() if upstream.get(key) != value]
     if upstream.get("mm_projector_type") not in _PROJECTOR_TYPES:
@@ -195,53 +171,28 @@ def convert_config(upstream: dict) -> MobileVLMConfig:
     if wrong:
         found = ", ".join(f"{key} {upstream.get(key)!r}" for key in wrong)
         raise InputError(f"config.json does not describe a MobileVLM that can be built here: it has {found}.")
-    upstream = {"num_key_value_heads": upstream.get("num_attention_heads"), **_ROPE, **upstream}
-    missing = [key for key in _TEXT_KEYS if key not in upstream]
-    if missing:
-        raise InputError(f"config.json of MobileVLM lacks {', '.join(missing)}; download it again.")
-    text = {key: upstream[key] for key in _TEXT_KEYS}
+    names = {field.name for field in dataclasses.fields(LlamaConfig)} | {"rope_theta", "rope_scaling"}
+    text = {name: value for name, value in upstream.items() if name in names}
     # Padding is `</s>`: with `<unk>` transformers would take the image's placeholders for padding.
+    text = LlamaConfig(**text | {"pad_token_id": upstream.get("eos_token_id")})
     return MobileVLMConfig(
         projector=_PROJECTOR_TYPES[upstream["mm_projector_type"]],
-        text_config=LlamaConfig(**text, pad_token_id=text["eos_token_id"]),
+        text_config=text,
         vision_config=CLIPVisionConfig(**upstream.get("vision_config", CLIP_VIT_L_14_336)),
-        tie_word_embeddings=text["tie_word_embeddings"],
+        tie_word_embeddings=text.tie_word_embeddings,
     )
 
 
-def convert_state_dict(upstream: dict[str, torch.Tensor], config: MobileVLMConfig) -> dict[str, torch.Tensor]:
-    """A repository's weights under their names in `MobileVLM(config)`.
-
-    Tensors that are computed (rotary frequencies, position indices) are dropped.  Raises `InputError` with
-    the names that are unexpected, missing or of another shape.
-    """
-    with torch.device("meta"):
-        own = MobileVLM(config).state_dict()
-    names = {_published_name(name, config.projector): name for name in own}
-    given = {name for name in upstream if not name.endswith(_NOT_WEIGHTS)}
-    problems = {
-        "missing": sorted(names.keys() - given),
-        "unexpected": sorted(given - names.keys()),
-        "of another shape": sorted(
-            name for name in names.keys() & given if upstream[name].shape != own[names[name]].shape
-        ),
-    }
-    found = [f"{len(wrong)} {kind} ({', '.join(wrong[:3])})" for kind, wrong in problems.items() if wrong]
-    if found:
-        raise InputError(
-            f"the weights are not those of the MobileVLM in config.json: {'; '.join(found)}. "
-            "Use both files of one published revision."
-        )
-    return {own_name: upstream[name] for name, own_name in names.items()}
+def convert_state_dict(upstream: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A repository's weights under their names in `MobileVLM`, without tensors that are computed."""
+    return {_own_name(name): value for name, value in upstream.items() if not name.endswith(_NOT_WEIGHTS)}
 
 
-def _published_name(name: str, projector: str) -> str:
-    prefixes = _PREFIXES | {
-        f"model.multi_modal_projector.{here}": f"model.mm_projector.{there}"
-        for here, there in _PROJECTOR_PREFIXES[projector].items()
-    }
-    prefix = next(prefix for prefix in prefixes if name.startswith(prefix))
-    return prefixes[prefix] + name.removeprefix(prefix)
+def _own_name(name: str) -> str:
+    for there, here in _PREFIXES.items():
+        if name.startswith(there):
+            return here + name.removeprefix(there)
+    return name
 
 
 class MobileVLMProcessor:
@@ -263,22 +214,14 @@ class MobileVLMProcessor:
     ) -> BatchFeature:
         """Input ids and mask (B, tokens), pixel values (B, 3, size, size) float32.
 
-        Each prompt has one `<image>`, which becomes 144 placeholders.  Shorter prompts are padded on the
-        left with `</s>`.  Raises `InputError` if images and prompts do not match.
+        The prompts are alike: each has one `<image>`, which becomes 144 placeholders.
         """
-        if len(images) != len(text) or any(prompt.count("<image>") != 1 for prompt in text):
-            raise InputError(
-                f"MobileVLM takes one image per prompt and <image> once in each; got {len(images)} images "
-                f"and {len(text)} prompts with {[prompt.count('<image>') for prompt in text]} of them."
-            )
         rows = [self._ids(prompt) for prompt in text]
-        longest = max(map(len, rows))
-        padding = [longest - len(row) for row in rows]
         pixels = self.image_processor([_square(image) for image in images], return_tensors=return_tensors)
         return BatchFeature(
             {
-                "input_ids": [[self.tokenizer.eos_token_id] * n + row for n, row in zip(padding, rows)],
-                "attention_mask": [[0] * n + [1] * len(row) for n, row in zip(padding, rows)],
+                "input_ids": rows,
+                "attention_mask": [[1] * len(row) for row in rows],
                 "pixel_values": pixels["pixel_values"],
             },
             tensor_type=return_tensors,
@@ -303,58 +246,45 @@ def load_mobilevlm(
 ) -> tuple[MobileVLM, MobileVLMProcessor]:
     """Load a published MobileVLM or MobileVLM V2, on the host, in evaluation mode.
 
-    `source` is a repository of the Hugging Face hub, at `revision`, or a folder with the same files.  The
-    weights of the vision tower are the checkpoint's; for a checkpoint of MobileVLM (not V2) without them,
-    they are those of the `mm_vision_tower` in config.json, with which it was trained.
+    `source` is a repository of the Hugging Face hub, at `revision`, or a folder with the same files.  A
+    checkpoint of MobileVLM (not V2) lacks the weights of the vision tower: they are those of the
+    `mm_vision_tower` in config.json, with which it was trained.
 
-    Raises `InputError` if the repository, the revision, the network or a file is missing, or a file is not
-    what it should be.
+    Raises what its libraries raise for files that are missing or damaged (see `hub.opening`), and
+    `InputError` for files of another model.
     """
     folder = Path(source)
     if not folder.is_dir():
         patterns = ["*.json", "*.bin", "tokenizer.model"]
-        with hub.reading(str(source), revision):
-            folder = Path(
-                huggingface_hub.snapshot_download(str(source), revision=revision, allow_patterns=patterns)
-            )
-    with hub.opening(folder, "Delete its files and download them again, all of one published revision."):
-        upstream = json.loads((folder / "config.json").read_text())
-        config = convert_config(upstream)
-        weights = _read_weights(folder)
-        if config.projector == "ldp" and not any(name.startswith(_VISION_TOWER) for name in weights):
-            weights |= _tower_weights(upstream["mm_vision_tower"], dtype)
-        state = convert_state_dict(weights, config)
-        (folder / "tokenizer.model").stat()  # without the file transformers makes an empty tokenizer
-        tokenizer = LlamaTokenizer.from_pretrained(folder)
-    model = MobileVLM.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
-    return model, MobileVLMProcessor(tokenizer, config.vision_config.image_size)
-
-
-def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors by name, mapped into memory: each is read on first use.
-
-    Pickles that hold anything else, such as code, are refused.
-    """
-    index = folder / "pytorch_model.bin.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = ["pytorch_model.bin"]
+        folder = Path(
+            huggingface_hub.snapshot_download(str(source), revision=revision, allow_patterns=patterns)
+        )
+    upstream = json.loads((folder / "config.json").read_text())
+    config = convert_config(upstream)
     weights = {}
-    for path in [folder / name for name in names]:
-        mapped = zipfile.is_zipfile(path)  # torch's older format cannot be mapped
-        weights |= torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    return weights
+    for path in sorted(folder.glob("pytorch_model*.bin")):
+        # Tensors are read on first use; pickles that hold anything else, such as code, are refused.
+        weights |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if config.projector == "ldp" and not any(name.startswith(_VISION_TOWER) for name in weights):
+        weights |= _tower_weights(upstream["mm_vision_tower"], dtype)
+    (folder / "tokenizer.model").stat()  # without the file transformers makes an empty tokenizer
+    tokenizer = LlamaTokenizer.from_pretrained(folder)
+    model, loading = MobileVLM.from_pretrained(
+        None, config=config, state_dict=convert_state_dict(weights), dtype=dtype, output_loading_info=True
+    )
+    for problem in ("missing_keys", "unexpected_keys"):
+        if loading[problem]:
+            raise InputError(
+                f"the weights in {folder} are not those of its config.json: {problem.replace('_', ' ')} such "
+                f"as {min(loading[problem])}. Use both files of one published revision."
+            )
+    return model, MobileVLMProcessor(tokenizer, config.vision_config.image_size)
 
 
 def _tower_weights(tower: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Weights of a published CLIP's vision tower under their names in checkpoints of MobileVLM V2."""
-    remedy = (
-        "Connect to the Hugging Face hub once so that it is cached, or name a folder with its files as "
-        "mm_vision_tower in config.json."
-    )
-    with hub.opening(f"the vision tower {tower}", remedy):
+    with hub.opening(f"the vision tower {tower}"):
         model, loading = CLIPVisionModel.from_pretrained(tower, dtype=dtype, output_loading_info=True)
     if loading["missing_keys"]:
-        raise InputError(f"the vision tower {tower} lacks {sorted(loading['missing_keys'])[0]}.")
+        raise InputError(f"the vision tower {tower} lacks {min(loading['missing_keys'])}.")
     return {_VISION_TOWER + name: value for name, value in model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""A baseline ready for its test pass, and the cost of getting it there."""
+"""A baseline ready for its test pass, with the cost of preparing it."""
 
 from __future__ import annotations
 
@@ -10,36 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from toolkit.budget import device_memory
-from toolkit.measure import Meter, Window
-from toolkit.measure.environment import device_name
+from toolkit.measure import Window
 from toolkit.training.feature_cache import STORED
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Time and energy (`window`) and peak device memory of a computation; `cached`: in an earlier run."""
-
-    window: Window
-    peak_bytes: int
-    cached: bool = False
-
-    @classmethod
-    def of(cls, answer: dict, cached: bool) -> Cost:
-        """The cost in a cache's answer."""
-        return cls(Window(**answer["window"]), answer["peak_bytes"], cached)
-
-    def answer(self) -> dict:
-        """The cost as `toolkit.cache` keeps it."""
-        return {"window": self.window.to_dict(), "peak_bytes": self.peak_bytes}
-
-
-def machine(device: torch.device, meter: Meter) -> dict:
-    """The part of a cache key that costs depend on, and results do not."""
-    return {
-        "device": device_name(device.type),
-        "threads": torch.get_num_threads(),
-        "sensor": meter.gpu.name if meter.gpu else None,
-    }
 
 
 def peak_bytes_of(device: torch.device, tensors: Iterable[torch.Tensor], run: Callable[[], object]) -> int:
@@ -57,10 +29,7 @@ def peak_bytes_of(device: torch.device, tensors: Iterable[torch.Tensor], run: Ca
 
 @dataclass
 class Prepared:
-    """A baseline ready for its test pass, and the cost of preparing it.
-
-    `status`: ok, oom or nan; without ok there is no `model`.
-    """
+    """A baseline ready for its test pass; `status` is ok, oom or nan, and without ok there is no `model`."""
 
     form: str  # of the weights
     batch_size: int
@@ -77,7 +46,7 @@ class Prepared:
     choices: dict = field(default_factory=dict)  # chosen settings, or validation accuracies to choose by
     val_top1_pct: float | None = None  # of the choice
     selection_rule: str = "nothing to choose"
-    cached: bool | None = None  # features or classifier: then `window` is of the run that computed them
+    cached: bool | None = None  # whether features were: then `window` is of the run that computed them
     fitted: int = 0  # numbers that were fitted to training images
     unmatched_pct: float | None = None  # test images whose generated answer names no class
     weights_sha256: str = ""

@@ -47,12 +47,3 @@ def check_classes(names: Sequence[str], words_of: Callable[[str], str] = _words)
         if words in seen:
             raise InputError(f"classes {seen[words]!r} and {name!r} read alike; rename one of them.")
         seen[words] = name
-
-
-def check_templates(templates: Sequence[str]) -> None:
-    """Raise `InputError` if there are no templates, or one that has no place `{}` for the class."""
-    if not templates:
-        raise InputError("there are no prompt templates; give at least one, such as 'a photo of a {}.'.")
-    for template in templates:
-        if "{}" not in template:
-            raise InputError(f"prompt template {template!r} has no {{}} where the class belongs; add it.")

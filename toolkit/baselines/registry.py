@@ -36,6 +36,11 @@ class Baseline:
         """The protocols that it can be evaluated by; the first is the default."""
         return PROTOCOLS[self.family]
 
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """The forms that its weights can have: only generative models are packed in four bits."""
+        return FORMS if self.family == "generative" else ("fp32", "bf16", "fp16")
+
 
 _GEMMA = {"license": "gemma", "gated": True}
 _SMOL = "HuggingFaceTB/Smol"

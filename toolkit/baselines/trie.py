@@ -32,13 +32,10 @@ class Trie:
     the root first.  `paths`: int64 (classes, longest), each class's nodes from the first token to the
     last, then zeros.  `lengths`: int64 (classes,), in tokens.
 
-    Raises `InputError` if there are no candidates or if one is the start of another: the two are then not
-    alternatives (end all with the same terminator, which occurs nowhere else).
+    Raises `InputError` if a candidate is another, or its start: the two are then not alternatives.
     """
 
     def __init__(self, candidates: list[list[int]]):
-        if not candidates:
-            raise InputError("there are no candidates to choose among; give at least one.")
         tokens, parents, depths, paths = [0], [0], [0], [[] for _ in candidates]
         ends = [0] * len(candidates)  # the node that each candidate has reached
         for depth in range(max(map(len, candidates))):
@@ -55,7 +52,7 @@ class Trie:
                 depths.append(depth + 1)
         inner = sorted(set(parents[1:]))
         if len(set(ends)) < len(ends) or not set(ends).isdisjoint({0, *inner}):
-            raise InputError("a candidate begins with another; end each with the same terminator.")
+            raise InputError("two classes are the same tokens, or one begins with the other; rename one.")
         self.tokens, self.parents, self.depths = map(torch.tensor, (tokens, parents, depths))
         self.inner = torch.tensor(inner)
         self.lengths = torch.tensor([len(path) for path in paths])
@@ -127,10 +124,7 @@ def aggregate(table: torch.Tensor, trie: Trie, how: str, null: torch.Tensor | No
     chooses only among the trie's continuations, as in constrained decoding; these are probabilities of the
     classes, so their exponentials sum to 1.
     """
-    check_name("aggregation", how, AGGREGATIONS)
     if how == "pmi":
-        if null is None:
-            raise InputError("aggregation 'pmi' needs the table of an image without content; pass null.")
         return aggregate(table, trie, "sum") - aggregate(null, trie, "sum")
     if how == "sibling":
         table = _among_siblings(table, trie)
@@ -155,9 +149,8 @@ class TrieClassifier(nn.Module):
     `forward`: `vlm.inputs` of B images, on the model's device -> float32 scores (B, classes), combined by
     `aggregation` (see `aggregate`).  `choices`: accuracy in % of each aggregation that `choose` tried.
 
-    Raises `InputError` for names that cannot be told apart (see `vlm.candidates`), and, if the vocabulary was
-    pruned, for names that need other tokens and for an aggregation other than `sibling`: the others need the
-    probabilities of the removed tokens.
+    Raises `InputError` for names that are the same tokens, and, if the vocabulary was pruned, for an
+    aggregation other than `sibling`: the others need the probabilities of the removed tokens.
     """
 
     def __init__(
@@ -169,10 +162,6 @@ class TrieClassifier(nn.Module):
         self.offered = ("sibling",) if vlm.pruned else AGGREGATIONS
         self.aggregation = check_name("aggregation", aggregation, self.offered)
         self.choices: dict[str, float] = {}
-        if (vlm.rows(torch.tensor(vlm.used_tokens(question, names))) < 0).any():
-            raise InputError(
-                "the vocabulary was pruned to another question or other classes; load the model again."
-            )
 
     def forward(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return self._aggregated(score_trie(self.vlm, inputs, self.trie), self.aggregation)
