@@ -116,7 +116,7 @@ def test_one_setting_outside_is_enough_against_a_claim():
         runs("lora"), runs("lora", "threshold", train_peak_bytes=bad),
     )  # fmt: skip
     found = verdict(frame, "43 to 79 %")
-    assert found.verdict == REFUTED and "1 of 2 settings" in found.why
+    assert found.verdict == REFUTED and found.why.startswith("of 2 settings 1 meet")
     assert found.ours == "2 settings, from −50.0 % [=] (full) to −10.0 % [=] (lora)"
 
 
@@ -161,14 +161,14 @@ def test_frozen_features_against_the_best_fine_tuned(accuracy, expected):
 
 def test_another_frozen_model_is_not_dinov2():
     found = verdict(both(runs(), baseline("demo_vit", "knn", 99.0)), "DINOv2")
-    assert found.verdict == UNTESTED and "another frozen model" in found.why and "demo_vit" in found.ours
+    assert found.verdict == UNTESTED and "no finished run of a dinov2 baseline" in found.why
 
 
 @pytest.mark.parametrize(("accuracy", "expected"), [(60.0, SUPPORTED), (95.0, REFUTED)])
 def test_generative_models(accuracy, expected):
     frame = both(runs(), baseline("smolvlm", "likelihood", accuracy))
     assert verdict(frame, "vision-language").verdict == expected
-    assert verdict(runs(), "vision-language").why == "no finished run of a baseline of this kind"
+    assert "baseline of this kind" in verdict(runs(), "vision-language").why
 
 
 def test_models_that_saw_other_data_are_not_compared():

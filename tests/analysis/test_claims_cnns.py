@@ -96,7 +96,7 @@ def test_all_four_methods_are_needed():
 def test_settings_that_full_does_not_have_are_paired():
     frame = both(runs(), *(runs("norm", -38, clip_rank=True, rank=rank) for rank in (2, 4)))
     found = verdict(frame, "up to 40 points")
-    assert found.verdict == SUPPORTED and "largest loss of 2 settings" in found.ours and "−38" in found.ours
+    assert found.verdict == SUPPORTED and found.ours.startswith("2 settings") and "−38" in found.ours
 
 
 @pytest.mark.parametrize(("change", "expected"), [(-36, SUPPORTED), (-60, SUPPORTED), (-5, UNTESTED)])
@@ -143,7 +143,7 @@ def test_epochs_to_a_common_accuracy_are_compared(tmp_path, lora, expected):
         (tmp_path / method / "record.json").write_text(json.dumps({"curves": {"history": history}}))
     frame = both(*(runs(method, folder=str(tmp_path / method)) for method in curves))
     found = verdict(frame, "iterations")
-    assert found.verdict == expected and found.n == 3 and "GaLore's epochs" in found.ours
+    assert found.verdict == expected and found.n == 3 and "more epochs than GaLore" in found.ours
     assert verdict(frame[frame.seed < 2], "iterations").verdict == UNTESTED
 
 
@@ -154,7 +154,7 @@ def test_memory_of_lora_is_judged_by_the_true_peak_at_each_batch():
 
     found = costs_judged(figures)
     assert found["LoRA", "batch 1"].verdict == SUPPORTED and found["LoRA", "batch 16"].verdict == REFUTED
-    assert "mobilenetv2_100 −20 % (+0 % by sum of maxima)" in found["LoRA", "batch 1"].ours
+    assert "mobilenetv2_100 −20 %, +0 % by sum of maxima" in found["LoRA", "batch 1"].ours
 
 
 @pytest.mark.parametrize(("true", "expected"), [(15, SUPPORTED), (200, REFUTED)])

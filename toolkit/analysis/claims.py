@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pandas as pd
 import scipy.stats
 
-from toolkit.analysis.statistics import change, interval
+from toolkit.analysis.statistics import COSTS, FIGURES, change, interval
 
 ENOUGH = 3  # pairs that a verdict needs
 SUPPORTED, REFUTED, UNTESTED = "✓ supported", "✗ not supported", "○ not tested here"
@@ -74,18 +74,51 @@ def _where(part: pd.DataFrame, paper: Paper) -> str:
     return text + (f"; not the paper's {' and '.join(others)}" if others else "")
 
 
-def wider(half_width: float, n: int, settings: int) -> float:
-    """Half width of one of `settings` intervals that hold together with 95 % (Bonferroni)."""
+def named(table: pd.DataFrame) -> list[dict]:
+    """Rows of `differences`, each with a `name`: what tells it from the others."""
+    varying = [name for name in table if name not in FIGURES and table[name].nunique() > 1]
+    return [row | {"name": ", ".join(str(row[name]) for name in varying)} for row in table.to_dict("records")]
+
+
+def decide(
+    quantity: str, rows: Sequence[dict], published: tuple[float, float], rule: str = "all"
+) -> Evidence:
+    """One verdict over all `rows` (mean, half_width, n, name) on a change that was `published` as a range.
+
+    `rule`: "all" rows have to be in the range; "some": one is enough, and all have to be outside to refute;
+    "up to": one is enough, and nothing refutes.  Intervals are widened so that together they hold with 95 %.
+    """
+    rows = sorted(rows, key=lambda row: row["mean"])
+    verdicts, texts, fewest = [], [], int(min(row["n"] for row in rows))
+    for row in rows:
+        low, high, text = ends_and_text(quantity, row, len(rows))
+        verdicts.append(meets(low, high, published) if row["n"] >= ENOUGH else UNTESTED)
+        texts.append(text + (f" ({row['name']})" if row["name"] else ""))
+    shown = texts[0] if len(rows) == 1 else f"{len(rows)} settings, from {texts[0]} to {texts[-1]}"
+    met, outside = verdicts.count(SUPPORTED), verdicts.count(REFUTED)
+    if rule == "all":
+        verdict = REFUTED if outside else SUPPORTED if met == len(rows) else UNTESTED
+    else:
+        verdict = SUPPORTED if met else REFUTED if rule == "some" and outside == len(rows) else UNTESTED
+    why = f"of {len(rows)} settings {met} meet what was published and {outside} are outside of it"
+    if fewest < ENOUGH:
+        why += f"; fewer than {ENOUGH} pairs cannot tell"
+    return shown, fewest, verdict, why
+
+
+def ends_and_text(quantity: str, row: dict, settings: int) -> tuple[float, float, str]:
+    """Low and high end of a difference, and the interval as text.
+
+    It is one of `settings` intervals that hold together with 95 % (Bonferroni).
+    """
+    half_width, n = row["half_width"], int(row["n"])
     if n < 2:
-        return math.nan
-    alone, together = scipy.stats.t.ppf([0.975, 1 - 0.025 / settings], n - 1)
-    return half_width * together / alone
-
-
-def ends_and_text(quantity: str, row: pd.Series | dict, settings: int, unit: str) -> tuple[float, float, str]:
-    """Low and high end of a difference, as one of `settings`, and the interval as text."""
-    half_width = wider(row["half_width"], int(row["n"]), settings)
+        half_width = math.nan
+    else:
+        alone, together = scipy.stats.t.ppf([0.975, 1 - 0.025 / settings], n - 1)
+        half_width *= together / alone
     low, high = (change(quantity, row["mean"] + side * half_width) for side in (-1, 1))
+    unit = " %" if quantity in COSTS.values() else " points"
     return low, high, interval(quantity, row["mean"], half_width, unit)
 
 

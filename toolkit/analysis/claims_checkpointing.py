@@ -14,25 +14,16 @@ from toolkit.analysis.claims import (
     ENOUGH,
     REFUTED,
     SUPPORTED,
-    UNTESTED,
     Claim,
     Evidence,
     Paper,
-    ends_and_text,
+    decide,
     finding,
     judged,
-    meets,
+    named,
     untested,
 )
-from toolkit.analysis.statistics import (
-    COSTS,
-    DATA,
-    FIGURES,
-    adaptation,
-    differences,
-    means,
-    with_environments,
-)
+from toolkit.analysis.statistics import DATA, adaptation, differences, means, with_environments
 from toolkit.baselines.registry import PROTOCOLS
 from toolkit.measure.quantities import QUANTITIES
 from toolkit.measure.scores import netscore
@@ -90,7 +81,7 @@ def _judge_change(
         table = differences(part[~idle], quantity, against)
         table = table[(table[list(subject)] == pd.Series(subject)).all(axis=1)]
         if len(table):
-            return _over_settings(table, quantity, published)
+            return decide(quantity, named(table), published)
         if idle[(part[list(subject)] == pd.Series(subject)).all(axis=1)].all():
             return untested("the rule checkpointed nothing: all runs are far below their budget")
         if adaptation(part)[quantity].isna().all():
@@ -100,50 +91,26 @@ def _judge_change(
     return judge
 
 
-def _over_settings(table: pd.DataFrame, quantity: str, published: tuple[float, float]) -> Evidence:
-    """One verdict over all settings, their intervals widened so that together they hold with 95 %."""
-    unit = " %" if quantity in COSTS.values() else " points"
-    varying = [name for name in table if name not in FIGURES and table[name].nunique() > 1]
-    verdicts, texts, fewest = [], [], int(table.n.min())
-    for row in table.sort_values("mean").to_dict("records"):
-        low, high, text = ends_and_text(quantity, row, len(table), unit)
-        verdicts.append(meets(low, high, published) if row["n"] >= ENOUGH else UNTESTED)
-        texts.append(text + (f" ({', '.join(str(row[name]) for name in varying)})" if varying else ""))
-    shown = texts[0] if len(texts) == 1 else f"{len(texts)} settings, from {texts[0]} to {texts[-1]}"
-    of = f"of {len(verdicts)} settings"
-    if refuted := verdicts.count(REFUTED):
-        return shown, fewest, REFUTED, f"the interval is outside what was published in {refuted} {of}"
-    if open_ := verdicts.count(UNTESTED):
-        few = f"fewer than {ENOUGH} pairs" if fewest < ENOUGH else "the interval is too wide"
-        return untested(f"{open_} {of} cannot tell: {few}", shown, fewest)
-    return shown, fewest, SUPPORTED, f"the interval meets what was published in {len(verdicts)} {of}"
-
-
 def _judge_against_best(
     protocols: tuple[str, ...], prefix: str, *, better: bool
 ) -> Callable[[pd.DataFrame], Evidence]:
     """A judge of "foundation models under `protocols` are better (or worse) than the best fine-tuned one".
 
-    The most accurate of those whose name begins with `prefix` counts; without any, another is shown.
+    The most accurate of those whose name begins with `prefix` counts.
     """
 
     def judge(part: pd.DataFrame) -> Evidence:
         part = part[part.test_top1_pct.notna()]
         rivals = part[(part.phase == "inference") & part.method.isin(protocols)]
-        meant = rivals[rivals.backbone.str.startswith(prefix)]
-        tuned = part[part.phase == "training"]
+        rivals, tuned = rivals[rivals.backbone.str.startswith(prefix)], part[part.phase == "training"]
         if rivals.empty or tuned.empty:
-            return untested(
-                f"no finished run of a {'baseline of this kind' if rivals.empty else 'fine-tuned model'}"
-            )
-        theirs = _best(rivals if meant.empty else meant)
-        ours = _best(tuned)
+            missing = f"{prefix} baseline of this kind" if rivals.empty else "fine-tuned model"
+            return untested(f"no finished run of a {missing}")
+        theirs, ours = _best(rivals), _best(tuned)
         half, n = ours.test_top1_pct_half_width, int(ours.n)
         text = f"{theirs.test_top1_pct:.2f} % ({theirs.backbone}, {theirs.method}) against "
         text += f"{ours.test_top1_pct:.2f}{'' if math.isnan(half) else f' ± {half:.2f}'} % "
         text += f"({ours.backbone}, {ours.method})"
-        if meant.empty:
-            return untested(f"no finished run of {prefix}; another frozen model is shown", text, n)
         if part[[name for name in DATA if name in part]].drop_duplicates().shape[0] > 1:
             return untested("the two saw different data", text, n)
         if n < ENOUGH:
@@ -166,24 +133,16 @@ def _judge_monotone(part: pd.DataFrame) -> Evidence:
     """Whether some method trains fewer parameters than another and takes more memory, paired by seed."""
     part = part[(part.phase == "training") & (part.checkpointing == "none")]
     trainable = part.groupby(["backbone", "method"]).params_trainable.min()
-    pairs = []
+    rows = []
     for other in part.method.unique():
         for row in differences(part, "peak_bytes", {"method": other}).to_dict("records"):
-            fewer = trainable[row["backbone"], row["method"]] < trainable[row["backbone"], other]
-            if row["n"] >= ENOUGH and fewer:
-                pairs.append(row | {"other": other})
-    if not pairs:
+            own, theirs = (trainable[row["backbone"], method] for method in (row["method"], other))
+            if row["n"] >= ENOUGH and own < theirs:
+                numbers = f"{own:,.0f} parameters instead of {theirs:,.0f}"
+                rows.append(row | {"name": f"{row['method']} against {other}, {numbers}"})
+    if not rows:
         return untested(f"no two methods without checkpointing have {ENOUGH} pairs")
-    top = max(pairs, key=lambda pair: pair["mean"])
-    low, high, text = ends_and_text("peak_bytes", top, len(pairs), " %")
-    text = f"peak of {top['method']} against {top['other']}'s: {text}; it trains "
-    text += f"{trainable[top['backbone'], top['method']]:,.0f} parameters instead of "
-    text += f"{trainable[top['backbone'], top['other']]:,.0f}"
-    if low > 0:
-        return text, top["n"], SUPPORTED, "the interval of this pair is above 0"
-    if high < 0:
-        return text, top["n"], REFUTED, f"fewer parameters take less memory in all {len(pairs)} pairs"
-    return untested("the interval of the clearest pair contains 0", text, top["n"])
+    return decide("peak_bytes", rows, (0, math.inf), "some")
 
 
 def _judge_table_v(part: pd.DataFrame) -> Evidence:
