@@ -13,7 +13,7 @@ import pytest
 import toolkit
 from toolkit.baselines.experiment import BaselineExperiment
 from toolkit.batch import execute_notebook, run_experiments
-from toolkit.files import NOTEBOOKS
+from toolkit.files import NOTEBOOKS, ROOT
 from toolkit.training.record import is_finished, load_curves
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -30,7 +30,6 @@ SMALL = {
         "methods": "lora,losa", "batch_size": 8, "epochs": 1, "dense_methods": "e3va", "dense_epochs": 1,
     },
     "5_small_devices": {"published_claims": False, "methods": "norm", "batch_sizes": "1"},
-    "8_audit": {},
 }  # fmt: skip
 
 
@@ -61,8 +60,15 @@ def test_a_run_and_a_baseline_are_read_by_the_results_notebook(tmp_path):
 def test_notebook_runs_at_small_size(tmp_path, name):
     if name == "2_plan" and CHROMIUM:
         pytest.skip("test_browser.py runs it")
-    folders = {"2_plan": {"chosen": str(tmp_path / "chosen.yaml")}, "8_audit": {}}
+    folders = {"2_plan": {"chosen": str(tmp_path / "chosen.yaml")}}
     execute_notebook(name, tmp_path / "out.ipynb", SMALL[name] | folders.get(name, {"runs": str(tmp_path)}))
+
+
+def test_the_audit_passes_nbval_with_its_own_parameters():
+    command = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env", "-n", "0"]
+    command += ["-p", "no:cacheprovider", "notebooks/8_audit.ipynb"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
