@@ -17,6 +17,8 @@ from toolkit.backbones import checkpoints, mambavision
 from toolkit.budget import find_blocks
 from toolkit.errors import InputError
 
+pytestmark = pytest.mark.numerical
+
 SMALL = {"stem_dim": 8, "embed_dim": 16, "depths": (1, 2, 3, 2), "num_heads": (2, 4), "window_sizes": (4, 2)}
 MAMBA, ATTENTION = "mamba", "attention"
 

@@ -17,6 +17,8 @@ from toolkit.budget import TensorMemory
 from toolkit.budget.tape import DROP, Tape
 from toolkit.errors import InputError
 
+pytestmark = pytest.mark.numerical
+
 NAMES = ("u", "dt", "A", "B", "C", "D", "z", "delta_bias")
 OPERATORS = torch.ops.toolkit
 CPU = torch.device("cpu")

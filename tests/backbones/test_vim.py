@@ -20,6 +20,8 @@ from toolkit.backbones import vim
 from toolkit.budget import find_blocks
 from toolkit.errors import InputError
 
+pytestmark = pytest.mark.numerical
+
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "d_state": 4}
 
 

@@ -12,6 +12,8 @@ from torch import nn
 
 from toolkit.budget import LeanForms
 
+pytestmark = pytest.mark.numerical
+
 pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
 

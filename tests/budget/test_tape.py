@@ -17,6 +17,8 @@ from toolkit.budget import TensorMemory
 from toolkit.budget.step import autocast
 from toolkit.budget.tape import CACHE, DROP, KEEP, Tape, recomputing
 
+pytestmark = pytest.mark.numerical
+
 CPU = torch.device("cpu")
 aten = torch.ops.aten
 

@@ -19,6 +19,8 @@ from toolkit.budget import LeanForms, TensorMemory
 from toolkit.budget.plan import Planner, plan
 from toolkit.methods.lean import LeanLoraConv, norm_of_sum
 
+pytestmark = pytest.mark.numerical
+
 HUGE = 1 << 50
 
 

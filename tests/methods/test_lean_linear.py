@@ -14,6 +14,8 @@ from toolkit.budget.lean import LeanForms
 from toolkit.budget.step import autocast
 from toolkit.methods.lean import LeanLora
 
+pytestmark = pytest.mark.numerical
+
 CPU = torch.device("cpu")
 
 
@@ -118,7 +120,7 @@ def test_lean_gradients_are_those_of_peft(batch, method, dropout, dtype):
     lean, stock = (step(model, x, y, form)[0] for form in (True, False))
     for part in ("lora_A", "lora_B", *{"dora": ["magnitude"], "adalora": ["lora_E"]}.get(method, [])):
         assert sum(part in name for name in lean) == 16
-    roundings = 32  # about 13 on processors with AVX-512 and without
+    roundings = 64  # about 13 on processors with AVX-512 and without
     error = worst_error(lean, stock, scales_of_ranks(model, stock))
     assert error < roundings * torch.finfo(dtype).eps
 

@@ -10,6 +10,8 @@ from toolkit.backbones import data_config
 from toolkit.errors import InputError
 from toolkit.methods.taps import CHANNELS_FIRST, CHANNELS_LAST, TOKENS, Form, Survey, forms_of, taps_of
 
+pytestmark = pytest.mark.numerical
+
 
 def small(name, **sizes):
     """A timm model for images of 64 px."""

@@ -67,16 +67,20 @@ def test_flops_of_a_step_show_what_a_strategy_repeats(demo_model, few_digits):
         assert count["forward"] == expected.forward / 32 and count["backward"] == expected.backward / 32
 
 
-def test_micro_batches_give_the_gradient_of_the_whole_batch(demo_model, few_digits):
-    """Three AdamW steps on slices of 5 end where those on whole batches do, up to rounding."""
+def test_micro_batches_give_the_gradient_of_the_whole_batch(demo_model, few_digits, batch):
+    """Three AdamW steps on slices of 5 end in the function in which those on whole batches do.
+
+    Not in the same weights: AdamW makes whole steps of gradients that are mere rounding (biases of keys).
+    """
     whole, sliced = demo_model("full"), demo_model("full")
     peaks = [
         toolkit.fit(model, few_digits, experiment(epochs=1, micro_batch_size=micro)).peak_bytes
         for model, micro in ((whole, 0), (sliced, 5))  # 32 = 6 * 5 + 2: an uneven last slice
     ]
     assert peaks[1] < peaks[0]
-    for a, b in zip(weights(whole).values(), weights(sliced).values()):
-        assert torch.allclose(a, b, atol=2e-4)
+    with torch.no_grad():
+        expected, found = (model.eval()(batch[0]) for model in (whole, sliced))
+    assert (found - expected).abs().max() <= 1e-3 * expected.abs().max()
 
 
 def test_schedule_warms_up_and_ends_at_zero(demo_model, few_digits, monkeypatch):
