@@ -217,9 +217,6 @@ def test_images_that_fit_are_interpolated_from_the_peaks(explorer, monkeypatch):
     frame = pd.DataFrame([("none", *row) for row in peaks], columns=["strategy", "images", "peak_bytes"])
     monkeypatch.setattr(Explorer, "batch_sizes", lambda self: frame)
     assert list(explorer.images_that_fit().loc["none"]) == [0, 6, 21, 41]
-    figure = plots.batch_sizes_against_memory(frame)
-    assert figure.axes[0].get_legend_handles_labels()[1] == ["none"]
-    plt.close(figure)
 
 
 def test_static_twin_shows_the_same(explorer):

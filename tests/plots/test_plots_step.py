@@ -3,11 +3,9 @@
 import matplotlib
 import numpy as np
 import pandas as pd
-import pytest
 
 from toolkit import plots
 from toolkit.forecast.explorer import BlockUse, StepPicture
-from toolkit.forecast.step_memory import StepMemory
 from toolkit.plots import step
 from toolkit.plots.step import StepFigure
 
@@ -23,16 +21,6 @@ def test_figures_leave_the_theme_of_the_user_alone():
     figure = plots.memory_over_step(trace(("forward", [1, 2])))
     assert matplotlib.rcParams == before
     assert figure.axes[0].lines[0].get_color() != before["axes.prop_cycle"].by_key()["color"][0]
-
-
-@pytest.mark.parametrize("name", ["lora", "$\\bad$", "<b>"])
-def test_bars_are_as_long_as_peaks_and_kept_bytes(name):
-    steps = {name: StepMemory(3 * MIB, 8 * MIB, 10, []), "losa": StepMemory(MIB, 5 * MIB, 10, [])}
-    figure = plots.memory_bars(steps, name)
-    figure.canvas.draw()
-    (axes,) = figure.axes
-    assert [bar.get_width() for bar in axes.patches] == [8, 5, 3, 1]
-    assert [text.get_text() for text in axes.texts] == ["kept 3, peak 8", "kept 1, peak 5"]
 
 
 def test_phases_of_several_steps_are_aligned():

@@ -83,8 +83,8 @@ def test_every_data_set_and_environment_has_panels_of_its_own():
 
 
 def test_nothing_to_draw_is_said():
-    for figure in (plots.accuracy_against(pd.DataFrame(), "memory"), plots.over_option(FRAME, "gap")):
-        assert figure.axes[0].texts[0].get_text().startswith("no ")
+    figure = plots.accuracy_against(pd.DataFrame(), "memory")
+    assert figure.axes[0].texts[0].get_text().startswith("no ")
 
 
 number = st.one_of(st.none(), st.integers(0, 4))
@@ -99,17 +99,6 @@ def test_front_is_its_definition(rows):
         (a, c) in known and not any(b >= a and d <= c and (b > a or d < c) for b, d in known) for a, c in rows
     ]
     assert list(front_of(frame, "peak_bytes")) == expected
-
-
-def test_curves_over_an_option_join_rows_that_differ_in_nothing_else():
-    other = row("lora", 99, 30, 999, rank=16, batch_size=16)
-    frame = pd.concat([FRAME.assign(batch_size=64), pd.DataFrame([other])], ignore_index=True)
-    left, right = plots.over_option(frame, "rank").axes
-    (lora,) = left.containers
-    assert lora.lines[0].get_xydata().tolist() == [[2, 75], [8, 80], [32, 85]]
-    assert right.lines[0].get_xydata().tolist() == [[2, 190], [8, 200], [32, 210]]
-    (full,) = [line for line in left.lines if line.get_label() == "full"]
-    assert set(full.get_ydata()) == {93}
 
 
 def test_costs_are_shares_of_full_fine_tuning_in_stock_torch():

@@ -8,6 +8,7 @@ value decompositions, and its "peak memory" is the sum of each category's own ma
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -127,29 +128,20 @@ def _count(experiment: Experiment, num_classes: int, image_size: int | None, lea
 
 
 def cost_table(
-    backbones: Sequence[str],
-    methods: Sequence[str],
-    batch_sizes: Sequence[int],
-    *,
-    num_classes: int = 10,
-    image_size: int | None = None,
-    lean: bool = False,
-    **options: object,
+    backbones: Sequence[str], methods: Sequence[str], batch_sizes: Sequence[int], **options: object
 ) -> pd.DataFrame:
     """`step_costs` of all combinations, one row each, and what each changes from full fine-tuning.
 
-    Columns: `backbone`, `method`, `batch_size`, the figures of `StepCosts` but
-    `category_peaks`, and `CHANGES` in per cent of `full`: the true peak and FLOPs, and the published
-    ones.  Raises as `step_costs`.
+    Columns: `backbone`, `method`, `batch_size`, the figures of `StepCosts` except for `category_peaks`, and
+    `CHANGES` in per cent of `full`: the true peak and FLOPs, and the published ones.  `options`, and what is
+    raised: as for `step_costs`.
     """
     rows = []
-    for backbone in backbones:
-        for batch_size in batch_sizes:
-            sizes = dict(batch_size=batch_size, num_classes=num_classes, image_size=image_size, lean=lean)
-            full = step_costs(backbone, "full", **sizes, **options)
-            for method in methods:
-                costs = step_costs(backbone, method, **sizes, **options)
-                rows.append(dict(backbone=backbone, method=method, batch_size=batch_size) | _row(costs, full))
+    for backbone, batch_size in itertools.product(backbones, batch_sizes):
+        full = step_costs(backbone, "full", batch_size=batch_size, **options)
+        for method in methods:
+            costs = step_costs(backbone, method, batch_size=batch_size, **options)
+            rows.append(dict(backbone=backbone, method=method, batch_size=batch_size) | _row(costs, full))
     return pd.DataFrame(rows)
 
 

@@ -6,12 +6,8 @@ from toolkit.plots.runs import (
     costs_by_batch,
     learning_curves,
     learning_rates,
-    method_grid,
-    over_option,
 )
 from toolkit.plots.step import (
-    batch_sizes_against_memory,
-    memory_bars,
     memory_over_step,
     recompute_against_budget,
     smallest_budgets,
@@ -21,16 +17,12 @@ from toolkit.plots.style import save
 
 __all__ = [
     "accuracy_against",
-    "batch_sizes_against_memory",
     "confusion_matrix",
     "costs_by_batch",
     "examples",
     "learning_curves",
     "learning_rates",
-    "memory_bars",
     "memory_over_step",
-    "method_grid",
-    "over_option",
     "recompute_against_budget",
     "save",
     "smallest_budgets",

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from toolkit.analysis.statistics import COSTS, SCORES, parameters
+from toolkit.analysis.statistics import COSTS, SCORES
 from toolkit.budget import STRATEGIES
 from toolkit.datasets.tasks import score_in
 from toolkit.measure.quantities import QUANTITIES
@@ -137,77 +137,10 @@ def front_of(means: pd.DataFrame, cost: str, score: str = "score_pct") -> pd.Ser
 
 
 @styled
-def method_grid(records: pd.DataFrame) -> Figure:
-    """Methods by strategies: peak memory in per cent of the budget, training time, and test accuracy."""
-    data = records[(records.status == "ok") & (records.phase == "training")]
-    data = data.assign(used_pct=100 * data.train_peak_bytes / data.budget_bytes)
-    best = data.test_top1_pct.max()
-    panels = {  # numbers, and colours that do not exaggerate small differences
-        "used_pct": ("peak memory (% of the budget)", ".0f", {"cmap": "vlag", "vmin": 0, "vmax": 200}),
-        "train_seconds": ("training time (s)", ".1f", {"cmap": "cividis", "vmin": 0}),
-        "test_top1_pct": ("test accuracy (%)", ".1f", {"cmap": "cividis", "vmin": best - 5, "vmax": best}),
-    }
-    figure, (row,) = grid_of(1, 3, 4.2, 4, sharey=True)
-    for axes, (column, (title, numbers, colours)) in zip(row, panels.items()):
-        table = data.pivot_table(index="method", columns="checkpointing", values=column)
-        table = table.reindex(
-            index=[method for method in METHODS if method in table.index],
-            columns=[strategy for strategy in STRATEGIES if strategy in table.columns],
-        )
-        sns.heatmap(table, annot=True, fmt=numbers, cbar=False, ax=axes, **colours)
-        axes.set(title=title, xlabel="", ylabel="")
-        axes.tick_params(axis="y", labelrotation=0)
-    return figure
-
-
-@styled
 def learning_rates(table: pd.DataFrame) -> Figure:
     """Validation loss against learning rate, one line per column (method)."""
     labels = {"xlabel": "peak learning rate", "ylabel": "validation loss"}
     return table.plot(logx=True, marker="o", figsize=(8, 4), ylim=(0, None), **labels).figure
-
-
-@styled
-def over_option(ranked: pd.DataFrame, option: str) -> Figure:
-    """Test score with intervals, and FLOPs of a step, over the values of an option; a line for each method.
-
-    `ranked`: rows of `analysis.ranking`.  A line joins the longest series of rows of a method that differ in
-    nothing else.  Dashed: the best full fine-tuning.
-    """
-    lines = {}
-    for (backbone, method), rows in ranked.groupby(["backbone", "method"], sort=False):
-        series = _series(rows, option)
-        if len(series) > 1:
-            lines[f"{method} on {backbone}" if ranked.backbone.nunique() > 1 else method] = method, series
-    if not lines:
-        return note(f"no two finished runs differ in {option} alone")
-    figure, ((left, right),) = grid_of(1, 2, 5, 4)
-    for name, (method, rows) in lines.items():
-        look = {"color": method_colour(method), "marker": "o", "label": plain(name)}
-        left.errorbar(
-            rows[option], rows.score_pct, yerr=rows.score_pct_half_width.fillna(0), capsize=3, **look
-        )
-        right.plot(rows[option], rows.flops_per_step / QUANTITIES["flops_per_step"].scale, **look)
-    full = ranked[ranked.method == "full"].dropna(subset=["score_pct"])
-    if len(full):
-        best = full.loc[full.score_pct.idxmax()]
-        left.axhline(best.score_pct, color="black", linestyle="--", linewidth=1, label="full")
-        right.axhline(best.flops_per_step / 1e6, color="black", linestyle="--", linewidth=1)
-    left.set(ylabel=QUANTITIES["score_pct"].title)
-    right.set(ylabel=QUANTITIES["flops_per_step"].title, ylim=(0, None))
-    for axes in (left, right):
-        _powers_of_two(axes, option)
-    legend_outside(right, left)
-    return figure
-
-
-def _series(rows: pd.DataFrame, option: str) -> pd.DataFrame:
-    """The longest series of rows that differ in `option` alone, sorted by it."""
-    if option not in rows or rows[option].nunique() < 2:
-        return rows[:0]
-    rest = [name for name in ("environment", *parameters()) if name in rows and name != option]
-    parts = [part for _, part in rows.groupby(rest, dropna=False)] if rest else [rows]
-    return max(parts, key=lambda part: part[option].nunique()).sort_values(option)
 
 
 @styled
@@ -236,11 +169,6 @@ def costs_by_batch(stock: pd.DataFrame, lean: pd.DataFrame) -> Figure:
     grid.set(ylim=(0, None)).set_titles("{row_name}: {col_name}", size=10)
     grid.set_axis_labels("batch size", "memory (% of full)")
     for axes in grid.axes.flat:
-        _powers_of_two(axes, "batch size")
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
     return grid.figure
-
-
-def _powers_of_two(axes: Axes, label: str) -> None:
-    axes.set_xlabel(label.replace("_", " "))
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:g}")

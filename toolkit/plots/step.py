@@ -17,9 +17,7 @@ from matplotlib.patches import Patch
 from PIL import Image
 
 from toolkit.budget import STRATEGIES
-from toolkit.budget.memory import CARDS_BYTES
 from toolkit.forecast.explorer import StepPicture, kinds_of
-from toolkit.forecast.step_memory import StepMemory
 from toolkit.plots.style import grid_of, legend_outside, plain, styled
 
 MIB = 2**20
@@ -68,28 +66,6 @@ def _moments(trace: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:
         bytes_of[phase] += segment["bytes"]
     times = [place + np.linspace(0, 1, len(values)) for place, values in enumerate(bytes_of.values())]
     return np.concatenate(times), np.concatenate([*map(np.asarray, bytes_of.values())]) / MIB
-
-
-@styled
-def memory_bars(steps: Mapping[str, StepMemory], title: str = "") -> Figure:
-    """Peak of a step by method, and how much of it autograd keeps for the backward pass."""
-    names = [plain(name) for name in steps]
-    peak = np.array([step.peak_bytes for step in steps.values()]) / MIB
-    kept = np.array([step.kept_bytes for step in steps.values()]) / MIB
-    figure, axes = plt.subplots(figsize=(9, 1.3 + 0.42 * len(names)), layout="constrained")
-    axes.barh(names, peak, color="C0", alpha=0.3, label="peak of the step")
-    axes.barh(names, kept, color="C0", height=0.45, label="kept for backward")
-    for place, (whole, part) in enumerate(zip(peak, kept)):
-        text = f"kept {part:.3g}, peak {whole:.3g}"
-        axes.annotate(
-            text, (whole, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=10
-        )
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-    axes.set(xlabel="memory of one training step (MiB)", title=plain(title))
-    axes.margins(x=0.28)  # space for the numbers
-    axes.legend(loc="lower right")
-    return figure
 
 
 class StepFigure:
@@ -213,34 +189,6 @@ def recompute_against_budget(frame: pd.DataFrame) -> Figure:
         share = axes.secondary_xaxis("top", functions=(lambda x: x / percent, lambda x: x * percent))
         share.set_xlabel("share of the peak without checkpointing (%)")
     axes.legend(loc="upper right")
-    return figure
-
-
-@styled
-def batch_sizes_against_memory(frame: pd.DataFrame) -> Figure:
-    """Images in one forward pass against the memory that they take, with common cards as dotted lines.
-
-    `frame`: strategy, images, peak_bytes, as from `Explorer.batch_sizes`.  Between its rows peaks are drawn
-    as growing linearly, an upper bound; that is not a straight line on logarithmic axes.
-    """
-    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
-    for mark in CARDS_BYTES:
-        axes.axvline(mark / 1e9, color="0.4", linestyle=":", linewidth=1.2)
-    for strategy, rows in frame.sort_values("images").groupby("strategy", sort=False):
-        images = np.union1d(np.geomspace(rows.images.min(), rows.images.max(), 200), rows.images)
-        peaks = np.interp(images, rows.images, rows.peak_bytes) / 1e9
-        measured = np.searchsorted(images, rows.images).tolist()
-        axes.plot(peaks, images, marker=STRATEGIES[strategy].marker, markevery=measured, label=strategy)
-    axes.set(
-        xscale="log", yscale="log", xlim=(frame.peak_bytes.min() / 2e9, 1.25 * CARDS_BYTES[-1] / 1e9),
-        ylim=(0.9 * frame.images.min(), 1.5 * frame.images.max()),
-        xlabel="peak memory (GB)", ylabel="images in one forward pass",
-    )  # fmt: skip
-    ticks = [tick for tick in (0.01, 0.1, 0.5, 1, 2, 4, 6, 8) if tick >= axes.get_xlim()[0]]
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.minorticks_off()
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.legend(loc="upper left")
     return figure
 
 
