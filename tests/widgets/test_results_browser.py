@@ -191,7 +191,7 @@ FRAME = pd.DataFrame(
 
 def test_moving_the_sliders_changes_the_answer():
     chooser = MethodChooser(FRAME)
-    assert "full is the smallest" in chooser.answer.value  # the highest limits first
+    assert "full is the best within" in chooser.answer.value  # the highest limits first
     chooser.memory.value = 10 * MIB
     assert "lora (rank 8) is" in chooser.answer.value and "no: memory" in chooser.table.value
     chooser.flops.value = 50e6

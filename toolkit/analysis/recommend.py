@@ -127,18 +127,11 @@ def recommend(frame: pd.DataFrame, memory_bytes: float, flops_per_step: float) -
     mflop = QUANTITIES["flops_per_step"].text(flops_per_step)
     limits = f"{format_bytes(memory_bytes)} and {mflop} MFLOP a step"
     half_widths = frame.score_pct_half_width.astype(float).fillna(0)
-    equal = fitting[:0]
-    if fitting.empty:
-        chosen, why = None, f"nothing fits into {limits}."
-    else:
+    equal = fitting
+    if len(fitting):
         best = fitting.index[0]
         level = frame.score_pct[best] - fitting.score_pct <= half_widths[fitting.index] + half_widths[best]
         equal = fitting[level].sort_values(["peak_bytes", "flops_per_step"], kind="stable")
-        chosen = equal.iloc[0]
-        why = f"{title(chosen)} is the smallest of {len(equal)} as good as the best within {limits}"
-        if fitting.score_pct_half_width.isna().any():
-            why += "; some rows are of one seed, which says nothing about chance"
-        why += "."
     cases = {
         "not measured": ~known,
         "no: memory and FLOPs": ~small & ~light,
@@ -147,9 +140,14 @@ def recommend(frame: pd.DataFrame, memory_bytes: float, flops_per_step: float) -
         "yes, as good as the best": frame.index.isin(equal.index),
     }
     table = frame.assign(fits=np.select(list(cases.values()), list(cases), "yes, worse"))
-    if chosen is None:
-        return Recommendation(None, "", why, table)
-    return Recommendation(chosen.method, chosen.variant, why, table)
+    if equal.empty:
+        return Recommendation(None, "", f"nothing fits into {limits}.", table)
+    chosen = equal.iloc[0]
+    which = "the best" if len(equal) == 1 else f"the smallest of {len(equal)} as good as the best"
+    why = f"{title(chosen)} is {which} within {limits}"
+    if fitting.score_pct_half_width.isna().any():
+        why += "; some rows are of one seed, which says nothing about chance"
+    return Recommendation(chosen.method, chosen.variant, f"{why}.", table)
 
 
 def title(row: pd.Series) -> str:
