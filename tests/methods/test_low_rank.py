@@ -85,19 +85,41 @@ def test_adapters_on_adapters(demo_model):
         toolkit.adapt(demo_model("lora"), "linear")
 
 
-def test_a_head_that_another_module_is_named_like():
-    class Net(nn.Module):
-        lora_targets = "body"
+class HeadsAlike(nn.Module):
+    """Its head is named as the end of two other modules, and its `base_layer` is no adapter's."""
 
-        def __init__(self):
-            super().__init__()
-            self.body, self.aux_head, self.head = nn.Linear(8, 8), nn.Linear(8, 2), nn.Linear(8, 2)
+    lora_targets = "base_layer"
 
-        def get_classifier(self):
-            return self.head
+    def __init__(self):
+        super().__init__()
+        self.base_layer, self.aux_head, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Sequential()
+        self.head.add_module("head", nn.Linear(8, 2))
 
-    with pytest.raises(InputError, match=r"2 modules \(aux_head, head\)"):
-        toolkit.adapt(Net(), "lora")
+    def get_classifier(self):
+        return self.head
+
+    def forward(self, x):
+        return self.head(self.aux_head(self.base_layer(x)))
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora", "ia3", "lokr"])
+def test_a_head_that_other_modules_are_named_like(method, tmp_path):
+    model = toolkit.adapt(HeadsAlike(), method, **({} if method == "ia3" else {"rank": 2}))
+    names = {name.split("model.", 1)[1] for name in toolkit.summarize(model).names}
+    assert {name for name in names if not name.startswith("base_layer")} == {
+        "head.head.modules_to_save.default.weight", "head.head.modules_to_save.default.bias"
+    }  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    x = torch.randn(4, 8)
+    expected = model.eval()(x)
+    model.save_pretrained(tmp_path)
+    base = HeadsAlike()
+    plain = merge(model)
+    assert relative(plain(x), expected) < 1e-5
+    base.load_state_dict(plain.state_dict())
 
 
 def test_merging_what_has_no_adapters(demo_model):

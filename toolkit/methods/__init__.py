@@ -22,6 +22,7 @@ from toolkit.methods.batch_norms import (
     freeze_statistics,
     set_train_mode,
 )
+from toolkit.methods.gradients import check_gradients
 from toolkit.methods.low_rank import merge
 from toolkit.methods.registry import (
     METHODS,
@@ -86,11 +87,13 @@ class Summary:
     total: int  # all parameters; peft's untouched copy of the head is not counted twice
     adapter_bytes: int  # what has to be stored per task: the trainable parameters
     names: tuple[str, ...]  # of the parameters that receive gradients
+    unchecked: str  # why `adapt` could not check on fake tensors that they do; "" if it could
 
     def __str__(self) -> str:
+        unchecked = f"; not checked that all get a gradient: {self.unchecked}" if self.unchecked else ""
         return (
             f"{self.trainable:,} of {self.total:,} parameters train "
-            f"({100 * self.trainable / self.total:.2f} %), adapter {self.adapter_bytes:,} bytes"
+            f"({100 * self.trainable / self.total:.2f} %), adapter {self.adapter_bytes:,} bytes{unchecked}"
         )
 
 
@@ -116,6 +119,7 @@ def adapt(model: nn.Module, method: str, **options: object) -> nn.Module:
     check_statistics(method, statistics)
     model = chosen.apply(model, chosen.options(**options))
     freeze_statistics(model, (chosen.batch_norm if statistics == "auto" else statistics) == "frozen")
+    model.unchecked = check_gradients(model)
     return model
 
 
@@ -128,6 +132,7 @@ def summarize(model: nn.Module) -> Summary:
         total=sum(map(_count, parameters.values())),
         adapter_bytes=sum(p.numel() * p.element_size() for p in trainable.values()),
         names=tuple(trainable),
+        unchecked=getattr(model, "unchecked", ""),
     )
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from toolkit.budget.memory import rounded
 from toolkit.errors import InputError
-from toolkit.methods.low_rank import LoraOptions, places
+from toolkit.methods.low_rank import LoraOptions, attach, places
 from toolkit.methods.registry import NOT_TRIED, SCRIPTS, TUNED, TUNED_ON, Hooks, rates, register
 from toolkit.methods.targets import narrow_layers, targets_of
 
@@ -49,7 +49,7 @@ def adalora(model: nn.Module, options: LoraOptions) -> nn.Module:
         total_step=1,  # unknown yet: see RankAllocation.begin
         **places(targets),
     )
-    wrapped = peft.get_peft_model(model, config)
+    wrapped = attach(model, targets, config)
     if narrow:
         tuner = wrapped.base_model
         name = tuner.trainable_adapter_name

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from toolkit.errors import Options, option
-from toolkit.methods.low_rank import places
+from toolkit.methods.low_rank import attach, places
 from toolkit.methods.registry import NOT_TRIED, TUNED_ON, rates, register
 from toolkit.methods.targets import targets_of
 
@@ -37,7 +37,8 @@ def ia3(model: nn.Module, options: Ia3Options) -> nn.Module:
     import peft  # it imports transformers, which takes seconds
 
     targets = targets_of(model, "ia3", options.targets)
-    return peft.get_peft_model(model, peft.IA3Config(feedforward_modules=[], **places(targets)))
+    config = peft.IA3Config(feedforward_modules=[], **places(targets))
+    return attach(model, targets, config)
 
 
 def lokr(model: nn.Module, options: LokrOptions) -> nn.Module:
@@ -51,7 +52,7 @@ def lokr(model: nn.Module, options: LokrOptions) -> nn.Module:
 
     targets = targets_of(model, "lokr", options.targets)
     config = peft.LoKrConfig(r=options.rank, alpha=options.alpha, **places(targets))
-    adapted = peft.get_peft_model(model, config)
+    adapted = attach(model, targets, config)
     for module in adapted.modules():
         if hasattr(module, "lokr_w1"):
             # In training mode peft's LoKr draws a random number per layer even at a dropout of 0 and branches

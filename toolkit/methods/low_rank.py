@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from toolkit.errors import InputError, Options, option
+from toolkit.methods.adapted_weight import show_adapted_weight
 from toolkit.methods.lean import is_packed, unpacked_weight
 from toolkit.methods.registry import (
     NOT_TRIED,
@@ -65,21 +66,41 @@ def merge(model: nn.Module) -> nn.Module:
     """
     if not hasattr(model, "merge_and_unload"):
         raise InputError(f"{type(model).__name__} carries no adapters to merge; it is a plain model already.")
-    for name, layer in list(model.named_modules()):
-        if hasattr(layer, "lora_A") and is_packed(base := layer.base_layer):
-            (adapter,) = layer.active_adapters
-            plain = nn.Linear(base.in_features, base.out_features, base.bias is not None, device="meta")
-            delta = layer.get_delta_weight(adapter)
-            plain.weight = nn.Parameter(unpacked_weight(base).to(delta.dtype) + delta, requires_grad=False)
-            plain.bias = base.bias
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, plain)
-    merged = model.merge_and_unload()
+    from peft.tuners.tuners_utils import BaseTunerLayer  # peft imports transformers, which takes seconds
+    from peft.utils import ModulesToSaveWrapper
+
+    # Not peft's `merge_and_unload`, which takes every module with an attribute `base_layer`, such as timm's
+    # DLA, for an adapted layer.
+    merged = model.base_model.model
+    for name, layer in list(merged.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            plain = _merged(layer)
+        elif isinstance(layer, ModulesToSaveWrapper):
+            plain = layer.modules_to_save[layer.active_adapter]
+        else:
+            continue
+        parent, _, child = name.rpartition(".")
+        setattr(merged.get_submodule(parent), child, plain)
+    del merged.peft_config
     merged.is_loaded_in_4bit = False
     for module in merged.modules():
         module.__dict__.pop("frozen_statistics", None)
         module.__dict__.pop("always_evaluates", None)
     return merged
+
+
+def _merged(layer: nn.Module) -> nn.Module:
+    """The layer below an adapter, with the adapter's update in its weight."""
+    base = layer.get_base_layer()
+    if not is_packed(base):
+        layer.merge()
+        return base
+    (adapter,) = layer.active_adapters
+    plain = nn.Linear(base.in_features, base.out_features, base.bias is not None, device="meta")
+    delta = layer.get_delta_weight(adapter)
+    plain.weight = nn.Parameter(unpacked_weight(base).to(delta.dtype) + delta, requires_grad=False)
+    plain.bias = base.bias
+    return plain
 
 
 def with_lora(model: nn.Module, targets: Targets, options: RankOptions, use_dora: bool = False) -> nn.Module:
@@ -98,7 +119,22 @@ def with_lora(model: nn.Module, targets: Targets, options: RankOptions, use_dora
         use_dora=use_dora,
         **places(targets),
     )
-    return peft.get_peft_model(model, config)
+    return attach(model, targets, config)
+
+
+def attach(model: nn.Module, targets: Targets, config) -> nn.Module:
+    """`peft.get_peft_model`, but only `targets.beside` train next to the adapters (peft, which compares the
+    ends of names, also makes copies of `aux_head` next to `head`), and layers show their adapted weight."""
+    import peft  # it imports transformers, which takes seconds
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    wrapped = peft.get_peft_model(model, config)
+    for name, module in wrapped.base_model.model.named_modules():
+        if hasattr(module, "modules_to_save") and name not in targets.beside:
+            module.requires_grad_(False)
+        if isinstance(module, BaseTunerLayer):
+            show_adapted_weight(module)
+    return wrapped
 
 
 def places(targets: Targets) -> dict:

@@ -43,19 +43,22 @@ def quantise(model: nn.Module, names: list[str], double_quantisation: bool) -> N
             f"weights of 4 bits need bitsandbytes, which cannot be imported here ({error}); install it or "
             "choose method 'lora'."
         ) from error
+    remedy = (
+        "choose method 'lora' (or four_bit=False), or set the model's attribute four_bit_targets to a pattern "
+        "of the whole names of the layers to pack."
+    )
     blocks = {}
     for name in names:
         linear = model.get_submodule(name)
         if type(linear) is not nn.Linear:
             raise InputError(
-                f"{name} is a {type(linear).__name__}: only plain linear layers can be stored in 4 bits."
+                f"{name} is a {type(linear).__name__}: only plain linear layers can be stored in 4 bits; {remedy}"
             )
         blocks[name] = next((size for size in BLOCK_SIZES if linear.in_features % size == 0), None)
         if blocks[name] is None:
             raise InputError(
                 f"{name} has {linear.in_features} inputs, not a multiple of {BLOCK_SIZES[-1]}, so its "
-                f"weights cannot be stored in 4 bits; leave it out of {type(model).__name__}."
-                "four_bit_targets."
+                f"weights cannot be stored in 4 bits; {remedy}"
             )
     for name, block in blocks.items():
         linear = model.get_submodule(name)

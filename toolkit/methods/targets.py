@@ -19,7 +19,7 @@ from torch import nn
 from toolkit.budget import find_blocks
 from toolkit.errors import InputError
 from toolkit.methods.registry import METHODS
-from toolkit.methods.trainable import head_name
+from toolkit.methods.trainable import head_names
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,8 @@ def targets_of(model: nn.Module, method: str, pattern: str = "", depthwise: str 
         )
     for name in names:
         _check_convolution(name, layers[name], method)
-    beside = (head_name(model), *direct)
-    _check_endings(model, beside)
-    return Targets(tuple(names), beside)
+    heads = [part for head in head_names(model) for part in _apart(model, head)]
+    return Targets(tuple(names), (*heads, *direct))
 
 
 def narrow_layers(
@@ -99,11 +98,11 @@ def narrow_layers(
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
     """Linear layers and convolutions outside the head."""
-    head = head_name(model)
+    inside = tuple(f"{name}." for name in head_names(model))
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and name != head and not name.startswith(f"{head}.")
+        if isinstance(module, nn.Linear | nn.Conv2d) and not f"{name}.".startswith(inside)
     }
 
 
@@ -153,15 +152,14 @@ def _matching(model: nn.Module, layers: dict[str, nn.Module], pattern: str) -> l
     )
 
 
-def _check_endings(model: nn.Module, beside: tuple[str, ...]) -> None:
-    """Raise `InputError` if peft, which finds the modules that train next to adapters by the ends of their
-    names, would find others."""
-    taken = [name for name, _ in model.named_modules() if name.endswith(beside)]
-    if set(taken) != set(beside):
-        raise InputError(
-            f"peft takes {len(taken)} modules ({_some(taken)}) for the {len(beside)} that train next to the "
-            f"adapters ({_some(list(beside))}), because it compares the ends of names; rename one."
-        )
+def _apart(model: nn.Module, name: str) -> list[str]:
+    """`name`, or its children if a module inside has a name that ends like it: peft, which compares the ends
+    of names, would wrap both."""
+    inside = model.get_submodule(name)
+    if not any(f"{name}.{inner}".endswith(name) for inner, _ in inside.named_modules() if inner):
+        return [name]
+    children = [n for n, child in inside.named_children() if next(child.parameters(), None) is not None]
+    return [part for child in children for part in _apart(model, f"{name}.{child}")]
 
 
 def _check_convolution(name: str, layer: nn.Module, method: str) -> None:

@@ -20,26 +20,58 @@ NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 # position tables.
 _WITH_BIAS = (nn.Linear, nn.modules.conv._ConvNd, *NORMS)
 _DIGITS, _TEXTURES = TUNED_ON.format("digits-c:mixed:3"), TUNED_ON.format("textures-c:mixed:3")
+_HEADS = ("classifier", "fc", "head", "heads")  # in torchvision and transformers
+
+
+def head_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the classifiers: what timm's `get_classifier()` returns, one or several; without it the last
+    layer of a child that is named as in torchvision."""
+    if hasattr(model, "get_classifier"):
+        found = _single(model.get_classifier())
+    else:
+        found = [_last(child) for name, child in model.named_children() if name in _HEADS]
+    heads = {head for head in found if next(head.parameters(), None) is not None}
+    names = tuple(name for name, module in model.named_modules() if module in heads)
+    if not names:
+        raise InputError(
+            f"{type(model).__name__} has no classifier to train: give it a get_classifier() that returns "
+            "its head, as timm models have."
+        )
+    return names
 
 
 def head_name(model: nn.Module) -> str:
-    """Name of the classifier: what timm's `get_classifier()` returns."""
-    if hasattr(model, "get_classifier"):
-        head = model.get_classifier()
-        for name, module in model.named_modules():
-            if module is head and next(head.parameters(), None) is not None:
-                return name
-    raise InputError(
-        f"{type(model).__name__} has no classifier to train: give it a get_classifier() that returns "
-        "its head, as timm models have."
-    )
+    """Name of the classifier, where there must be one: its input is cached."""
+    names = head_names(model)
+    if len(names) > 1:
+        raise InputError(
+            f"features are cached for one classifier, and {type(model).__name__} has several "
+            f"({', '.join(names)}); set feature_cache to 0."
+        )
+    return names[0]
+
+
+def _single(heads) -> list[nn.Module]:
+    """The modules in a tuple or `ModuleList` of heads, which is not called itself."""
+    if isinstance(heads, tuple | list | nn.ModuleList):
+        return [module for head in heads for module in _single(head)]
+    return [heads]
+
+
+def _last(module: nn.Module) -> nn.Module:
+    """The last layer with parameters of a (nested) `nn.Sequential`."""
+    if type(module) is not nn.Sequential:
+        return module
+    holding = [child for child in module if next(child.parameters(), None) is not None]
+    return _last(holding[-1]) if holding else module
 
 
 def linear(model: nn.Module, options: Options | None = None) -> nn.Module:
     """Train the head alone."""
-    head = head_name(model)
+    heads = head_names(model)
     model.requires_grad_(False)
-    model.get_submodule(head).requires_grad_(True)
+    for head in heads:
+        model.get_submodule(head).requires_grad_(True)
     return model
 
 

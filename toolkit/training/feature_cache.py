@@ -136,7 +136,7 @@ def _parts_of(model: nn.Module) -> _Parts:
         taps = [tap.name for tap in model.taps.taps]
         return _Parts(model.features, model.from_features, trained, model.backbone.state_dict(), taps)
     _check_frozen(model)
-    head, state = model.get_classifier(), model.state_dict()
+    head, state = model.get_submodule(head_name(model)), model.state_dict()
     moving = {name for name, p in model.named_parameters() if p.requires_grad}
     frozen = {name: value for name, value in state.items() if name not in moving}
     return _Parts(
@@ -146,7 +146,8 @@ def _parts_of(model: nn.Module) -> _Parts:
 
 def _input_of_classifier(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     read: list[tuple[torch.Tensor, torch.Tensor]] = []
-    handle = model.get_classifier().register_forward_hook(lambda module, args, out: read.append((*args, out)))
+    head = model.get_submodule(head_name(model))
+    handle = head.register_forward_hook(lambda module, args, out: read.append((*args, out)))
     try:
         logits = model(images)
     finally:
@@ -183,7 +184,8 @@ class FeatureModel(nn.Module):
         super().__init__()
         self.layout = layout
         self.pretrained_cfg = data_config(whole)
-        self.get_classifier = whole.get_classifier
+        if hasattr(whole, "get_classifier"):
+            self.get_classifier = whole.get_classifier
         parts = _parts_of(whole)
         self._logits = parts.logits
         for name, module in parts.trained.items():
