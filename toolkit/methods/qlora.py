@@ -44,15 +44,16 @@ def quantise(model: nn.Module, names: list[str], double_quantisation: bool) -> N
             "choose method 'lora'."
         ) from error
     remedy = (
-        "choose method 'lora' (or four_bit=False), or set the model's attribute four_bit_targets to a pattern "
-        "of the whole names of the layers to pack."
+        "choose method 'lora' (or four_bit=False), or set the model's attribute four_bit_targets to a "
+        "pattern of the whole names of the layers to pack."
     )
     blocks = {}
     for name in names:
         linear = model.get_submodule(name)
         if type(linear) is not nn.Linear:
             raise InputError(
-                f"{name} is a {type(linear).__name__}: only plain linear layers can be stored in 4 bits; {remedy}"
+                f"{name} is a {type(linear).__name__}: only plain linear layers can be stored in 4 bits; "
+                f"{remedy}"
             )
         blocks[name] = next((size for size in BLOCK_SIZES if linear.in_features % size == 0), None)
         if blocks[name] is None:
