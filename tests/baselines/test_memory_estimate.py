@@ -80,6 +80,9 @@ def parameters(model: nn.Module) -> int:
         ("smolvlm", 2246, 413),
         ("paligemma", 2923, 412),
         ("paligemma2", 3032, 412),
+        # 3.37 GB and 6.07 GB of two-byte numbers are the sizes of the published files.
+        ("mobilevlm_1.7b", 1687, 304),
+        ("mobilevlm_3b", 3034, 304),
         ("mobilevlm_v2_1.7b", 1674, 304),
         ("mobilevlm_v2_3b", 3014, 304),
         ("clip_b32", 151, 88),

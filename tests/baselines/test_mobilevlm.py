@@ -16,18 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tiny_models import tiny_mobilevlm
-from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from toolkit.baselines import generative
 from toolkit.baselines.mobilevlm import (
     PROJECTORS,
-    MobileVLM,
-    convert_config,
     load_mobilevlm,
 )
 from toolkit.errors import InputError
-from toolkit.methods.qlora import quantise
 
 KINDS = ("mobilevlm", "mobilevlm_v2")
 TEXTS = ["maple tree", "can", "candle", "What type of object is in this photo?"]
@@ -80,49 +76,6 @@ def logits(model, inputs) -> torch.Tensor:
 
 
 # The files and names
-
-
-def test_tiny_is_the_same_each_time_and_in_published_names(kind, folders, tmp_path):
-    config, weights = published(folders[kind])
-    again = tiny_mobilevlm(kind, tmp_path, TEXTS)
-    assert (again / "tokenizer.model").read_bytes() == (folders[kind] / "tokenizer.model").read_bytes()
-    torch.testing.assert_close(published(again)[1], weights, rtol=0, atol=0)
-    assert config["model_type"] == "mobilevlm"
-    names = {"lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"}
-    names |= {"model.layers.1.self_attn.q_proj.weight"}
-    names |= {
-        "mobilevlm": {
-            "model.mm_projector.model.mlp.3.bias",
-            "model.mm_projector.model.mb_block.2.block.1.fc2.weight",
-        },
-        "mobilevlm_v2": {
-            "model.mm_projector.mlp.mlp.2.weight",
-            "model.mm_projector.peg.peg.0.bias",
-            f"{TOWER}encoder.layers.0.self_attn.out_proj.bias",
-        },
-    }[kind]
-    assert names <= weights.keys()
-
-
-@pytest.mark.parametrize(
-    ("width", "layers", "heads", "inner", "projector", "millions"),
-    [
-        (2048, 24, 16, 5632, "ldpnetv2", 1674),
-        (2560, 32, 32, 6912, "ldpnetv2", 3014),
-        # 3.37 GB and 6.07 GB of two-byte numbers are the sizes of the published files
-        (2048, 24, 16, 5632, "ldpnet", 1687),
-        (2560, 32, 32, 6912, "ldpnet", 3034),
-    ],
-)
-def test_parameters_of_the_published_models(folders, width, layers, heads, inner, projector, millions):
-    config, _ = published(folders["mobilevlm_v2"])
-    del config["vision_config"]
-    config |= {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": inner}
-    config |= {"num_attention_heads": heads, "num_key_value_heads": heads, "vocab_size": 32000}
-    with torch.device("meta"):
-        model = MobileVLM(convert_config(config | {"mm_projector_type": projector}))
-    assert round(model.num_parameters() / 1e6) == millions
-    assert round(model.model.vision_tower.num_parameters() / 1e6) == 304
 
 
 # The computation
@@ -261,14 +214,6 @@ def test_tokens_after_the_image_need_no_image(loaded):
 # Loading
 
 
-def test_saved_and_reopened_gives_the_same_logits(kind, loaded, tmp_path):
-    model, processor = loaded[kind]
-    model.save_pretrained(tmp_path)
-    again = MobileVLM.from_pretrained(tmp_path)
-    assert again.config.projector == model.config.projector
-    assert torch.equal(logits(again, batch(processor)), logits(model, batch(processor)))
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_in_another_type(kind, folders, loaded, dtype):
     model, processor = load_mobilevlm(folders[kind], dtype=dtype)
@@ -306,18 +251,6 @@ def test_shards(copy, loaded):
     (copy / "pytorch_model-1.bin").unlink()
     with pytest.raises(InputError, match=r"not those of its config\.json: missing keys such as"):
         load_mobilevlm(copy, dtype=torch.float32)
-
-
-def test_in_four_bits(kind, folders, loaded):
-    model, processor = load_mobilevlm(folders[kind], dtype=torch.float32)
-    names = [
-        name for name, module in model.named_modules() if type(module) is nn.Linear and name != "lm_head"
-    ]
-    assert len(names) == 2 * 7 + 2 * 6 + 2  # language model, vision tower, projector
-    quantise(model, names, True)
-    found, expected = logits(model, batch(processor)), logits(loaded[kind][0], batch(processor))
-    assert not torch.equal(found, expected)
-    assert F.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.8
 
 
 # Images and prompts
@@ -403,9 +336,7 @@ def test_code_in_a_pickle_is_not_run(copy, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llava"}, "model_type 'llava'"),
-        ({"mm_projector_type": "mlp2x_gelu"}, "mm_projector_type 'mlp2x_gelu'"),
-        ({"image_aspect_ratio": "square"}, "image_aspect_ratio 'square'"),
+        ({"mm_projector_type": "mlp2x_gelu"}, "cannot be loaded .*mlp2x_gelu"),
         ({"mm_projector_type": "ldpnet"}, "missing keys such as model.multi_modal_projector"),
         ({"hidden_size": 64}, "cannot be loaded"),
     ],

@@ -14,7 +14,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 
 from toolkit.baselines import probes
-from toolkit.baselines.probes import NeighbourProbe, fit_probe
+from toolkit.baselines.probes import fit_probe
 from toolkit.baselines.registry import PROTOCOLS
 from toolkit.errors import InputError
 
@@ -52,14 +52,6 @@ def test_every_protocol_of_the_registry_is_fitted_and_beats_the_largest_class():
         expected = 100 * (probe(VAL[0]).argmax(1) == VAL[1]).double().mean().item()
         assert probe.val_top1_pct == pytest.approx(expected)
         assert not any(parameter.requires_grad for parameter in probe.parameters())
-
-
-def test_votes_of_all_rows_at_equal_distance_are_the_class_shares():
-    x, y = TRAIN
-    probe = NeighbourProbe(F.normalize(x), y, CLASSES, k=len(y), temperature=1e9)
-    counts = torch.bincount(y, minlength=CLASSES)
-    expected = (counts + 1 / CLASSES) / (len(y) + 1)
-    torch.testing.assert_close(probe(TEST[0]).exp(), expected.expand(150, -1).float())
 
 
 def test_knn_decides_as_the_sum_of_exponential_votes():

@@ -3,11 +3,10 @@
 `evaluate_baseline` returns the record of one; `prepare`, `test` and `record_of` are its steps.
 """
 
-from toolkit.baselines.evaluate import evaluate_baseline, prepare, test
+from toolkit.baselines.evaluate import evaluate_baseline, prepare, record_of, test
 from toolkit.baselines.experiment import BaselineExperiment
 from toolkit.baselines.memory_estimate import MemoryEstimate, estimate_table
 from toolkit.baselines.prepared import Prepared
-from toolkit.baselines.record import record_of
 from toolkit.baselines.registry import BASELINES, PROTOCOLS, Baseline
 
 __all__ = [

@@ -38,6 +38,8 @@ from toolkit.errors import InputError
 from toolkit.methods.qlora import BLOCK_SIZES
 
 _PREFERENCE = {"cpu": ("fp32", "bf16", *FOUR_BIT_FORMS), "cuda": ("bf16", *FOUR_BIT_FORMS)}
+# Of activations, and of weights that are not packed.
+_DTYPES = {"fp32": torch.float32} | dict.fromkeys(("bf16", *FOUR_BIT_FORMS), torch.bfloat16)
 TOKENS_PER_CLASS = 2  # by CLIP's tokenizer the names of DTD have 1.96 on average, those of CIFAR-100 1.19
 _BLOCKS = 2  # Gemma 2 has two kinds of blocks in turn, the others one
 
@@ -172,7 +174,7 @@ def weights_bytes(model: nn.Module, form: str, kept_tokens: int | None = None) -
 
     `kept_tokens`: the rows of embedding and logits that are left if these are pruned.
     """
-    itemsize = _compute_dtype(form).itemsize
+    itemsize = _DTYPES[form].itemsize
     packed = {layer.weight for layer in packed_layers(model).values()} if form in FOUR_BIT_FORMS else set()
     pruned = set()
     if kept_tokens is not None:
@@ -211,11 +213,6 @@ def _block_size(weight: torch.Tensor) -> int:
     return next(size for size in BLOCK_SIZES if weight.shape[1] % size == 0)
 
 
-def _compute_dtype(form: str) -> torch.dtype:
-    """The type of activations and of weights that are not packed."""
-    return torch.float32 if form == "fp32" else torch.bfloat16
-
-
 @contextmanager
 def _counted(
     model: nn.Module, dtype: torch.dtype, instead: dict[nn.Module, nn.Module] | None = None
@@ -236,7 +233,7 @@ def _counted(
 
 def features_estimate(model: nn.Module, form: str, batch_size: int) -> MemoryEstimate:
     """`estimate` for a frozen backbone on images of its own size."""
-    dtype = _compute_dtype(form)
+    dtype = _DTYPES[form]
     with _counted(model, dtype) as (backbone, memory):
         images = torch.empty(batch_size, *data_config(model)["input_size"])
         backbone(images.to(dtype))
@@ -245,7 +242,7 @@ def features_estimate(model: nn.Module, form: str, batch_size: int) -> MemoryEst
 
 def contrastive_estimate(model: nn.Module, form: str, batch_size: int, classes: int) -> MemoryEstimate:
     """`estimate` for open_clip's `model`, of which one tower at a time is on the device."""
-    dtype = _compute_dtype(form)
+    dtype = _DTYPES[form]
     with _counted(model.visual, dtype) as (visual, memory):
         images = torch.empty(batch_size, 3, *model.visual.image_size)
         directions = F.normalize(visual(images.to(dtype)).float(), dim=-1)
@@ -263,7 +260,7 @@ def generative_estimate(
     model: nn.Module, form: str, batch_size: int, text_tokens: int, nodes: int
 ) -> MemoryEstimate:
     """`estimate` for a vision-language model of transformers; the trie has `nodes` inner nodes and a root."""
-    dtype = _compute_dtype(form)
+    dtype = _DTYPES[form]
     kept = text_tokens + nodes + 2 if form == "nf4_pruned" else None  # 2: the image's, the terminator
     vocabulary = kept or model.config.get_text_config().vocab_size
     peak, held, cache = _passes(model, dtype, batch_size, text_tokens, nodes)
@@ -288,7 +285,12 @@ def _passes(
     tower = (base.vision_model if is_smol else base.vision_tower).encoder.layers
     few = {blocks: blocks[:_BLOCKS], tower: nn.ModuleList([tower[0]] * len(tower))}
     more = len(blocks) / len(few[blocks]) - 1  # caches of the blocks that do not run, per cache that is made
-    image_tokens = base.image_seq_len if is_smol else _image_tokens(model.config)
+    is_paligemma = model.config.model_type == "paligemma"
+    if is_smol:
+        image_tokens = base.image_seq_len
+    else:
+        config = model.config
+        image_tokens = config.text_config.num_image_tokens if is_paligemma else config.image_seq_length
     with _counted(base, dtype, few) as (base, memory):
         images = torch.empty(batch_size, 3, side, side)
         mask = torch.empty(batch_size, side, side, dtype=torch.long)  # of SmolVLM's processor
@@ -305,7 +307,7 @@ def _passes(
         memory.reset_peak()
         embedded = embedded.masked_scatter((ids == 0)[..., None], features)
         # PaliGemma's prompt sees all of itself, for which transformers makes a mask.
-        types = {"token_type_ids": ids} if model.config.model_type == "paligemma" else {}
+        types = {"token_type_ids": ids} if is_paligemma else {}
         prefill = base(inputs_embeds=embedded, use_cache=True, **types)
         prompt_peak = memory.peak_bytes + more * _cache_bytes(prefill)
         del cast, embedded
@@ -325,12 +327,6 @@ def _passes(
         nodes_peak, held = memory.peak_bytes + more * cache, memory.allocated_bytes + more * cache
         del outputs, features, hidden  # not before
     return int(max(image_peak, prompt_peak, nodes_peak)), int(held), int(cache + more * cache)
-
-
-def _image_tokens(config) -> int:
-    """Tokens per image of PaliGemma and of MobileVLM."""
-    paligemma = config.model_type == "paligemma"
-    return config.text_config.num_image_tokens if paligemma else config.image_seq_length
 
 
 def _smol_features(base: nn.Module, images: torch.Tensor, mask: torch.Tensor) -> tuple:

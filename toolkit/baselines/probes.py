@@ -1,8 +1,8 @@
 """Classifiers on frozen features: fitted in seconds, chosen on validation rows, never shown a test row.
 
 `fit_probe` fits one of six, following the protocols by which self-supervised backbones are compared
-(Oquab et al. 2023, arXiv 2304.07193, appendix B).  Unlike some of the published protocols, none is refitted
-on training and validation rows together: fine-tuned models see the training rows alone, and so do probes.
+(Oquab et al. 2023, arXiv 2304.07193, appendix B).  None is refitted on training and validation rows together,
+as some published ones are: fine-tuned models see the training rows alone.
 
 They are written in torch, although scikit-learn has most of them: they run on the device of the features,
 where their bytes are counted, and one eigendecomposition serves a whole path of regularisation strengths (on
@@ -87,7 +87,7 @@ class LinearProbe(Probe):
 class NeighbourProbe(Probe):
     """Logarithm of each class's share of the votes of the `k` nearest rows by cosine.
 
-    A vote weighs softmax(cosine / `temperature`) over the k rows (Wu et al. 2018, arXiv 1805.01978).  One
+    A vote weighs softmax(cosine / `TEMPERATURE`) over the k rows (Wu et al. 2018, arXiv 1805.01978).  One
     extra vote is spread evenly over the classes (Laplace smoothing), so that no share is zero; it changes no
     decision.
     """
@@ -98,12 +98,11 @@ class NeighbourProbe(Probe):
         labels: torch.Tensor,  # (N,)
         num_classes: int,
         k: int,
-        temperature: float = TEMPERATURE,
     ):
         super().__init__({"k": k})
         self.bank = nn.Parameter(bank, requires_grad=False)
         self.register_buffer("labels", labels)
-        self.num_classes, self.k, self.temperature = num_classes, k, temperature
+        self.num_classes, self.k = num_classes, k
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         return torch.cat([self.votes(*near) for near in self.nearest(features, self.k)])
@@ -117,7 +116,7 @@ class NeighbourProbe(Probe):
     def votes(self, cosines: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Scores (b, classes) from the output of `nearest`."""
         # Double precision: the order in which a GPU adds the votes then does not show in the result.
-        weights = (cosines.double() / self.temperature).softmax(1)
+        weights = (cosines.double() / TEMPERATURE).softmax(1)
         votes = weights.new_zeros(len(weights), self.num_classes).scatter_add_(1, labels, weights)
         k = cosines.shape[1]
         return ((k * votes + 1 / self.num_classes) / (k + 1)).log().float()
@@ -303,11 +302,8 @@ class _SoftmaxRegression:
         self, l2: float, weight: torch.Tensor, bias: torch.Tensor, tolerance: float, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The weight (D, C) and bias (C,) of the minimum, from these as a start."""
-        x, rows, picked = (
-            self.x.to(dtype),
-            len(self.y),
-            (torch.arange(len(self.y), device=self.y.device), self.y),
-        )
+        x, rows = self.x.to(dtype), len(self.y)
+        picked = torch.arange(rows, device=self.y.device), self.y
         stretch = (self.spread * self.values + l2).sqrt()
         into, bias_scale = self.vectors / stretch, self.spread**-0.5  # from whitened coordinates
         whitened = [(self.vectors * stretch).T @ weight, bias / bias_scale]

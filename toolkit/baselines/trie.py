@@ -2,9 +2,8 @@
 
 Class names share prefixes, so their tokens form a trie.  One forward pass of image and prompt fills the
 cache; a second holds every inner node of the trie at once, packed into one sequence in which a node sees the
-prompt, its ancestors and itself, at the position of its depth.  The logits then hold the log-probability of
-every token of every class: the same numbers as one pass per class, for hardly more than the cost of the
-prompt's pass, and without copying the cache for each class.
+prompt, its ancestors and itself, at the position of its depth.  The log-probabilities are those of one pass
+per class, for hardly more than the cost of the prompt's pass.
 """
 
 from __future__ import annotations
@@ -36,28 +35,22 @@ class Trie:
     """
 
     def __init__(self, candidates: list[list[int]]):
-        tokens, parents, depths, paths = [0], [0], [0], [[] for _ in candidates]
-        ends = [0] * len(candidates)  # the node that each candidate has reached
-        for depth in range(max(map(len, candidates))):
-            arrivals: dict[tuple[int, int], list[int]] = {}
-            for index, candidate in enumerate(candidates):
-                if depth < len(candidate):
-                    arrivals.setdefault((ends[index], candidate[depth]), []).append(index)
-            for (parent, token), indices in sorted(arrivals.items()):
-                for index in indices:
-                    ends[index] = len(tokens)
-                    paths[index].append(len(tokens))
-                tokens.append(token)
-                parents.append(parent)
-                depths.append(depth + 1)
-        inner = sorted(set(parents[1:]))
-        if len(set(ends)) < len(ends) or not set(ends).isdisjoint({0, *inner}):
+        beginnings = {tuple(ids[:end]) for ids in candidates for end in range(1, len(ids) + 1)}
+        nodes = [(), *sorted(beginnings, key=lambda node: (len(node), node))]
+        index = {node: position for position, node in enumerate(nodes)}
+        parents = [0, *(index[node[:-1]] for node in nodes[1:])]
+        inner = sorted(set(parents))
+        ends = {index[tuple(ids)] for ids in candidates}
+        if len(ends) < len(candidates) or not ends.isdisjoint(inner):
             raise InputError("two classes are the same tokens, or one begins with the other; rename one.")
-        self.tokens, self.parents, self.depths = map(torch.tensor, (tokens, parents, depths))
+        self.tokens = torch.tensor([0, *(node[-1] for node in nodes[1:])])
+        self.parents = torch.tensor(parents)
+        self.depths = torch.tensor([len(node) for node in nodes])
         self.inner = torch.tensor(inner)
-        self.lengths = torch.tensor([len(path) for path in paths])
-        longest = int(self.lengths.max())
-        self.paths = torch.tensor([path + [0] * (longest - len(path)) for path in paths])
+        self.lengths = torch.tensor([len(ids) for ids in candidates])
+        self.paths = torch.zeros(len(candidates), int(self.lengths.max()), dtype=torch.long)
+        for path, ids in zip(self.paths, candidates):
+            path[: len(ids)] = torch.tensor([index[tuple(ids[:end])] for end in range(1, len(ids) + 1)])
 
     def sees(self) -> torch.Tensor:
         """Whether the row's node may see the column's: bool (n, n) for the n inner nodes below the root.
