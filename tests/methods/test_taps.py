@@ -75,7 +75,7 @@ def test_positions_stay_where_they_are():
     early = {tap.name: tap for tap in taps.taps}["blocks.1.0"]
     x = torch.zeros(1, 32, 8, 8)
     x[0, 7, 2:4, 6:8] = torch.tensor([[1.0, 2.0], [3.0, 6.0]])
-    brought = taps._brought(early, x)
+    brought = taps._brought_to_final(early, x)
     assert brought[0, 1 * 4 + 3, 7] == 3 and brought.count_nonzero() == 1
 
 
@@ -164,7 +164,7 @@ def test_shapes_that_do_not_chain_are_errors():
 def test_features_changed_in_place_cannot_be_tapped():
     model = Net(Block(lambda x: x), Block(lambda x: x, 8))
     model.blocks[1].forward = lambda x: x.mul_(2)
-    with pytest.raises(InputError, match=r"what blocks.0 returns is changed in place"):
+    with pytest.raises(InputError, match=r"output of blocks.0 is changed in place"):
         Survey.of(model)
 
 
