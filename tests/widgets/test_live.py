@@ -13,10 +13,10 @@ from jupyter_client.manager import start_new_kernel
 
 import toolkit
 from toolkit.training import progress as progress_module
-from toolkit.training.progress import Bar, Lines, Progress, ProgressView, View, batch, plain_view
+from toolkit.training.progress import Plain, Progress, ProgressView, View, batch
 from toolkit.training.step import Steps
 from toolkit.widgets import live
-from toolkit.widgets.live import LiveView
+from toolkit.widgets.live import LiveView, live_view
 
 NOW = Progress(
     step=6, total_steps=24, epoch=2, epochs=8, loss=1.5, score_pct=50.0, peak_bytes=12 * 2**20,
@@ -42,7 +42,6 @@ def every_step(monkeypatch):
 def notebook(monkeypatch):
     """Pretend to be an interactive notebook; returns what it displays."""
     shown = []
-    monkeypatch.setattr(live, "live_notebook", lambda: True)
     monkeypatch.setattr(live, "display", shown.append)
     return shown
 
@@ -218,32 +217,30 @@ def test_time_left_is_told_once_the_slow_steps_are_over(monkeypatch, every_step)
 def test_without_a_person_one_line_per_epoch_is_printed(demo_model, few_digits, capsys, monkeypatch):
     monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
     monkeypatch.setattr(live, "display", lambda _: pytest.fail("nothing to display"))
-    toolkit.fit(demo_model(), few_digits, experiment(), view=LiveView(experiment()))
+    toolkit.fit(demo_model(), few_digits, experiment(), view=live_view(experiment()))
     lines = capsys.readouterr().out.splitlines()
     assert [line[:10] for line in lines] == ["epoch 1/2:", "epoch 2/2:"] and "val" in lines[1]
 
 
-def test_the_plain_view_moves_only_where_a_bar_can(monkeypatch):
+def test_a_view_is_live_only_in_an_interactive_notebook(monkeypatch):
     for name in progress_module.FRONT_ENDS:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.delitem(progress_module.sys.modules, "ipykernel", raising=False)
-    for terminal, kind in ((True, Bar), (False, Lines)):
-        stderr = SimpleNamespace(isatty=lambda terminal=terminal: terminal)
-        monkeypatch.setattr(progress_module.sys, "stderr", stderr)
-        assert type(plain_view()) is kind
     monkeypatch.setitem(progress_module.sys.modules, "ipykernel", SimpleNamespace())
-    assert type(plain_view()) is Lines, "papermill's kernel"
+    assert type(live_view(experiment())) is Plain, "papermill's kernel"
     monkeypatch.setenv("JPY_SESSION_NAME", "finetune.ipynb")
-    assert type(plain_view()) is Bar and type(LiveView(experiment()).usable()) is LiveView
+    assert type(live_view(experiment())) is LiveView
     with batch():
-        assert type(plain_view()) is Lines, "a sweep's kernel that a live notebook started"
-    assert type(plain_view()) is Bar
+        assert type(live_view(experiment())) is Plain, "a sweep's kernel that a live notebook started"
+    assert type(live_view(experiment())) is LiveView
 
 
-def test_bar_ends_where_the_run_does(demo_model, few_digits, every_step, capsys):
-    toolkit.fit(demo_model(), few_digits, experiment(), view=Bar())
+def test_the_bar_moves_in_a_terminal_and_ends_where_the_run_does(
+    demo_model, few_digits, every_step, capsys, monkeypatch
+):
+    monkeypatch.setattr(progress_module.sys.stderr, "isatty", lambda: True, raising=False)
+    toolkit.fit(demo_model(), few_digits, experiment())
     err = capsys.readouterr().err
-    assert "epoch 2/2" in err and "6/6" in err and "loss=" in err
+    assert "epoch 2/2" in err and "6/6" in err and "loss " in err
 
 
 def test_live_view_draws_the_run(demo_model, few_digits, every_step, notebook):

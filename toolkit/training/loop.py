@@ -32,7 +32,7 @@ from toolkit.methods.weights import trained_state, weights_sha256
 from toolkit.model import build_model, check_fits_weights, seed_everything
 from toolkit.training.evaluation import evaluate
 from toolkit.training.feature_cache import CachedFeatures, cached_features
-from toolkit.training.progress import Progress, ProgressView, View, plain_view
+from toolkit.training.progress import Plain, Progress, ProgressView, View
 from toolkit.training.result import FitResult, RunWindows
 from toolkit.training.resume import Interrupt, Snapshots, claim
 from toolkit.training.step import NotFinite, Steps, rng_state, set_rng_state
@@ -64,8 +64,8 @@ def fit(
     of `meter` (default: a new one); what a killed process measured after its last snapshot is lost together
     with the steps themselves.
 
-    `view` shows the run (default: a moving bar or printed lines, see `progress.plain_view`) and may pause
-    it between two steps: its memory stays allocated, and the wait is measured in the window "pause" only.
+    `view` shows the run (default: `progress.Plain`) and may pause it between two steps: its memory stays
+    allocated, and the wait is measured in the window "pause" only.
 
     Under a plan nothing starts that cannot fit, and a step that runs out of memory all the same is repeated,
     with the same random numbers, on a tighter plan; the batch never changes.  Otherwise out of memory, a loss
@@ -76,7 +76,7 @@ def fit(
     check_fits_weights(model, experiment.budget_bytes)
     check_batch_norms(model, batch_sizes(experiment, len(splits.train)), data_config(model)["input_size"])
     snapshots = Snapshots(folder, snapshot_seconds)
-    with claim(folder), Interrupt() as interrupt, ProgressView(view or plain_view(), interrupt) as screen:
+    with claim(folder), Interrupt() as interrupt, ProgressView(view or Plain(), interrupt) as screen:
         run = _Run(model, splits, experiment, snapshots, workers, meter or Meter(experiment.device))
         try:
             run.prepare()

@@ -1,8 +1,7 @@
 """Live progress of a run, and the pause and stop requests that its user sends back.
 
-`fit` reports to a `View`.  `Lines` prints one line per epoch (notebooks in batch, log files), `Bar` moves a
-bar in a terminal, `widgets.LiveView` draws in a notebook.  `ProgressView` is between `fit` and a view: it
-limits the time that views cost, and a view that fails does not end the run.
+`fit` reports to a `View`: `Plain`, or in a notebook `widgets.LiveView`.  `ProgressView` is between the two: it
+limits the time that a view costs, and a view that fails does not end the run.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from toolkit.budget import format_bytes
 from toolkit.datasets.tasks import score_in
@@ -52,10 +51,6 @@ class View:
     paused = False  # wait before the next step
     stop_wanted = False  # save the state and end, as after Ctrl-C
 
-    def usable(self) -> View:
-        """This view, or another one if this one cannot be shown here."""
-        return self
-
     def begin(self, progress: Progress, history: list[dict], saves: bool) -> None:
         """Before the first step of this process.
 
@@ -75,33 +70,29 @@ class View:
         """After the last step, however the run ended; `message` says how."""
 
 
-class Lines(View):
-    """One printed line per epoch."""
+class Plain(View):
+    """One printed line per epoch, and in a terminal a moving bar, which is removed at the end."""
+
+    def begin(self, progress: Progress, history: list[dict], saves: bool) -> None:
+        total, done = progress.total_steps, progress.step
+        # disable=None: no bar where it cannot move, as in log files and under papermill
+        self._bar = tqdm(total=total, initial=done, unit="step", leave=False, mininterval=0, disable=None)
+
+    def step(self, progress: Progress) -> None:
+        score = "" if progress.score_pct is None else f", {progress.score_pct:.1f} %"
+        self._bar.set_description(f"epoch {progress.epoch}/{progress.epochs}", refresh=False)
+        self._bar.set_postfix_str(
+            f"loss {progress.loss:.3f}{score}, peak {format_bytes(progress.peak_bytes)}", refresh=False
+        )
+        self._bar.update(progress.step - self._bar.n)
 
     def epoch(self, progress: Progress, row: dict) -> None:
         _, score = score_in(row, "val")
         score = "–" if score is None else f"{score:.2f} %"
-        print(
+        tqdm.write(
             f"epoch {row['epoch']}/{progress.epochs}: loss {row['train_loss']:.4f}, "
             f"val {score}, peak {format_bytes(progress.peak_bytes)}"
         )
-
-
-class Bar(View):
-    """A moving bar, which is removed at the end."""
-
-    def begin(self, progress: Progress, history: list[dict], saves: bool) -> None:
-        total, done = progress.total_steps, progress.step
-        self._bar = tqdm(total=total, initial=done, unit="step", leave=False, mininterval=0)
-
-    def step(self, progress: Progress) -> None:
-        shown = {"loss": f"{progress.loss:.3f}"}
-        if progress.score_pct is not None:
-            shown["acc"] = f"{progress.score_pct:.1f}%"
-        shown["peak"] = format_bytes(progress.peak_bytes)
-        self._bar.set_description(f"epoch {progress.epoch}/{progress.epochs}", refresh=False)
-        self._bar.set_postfix(shown, refresh=False)
-        self._bar.update(progress.step - self._bar.n)
 
     def end(self, progress: Progress, message: str) -> None:
         self._bar.close()
@@ -114,7 +105,7 @@ class ProgressView:
     """
 
     def __init__(self, view: View, interrupt: Interrupt):
-        self._view, self._interrupt = view.usable(), interrupt
+        self._view, self._interrupt = view, interrupt
         self._progress: Callable[[], Progress] | None = None  # of the run, between `begin` and `end`
         self._next_at = 0.0  # on the clock, when the next step may be reported
         self._first_step = 0  # of this process
@@ -181,12 +172,6 @@ class ProgressView:
             return None
         pace = (now.seconds - self._pace_from.seconds) / (now.step - self._pace_from.step)
         return pace * (now.total_steps - now.step)
-
-
-def plain_view() -> View:
-    """A bar if it can move, otherwise one line per epoch: under papermill a bar would stay at 0 %."""
-    can_move = live_notebook() if "ipykernel" in sys.modules else sys.stderr.isatty()
-    return Bar() if can_move else Lines()
 
 
 def live_notebook() -> bool:

@@ -24,24 +24,22 @@ from toolkit.datasets.tasks import score_in
 from toolkit.experiment import Experiment
 from toolkit.measure.quantities import QUANTITIES
 from toolkit.plots.style import styled
-from toolkit.training.progress import Progress, View, live_notebook, plain_view
+from toolkit.training.progress import Plain, Progress, View, live_notebook
 
 MOST_POINTS = 240  # of a curve; beyond it, every second one is dropped
 HINT = "Where the buttons do not react, Jupyter's stop button (■) also saves and ends."
 
 
-class LiveView(View):
-    """`fit(..., view=LiveView(experiment))` draws in the notebook while it trains.
+def live_view(experiment: Experiment) -> View:
+    """The view for `fit(..., view=live_view(experiment))`: a `LiveView` if there is someone to look at it."""
+    return LiveView(experiment) if live_notebook() else Plain()
 
-    Without an interactive front end, `plain_view` takes its place.
-    """
+
+class LiveView(View):
+    """Draws a run in the notebook while it trains."""
 
     def __init__(self, experiment: Experiment):
         self.experiment = experiment
-
-    def usable(self) -> View:
-        """Itself in a live notebook, otherwise the plain view."""
-        return self if live_notebook() else plain_view()
 
     def begin(self, progress: Progress, history: list[dict[str, Any]], saves: bool) -> None:
         """Show the widgets; without a snapshot folder the second button is a plain "Stop"."""
