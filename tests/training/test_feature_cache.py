@@ -26,7 +26,6 @@ from toolkit.training import feature_cache
 from toolkit.training.feature_cache import (
     STORED,
     Layout,
-    augmentation_lost,
     cache_key,
     cached_features,
     layout_of,
@@ -456,10 +455,3 @@ def test_features_of_images_of_several_sizes_are_those_of_test_images(cached):
         expected = model.eval()(images)
         rows = torch.stack([x for x, _ in features.train])
         torch.testing.assert_close(features.model(rows), expected, atol=1e-5, rtol=1e-4)
-
-
-def test_augmentation_lost_names_crops_and_flips():
-    assert augmentation_lost(Policy()) == ""
-    assert augmentation_lost(Policy(flip=True)).endswith("training goes without mirrored images.")
-    both = augmentation_lost(Policy(crop_scale=(0.35, 1.0), flip=True))
-    assert "random crops of 35 to 100 % of the image and mirrored images" in both

@@ -21,7 +21,7 @@ from toolkit.datasets.tasks import TASKS
 from toolkit.errors import InputError, check_name
 from toolkit.experiment import Experiment, option_fields
 from toolkit.measure.quantities import QUANTITIES, Quantity, register
-from toolkit.measure.scores import hypervolume, pareto_rank
+from toolkit.measure.scores import pareto_rank
 from toolkit.methods import METHODS
 
 DATA = ["train_sha256", "test_sha256"]
@@ -178,8 +178,8 @@ RANKED = {
 def standing(records: pd.DataFrame, phase: str = "training") -> pd.DataFrame:
     """Means of the NetScores with a phase's costs, and two ranks that do not depend on units.
 
-    `phase`: "training", or "inference", which baselines have too.  `pareto_rank` and `dominated_pct` (the
-    group's hypervolume in the box up to 1.1 times the worst costs) are of mean score, peak memory, energy and
+    `phase`: "training", or "inference", which baselines have too.  `pareto_rank` and `dominated_pct` (of the
+    box up to 100 % and 1.1 times the worst costs, the share that is worse than the group in every figure) are of mean score, peak memory, energy and
     time, among the groups of one data set and environment; a cost that no run has is left out.  A group
     without a finished run, or without a cost that others have, has neither.
     """
@@ -196,9 +196,8 @@ def standing(records: pd.DataFrame, phase: str = "training") -> pd.DataFrame:
         scores, costs_of = points.score_pct, points.drop(columns="score_pct")
         worst = 1.1 * costs_of.max()
         table.loc[points.index, "pareto_rank"] = pareto_rank(scores, costs_of)
-        for row in points.index:
-            volume = hypervolume(scores[[row]], costs_of.loc[[row]], worst)
-            table.loc[row, "dominated_pct"] = round(100 * volume, 1)
+        dominated_pct = scores * (1 - costs_of / worst).prod(axis="columns")
+        table.loc[points.index, "dominated_pct"] = dominated_pct.astype(float).round(1)
     keys = [name for name in table.columns if name in (*SHOWN, "environment", *parameters(), *DATA)]
     shown = [name for name in table if name.startswith(tuple(NETSCORES[phase]))]
     return table[[*keys, "n", *shown, "pareto_rank", "dominated_pct"]]

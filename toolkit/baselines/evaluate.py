@@ -24,23 +24,14 @@ from toolkit.baselines.prepared import Prepared
 from toolkit.baselines.trie import TrieClassifier
 from toolkit.budget import device_memory, is_out_of_memory, tensors_of
 from toolkit.datasets import Splits, load_dataset, loader
-from toolkit.datasets.tasks import TASKS
 from toolkit.measure import Meter, Window, total
-from toolkit.measure.environment import environment, installed_packages
+from toolkit.measure.environment import environment
 from toolkit.measure.quantities import NOT_ENDED
 from toolkit.methods import summarize
 from toolkit.methods.weights import weights_sha256
 from toolkit.model import check_fits_weights, seed_everything
 from toolkit.training.evaluation import Evaluation, attempt, evaluate
-from toolkit.training.record import (
-    RunRecord,
-    budget_mode,
-    data_fields,
-    energy_source,
-    host_peak_bytes,
-    no_test,
-    run_fields,
-)
+from toolkit.training.record import RunRecord
 
 # Most validation images that a scoring rule is chosen on: the pass costs as much as a test.
 CHOICE_IMAGES = 1000
@@ -124,62 +115,33 @@ def record_of(
     `evaluation`: of the test split, None if that failed.
     """
     params_total = summarize(prepared.model).total if prepared.model else None
-    env = prepared.environment
     test = evaluation.window if evaluation else Window("test", reason=NOT_ENDED)
+    windows = {"prepare": prepared.window, "test": test}
+    sums = windows | {"whole": total(windows.values())}
+    record = RunRecord.of_test(experiment, splits, prepared, params_total, sums, evaluation)
+    record.quality |= {
+        "val_top1_pct": prepared.val_top1_pct,
+        "unmatched_pct": prepared.unmatched_pct,
+        "selection_rule": prepared.selection_rule,
+        "params_trainable": prepared.fitted,
+    }
+    record.time |= {"prepare_seconds": prepared.window.seconds, "prepare_cached": prepared.cached}
     within = evaluation and max(prepared.peak_bytes, evaluation.peak_bytes) <= experiment.budget_bytes
-    whole = RunRecord(
-        run=run_fields(experiment, prepared.status, prepared.error) | {"started_at": prepared.started_at},
-        config=experiment.config,
-        data=data_fields(splits),
-        quality={
-            **(evaluation.fields if evaluation else no_test(TASKS["classification"])),
-            "val_top1_pct": prepared.val_top1_pct,
-            "unmatched_pct": prepared.unmatched_pct,
-            "selection_rule": prepared.selection_rule,
-            "weights_sha256": prepared.weights_sha256 or None,
-            "params_total": params_total,
-            "params_trainable": prepared.fitted,
-        },
-        time={
-            "prepare_seconds": prepared.window.seconds,
-            "test_seconds": evaluation and evaluation.seconds,
-            "prepare_cached": prepared.cached,
-        },
-        energy={
-            "energy_joules": total([prepared.window, test]).energy_joules,
-            "energy_source": energy_source([prepared.window, test]),
-            "prepare_joules": prepared.window.energy_joules,
-            "test_energy_joules": test.energy_joules,
-            "test_quantisation_joules": test.quantisation_joules,
-            "test_energy_flags": ", ".join(test.flags),
-        },
-        memory={
-            "prepare_peak_bytes": prepared.peak_bytes,
-            "test_peak_bytes": evaluation and evaluation.peak_bytes,
-            "host_peak_bytes": host_peak_bytes(),
-            "memory_source": prepared.memory_source,
-            "budget_mode": budget_mode(experiment, env["device_total_bytes"]),
-            "within_budget": within,
-            "predicted_peak_bytes": prepared.predicted_peak_bytes,
-            "micro_batch_images": prepared.batch_size,
-            "weights_form": prepared.form,
-        },
-        flops={"inference_macs_per_image": evaluation and evaluation.macs_per_image},
-        env=env,
-        packages=installed_packages(),
-        curves={
-            "choices": prepared.choices,
-            "windows": {"prepare": prepared.window.to_dict()}
-            | ({"test": evaluation.window.to_dict()} if evaluation else {}),
-        },
-    )
-    whole.score(params_total, {"inference": "test"})
-    prepare = prepared.window.reason
-    sensors = {"energy_joules": prepare or test.reason, "prepare_joules": prepare}
-    sensors |= dict.fromkeys(("test_energy_joules", "test_quantisation_joules"), test.reason)
-    sensors["predicted_peak_bytes"] = "predictions are for published weights, not for a folder"
-    whole.explain(sensors)
-    return whole
+    record.memory |= {
+        "prepare_peak_bytes": prepared.peak_bytes,
+        "within_budget": within,
+        "micro_batch_images": prepared.batch_size,
+        "weights_form": prepared.form,
+    }
+    if not evaluation:
+        del windows["test"]
+    record.curves = {
+        "choices": prepared.choices,
+        "windows": {name: window.to_dict() for name, window in windows.items()},
+    }
+    record.score({"inference": "test"})
+    record.explain({"predicted_peak_bytes": "predictions are for published weights, not for a folder"})
+    return record
 
 
 def _contrastive(prepared: Prepared, experiment: BaselineExperiment, splits: Splits, meter: Meter) -> None:

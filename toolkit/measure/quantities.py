@@ -138,8 +138,6 @@ for _quantity in (
     ),
     Quantity("train_cpu_joules", "training energy of the CPU", "J", 1, "less", missing=_SENSOR),
     Quantity("idle_watts", "idle power", "W", missing="idle power was not measured", from_gpu_sensor=True),
-    Quantity("gpu_start_celsius", "GPU temperature at the start", "°C", 0, missing=_SENSOR),
-    Quantity("gpu_end_celsius", "GPU temperature at the end", "°C", 0, missing=_SENSOR),
     # Memory
     Quantity("budget_bytes", "budget", "MiB"),
     Quantity("train_peak_bytes", "peak memory of training", missing="no training step was begun", **_BYTES),
@@ -151,7 +149,6 @@ for _quantity in (
         missing="only the allocator of CUDA reserves memory", **_BYTES,
     ),
     Quantity("context_bytes", "CUDA context", missing="training was not begun", **_BYTES),
-    Quantity("device_used_bytes", "memory used on the device", missing="training was not begun", **_BYTES),
     Quantity(
         "predicted_peak_bytes", "predicted peak memory", "MiB",
         missing="only the strategy planned, and baselines with published weights, are predicted",

@@ -16,7 +16,7 @@ of the arguments, and every published score needs its phase (training or inferen
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -33,7 +33,7 @@ NETSCORES: dict[str, dict[str, float]] = {
 
 
 def netscore(
-    kind: str | Mapping[str, float],
+    kind: str,
     accuracy_pct: float | None,
     *,
     params_m: float | None = None,
@@ -42,40 +42,27 @@ def netscore(
     watts: float | None = None,
     peak_mib: float | None = None,
 ) -> float | None:
-    """NetScore in decibels; `kind` names a set of exponents (`NETSCORES`) or is one: cost -> exponent.
+    """NetScore in decibels; `kind`: one of `NETSCORES`.
 
     Costs that the kind does not use are ignored.  None if the accuracy or a cost is missing or not
     positive; `why_no_score` gives the reason.  Raises `InputError` for an unknown kind.
     """
-    exponents = _exponents(kind)
-    costs = _costs(params_m, macs_g, seconds, watts, peak_mib)
+    costs = dict(params_m=params_m, macs_g=macs_g, seconds=seconds, watts=watts, peak_mib=peak_mib)
     if why_no_score(kind, accuracy_pct, **costs):
         return None
-    log_cost = sum(exponent * math.log10(costs[name]) for name, exponent in exponents.items())
+    log_cost = sum(exponent * math.log10(costs[name]) for name, exponent in NETSCORES[kind].items())
     return 20 * (2 * math.log10(accuracy_pct) - log_cost)
 
 
-def why_no_score(kind: str | Mapping[str, float], accuracy_pct: float | None, **costs) -> str | None:
+def why_no_score(kind: str, accuracy_pct: float | None, **costs) -> str | None:
     """The reason why `netscore` of these figures is None, or None if there is a score."""
-    for name in ("accuracy_pct", *_exponents(kind)):
+    for name in ("accuracy_pct", *NETSCORES[check_name("score", kind, NETSCORES)]):
         value = accuracy_pct if name == "accuracy_pct" else costs.get(name)
         if value is None:
             return f"{name} was not measured"
         if not (math.isfinite(value) and value > 0):
             return f"{name} is {value}, and the logarithm needs a positive number"
     return None
-
-
-def _exponents(kind: str | Mapping[str, float]) -> Mapping[str, float]:
-    if isinstance(kind, str):
-        return NETSCORES[check_name("score", kind, NETSCORES)]
-    for name in kind:
-        check_name("cost", name, _costs(*[None] * 5))
-    return kind
-
-
-def _costs(params_m, macs_g, seconds, watts, peak_mib) -> dict[str, float | None]:
-    return dict(params_m=params_m, macs_g=macs_g, seconds=seconds, watts=watts, peak_mib=peak_mib)
 
 
 # Three formulas are called SAM (Sustainable Accuracy Metric), each with its own unit of energy.
@@ -127,7 +114,12 @@ def pareto_rank(accuracy: Sequence[float], costs: Sequence[Sequence[float]]) -> 
     `accuracy` (N,), more is better; `costs` (N, K), less is better.  Ranks do not depend on units.  Raises
     `InputError` for missing values.
     """
-    points = _points(accuracy, costs)
+    accuracy, costs = np.asarray(accuracy, dtype=float), np.asarray(costs, dtype=float)
+    if costs.ndim != 2 or len(accuracy) != len(costs):
+        raise InputError(f"costs must have a row for each of {len(accuracy)} accuracies, got {costs.shape}.")
+    points = np.column_stack([-accuracy, costs])  # (N, 1 + K), all to be minimised
+    if not np.isfinite(points).all():
+        raise InputError("a point with a missing figure cannot be ranked; leave it or the figure out.")
     better = (points[:, None] <= points[None]).all(2) & (points[:, None] < points[None]).any(2)
     ranks = np.zeros(len(points), dtype=int)
     rank = 0
@@ -135,45 +127,3 @@ def pareto_rank(accuracy: Sequence[float], costs: Sequence[Sequence[float]]) -> 
         rank += 1
         ranks[open_ & ~better[open_].any(0)] = rank
     return ranks
-
-
-def hypervolume(
-    accuracy_pct: Sequence[float], costs: Sequence[Sequence[float]], worst_costs: Sequence[float]
-) -> float:
-    """Share of the box from (0 %, `worst_costs`) to (100 %, no cost) that the points dominate, 0 to 1.
-
-    `accuracy_pct` (N,), `costs` (N, K), `worst_costs` (K,) in the units of the costs, which cancel.  Compare
-    sets only under the same `worst_costs`.  Points outside the box add nothing.
-    """
-    points = _points(accuracy_pct, costs)
-    worst = np.asarray(worst_costs, dtype=float)
-    if worst.shape != (points.shape[1] - 1,) or not (worst > 0).all():
-        raise InputError(f"worst_costs must hold {points.shape[1] - 1} positive numbers, got {worst_costs}.")
-    losses = np.column_stack([1 + points[:, 0] / 100, points[:, 1:] / worst])  # 0 best, 1 the box's end
-    return _dominated(losses[(losses < 1).all(1)].clip(0))
-
-
-def _dominated(losses: np.ndarray) -> float:
-    """Volume of the union of the boxes from each row to (1, ..., 1), sliced along the first axis."""
-    if len(losses) == 0:
-        return 0.0
-    if losses.shape[1] == 1:
-        return float(1 - losses.min())
-    losses = losses[losses[:, 0].argsort(kind="stable")]
-    edges = np.append(losses[:, 0], 1.0)
-    return sum(
-        (edges[i + 1] - edges[i]) * _dominated(losses[: i + 1, 1:])
-        for i in range(len(losses))
-        if edges[i + 1] > edges[i]
-    )
-
-
-def _points(accuracy, costs) -> np.ndarray:
-    """(N, 1 + K), all to be minimised."""
-    accuracy, costs = np.asarray(accuracy, dtype=float), np.asarray(costs, dtype=float)
-    if costs.ndim != 2 or len(accuracy) != len(costs):
-        raise InputError(f"costs must have a row for each of {len(accuracy)} accuracies, got {costs.shape}.")
-    points = np.column_stack([-accuracy, costs])
-    if not np.isfinite(points).all():
-        raise InputError("a point with a missing figure cannot be ranked; leave it or the figure out.")
-    return points

@@ -173,10 +173,15 @@ def test(
 
 
 class Outcome(Protocol):
-    """How a run went so far: `FitResult`, or the preparation of a baseline."""
+    """How a run went so far, for its record: `FitResult`, or the preparation of a baseline."""
 
     status: str
     error: str | None
+    started_at: str  # UTC
+    environment: dict
+    weights_sha256: str
+    memory_source: str
+    predicted_peak_bytes: int | None
 
 
 def attempt(outcome: Outcome, test: Callable[[], Evaluation]) -> Evaluation | None:

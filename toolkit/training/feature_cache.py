@@ -3,7 +3,7 @@
 What losa, lst and linear read of the backbone does not depend on what they train, so with fixed preprocessing
 it is the same in every epoch.  It is kept on disk (`toolkit.cache`) under the hash of all that it depends on.
 The price is augmentation: one form of each image is cached, so training images are prepared as test images
-are, see `augmentation_lost`.  The probes of `toolkit.baselines` read their features from the same store.
+are.  The probes of `toolkit.baselines` read their features from the same store.
 """
 
 from __future__ import annotations
@@ -288,17 +288,6 @@ def checked_size(model: nn.Module, splits: Splits, budget_bytes: int, precision:
             f"{format_bytes(budget_bytes)} of feature_cache; allow more, {_REMEDIES}."
         )
     return layout, need
-
-
-def augmentation_lost(policy: Policy) -> str:
-    """The augmentation that training on cached features lacks, in one sentence; "" if there is none."""
-    lost = []
-    if policy.crop_scale is not None:
-        low, high = (round(100 * share) for share in policy.crop_scale)
-        lost.append(f"random crops of {low} to {high} % of the image")
-    if policy.flip:
-        lost.append("mirrored images")
-    return f"One form of each image is cached: training goes without {' and '.join(lost)}." if lost else ""
 
 
 def layout_of(model: nn.Module, precision: str) -> Layout:

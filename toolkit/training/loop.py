@@ -37,7 +37,7 @@ from toolkit.training.result import FitResult, RunWindows
 from toolkit.training.resume import Interrupt, Snapshots, claim
 from toolkit.training.step import NotFinite, Steps, rng_state, set_rng_state
 
-SNAPSHOT_FORMAT = 7  # of `_Run.state`
+SNAPSHOT_FORMAT = 8  # of `_Run.state`
 
 
 def fit(
@@ -359,8 +359,6 @@ def _read_context(result: FitResult, meter: Meter) -> None:
     if result.memory_source != "cuda_allocator":
         result.context_reason = "the CPU has no context"
         return
-    free, total_bytes = torch.cuda.mem_get_info()
-    result.device_used_bytes = total_bytes - free
     try:
         if meter.gpu is None:
             raise SensorError(meter.reason)

@@ -1,7 +1,7 @@
 """Live progress of a run, and the pause and stop requests that its user sends back.
 
-`fit` reports to a `View`: `Plain`, or in a notebook `widgets.LiveView`.  `ProgressView` is between the two: it
-limits the time that a view costs, and a view that fails does not end the run.
+`fit` reports to a `View`: `Plain`, or in a notebook `widgets.LiveView`.  `ProgressView` is between the two:
+it limits the time that a view costs, and a view that fails does not end the run.
 """
 
 from __future__ import annotations

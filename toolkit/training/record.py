@@ -30,7 +30,7 @@ from toolkit.measure.environment import environment, installed_packages
 from toolkit.measure.quantities import METRICS, QUANTITIES
 from toolkit.measure.scores import netscore, why_no_score
 from toolkit.methods import METHODS, summarize
-from toolkit.training.evaluation import Evaluation
+from toolkit.training.evaluation import Evaluation, Outcome
 from toolkit.training.result import FitResult
 from toolkit.training.resume import Snapshots
 
@@ -41,18 +41,9 @@ FILE_NAME = "record.json"
 FINISHED = ("ok", "oom", "nan")  # a run with such a record is not repeated; interrupted and failed ones are
 # What a simulated GPU makes worthless; tables leave it out.
 SIMULATED = tuple(name for name, quantity in QUANTITIES.items() if quantity.from_gpu_sensor)
-OVERVIEW = (  # after the metrics of the test
-    "unmatched_pct",
-    "prepare_seconds", "prepare_joules", "prepare_peak_bytes", "features_seconds",
-    "train_seconds", "train_energy_joules", "train_net_joules", "train_cpu_joules", "energy_source",
-    "train_peak_bytes", "train_reserved_peak_bytes", "context_bytes", "within_budget",
-    "forward_flops_per_image", "backward_flops_per_image", "recompute_flops_per_image",
-    "test_seconds", "test_energy_joules", "test_peak_bytes", "inference_macs_per_image",
-    "ns", "ns_e_inference", "ns_m_inference", "ns_sharp_inference",
-    "ns_e_training", "ns_m_training", "ns_sharp_training",
-)  # fmt: skip
 MEASURED = {  # fields of a record: window and its attribute
     "energy_joules": ("whole", "energy_joules"),
+    "features_energy_joules": ("features", "energy_joules"),
     "train_energy_joules": ("train", "energy_joules"),
     "validation_energy_joules": ("validation", "energy_joules"),
     "prepare_joules": ("prepare", "energy_joules"),
@@ -63,22 +54,19 @@ MEASURED = {  # fields of a record: window and its attribute
     "train_disagreement_pct": ("train", "disagreement_pct"),
     "train_net_joules": ("train", "net_joules"),
     "train_cpu_joules": ("train", "cpu_joules"),
-    "gpu_start_celsius": ("fit", "start_celsius"),
-    "gpu_end_celsius": ("fit", "end_celsius"),
 }
-GROUPS = ("run", "config", "data", "quality", "time", "energy", "memory", "flops", "scores", "env")
+FIGURES = ("quality", "time", "energy", "memory", "flops", "scores")
+GROUPS = ("run", "config", "data", *FIGURES, "env")
 
 
 @dataclass
 class RunRecord:
     """One run.  Groups of scalars (`GROUPS`) become the columns of `load_records`; `curves` does not.
 
-    Units are in the names: `_bytes`, `_seconds`, `_pct`, `_joules`, `_watts`.  `test_top1_pct` is accuracy
-    on the test split after the last epoch (`selection_rule`); nothing was chosen on it.  Dense tasks have
-    `test_miou_pct` or `test_map_pct` instead; `metric` says which.  `energy_joules` is gross GPU energy of
-    training, validation and test, data loading and the computing of cached features included;
-    `train_net_joules` is training's less idle power.  Scores in decibels, `_inference` of the test pass,
-    `_training` of training.
+    `test_*` are scores on the test split after the last epoch (`selection_rule`); nothing was chosen on it.
+    `metric`: the one that runs of the task are compared by.  `energy_joules`: gross GPU energy of training,
+    validation and test, data loading and the computing of cached features included.  Scores in decibels,
+    `_inference` of the test pass, `_training` of training.
 
     `phase` is "training", or "inference" for a baseline, which `prepare_*` describes up to the first test
     image: text classifier, features and probe, or the choice of a scoring rule, but not loading the weights.
@@ -99,6 +87,61 @@ class RunRecord:
     missing: dict = field(default_factory=dict)  # field name -> why it is null
 
     @classmethod
+    def of_test(
+        cls,
+        experiment: Parameters,
+        splits: Splits,
+        outcome: Outcome,
+        params_total: int | None,
+        windows: dict[str, Window],
+        evaluation: Evaluation | None,
+    ) -> RunRecord:
+        """The part that records of fine-tuned models and of baselines have in common.
+
+        `windows`: by name, with "test" and "whole" (the sum) among them; `evaluation`: of the test split,
+        None if it did not take place.
+        """
+        env = outcome.environment or environment(experiment.device)
+        record = cls(
+            run=run_fields(experiment, outcome.status, outcome.error) | {"started_at": outcome.started_at},
+            config=experiment.config,
+            data={
+                **{f"n_{split}": len(getattr(splits, split)) for split in ("train", "val", "test")},
+                "n_classes": len(splits.classes),
+                "n_broken": len(splits.broken),
+                **{f"{split}_sha256": digest for split, digest in splits.hashes.items()},
+            },
+            quality={
+                **(evaluation.fields if evaluation else _unscored("test", TASKS[splits.task], "loss")),
+                "weights_sha256": outcome.weights_sha256 or None,
+                "params_total": params_total,
+            },
+            time={"test_seconds": evaluation and evaluation.seconds},
+            energy={
+                "energy_source": energy_source(windows.values()),
+                "test_energy_flags": ", ".join(windows["test"].flags),
+            },
+            memory={
+                "test_peak_bytes": evaluation and evaluation.peak_bytes,
+                "host_peak_bytes": host_peak_bytes(),
+                "memory_source": outcome.memory_source,
+                "budget_mode": budget_mode(experiment, env["device_total_bytes"]),
+                "predicted_peak_bytes": outcome.predicted_peak_bytes,
+            },
+            flops={"inference_macs_per_image": evaluation and evaluation.macs_per_image},
+            env=env,
+            packages=installed_packages(),
+        )
+        for name, (part, attribute) in MEASURED.items():
+            if part in windows:
+                window = windows[part]
+                record.energy[name] = getattr(window, attribute)
+                reason = window.cpu_reason or window.reason if "cpu" in name else window.reason
+                if record.energy[name] is None and reason:
+                    record.missing[name] = reason
+        return record
+
+    @classmethod
     def of_run(
         cls,
         experiment: Experiment,
@@ -109,101 +152,77 @@ class RunRecord:
     ) -> RunRecord:
         """Assemble the record of a run; `evaluation`: of the test split, None unless training ended well."""
         summary, task = summarize(model), TASKS[splits.task]
-        env = result.environment or environment(experiment.device)
         windows = {name: result.window(name) for name in ("fit", "train", "validation", *result.windows)}
         windows["test"] = evaluation.window if evaluation else Window("test")
-        parts = [
-            windows[name]
-            for name in ("features", "fit", *(["test"] if evaluation else ()))
-            if name in windows
-        ]
-        windows["whole"] = total(parts)
-        energy, reasons = energy_fields(windows)
-        within = result.peak_bytes <= experiment.budget_bytes if result.status == "ok" else None
-        features = windows.get("features", Window("features", seconds=0.0, energy_joules=0.0))
-        record = cls(
-            run=run_fields(experiment, result.status, result.error) | {"started_at": result.started_at},
-            config=experiment.to_dict(),
-            data=data_fields(splits),
-            quality={
-                **(evaluation.fields if evaluation else no_test(task)),
-                **_last_validation(result, task),
-                "metric": task.metric,
-                "selection_rule": "last epoch",
-                "weights_sha256": result.weights_sha256,
-                "params_total": summary.total,
-                "params_trainable": summary.trainable,
-                "adapter_bytes": summary.adapter_bytes,
-            },
-            time={
-                "train_seconds": result.train_seconds,
-                "data_seconds": result.data_seconds,
-                "features_seconds": features.seconds,
-                "features_cached": result.features_cached,
-                "validation_seconds": windows["validation"].seconds or 0.0,
-                "snapshot_seconds": result.window("snapshot").seconds or 0.0,
-                "test_seconds": evaluation and evaluation.seconds,
-                "steps": result.steps,
-                "resumes": result.resumes,
-            },
-            energy=energy
-            | {
-                "features_energy_joules": features.energy_joules,
-                "energy_source": energy_source(windows.values()),
-                "idle_watts": result.idle_watts,
-                "train_energy_flags": ", ".join(windows["train"].flags),
-                "test_energy_flags": ", ".join(windows["test"].flags),
-            },
-            memory={
-                "train_peak_bytes": result.peak_bytes or None,
-                "train_reserved_peak_bytes": result.reserved_peak_bytes,
-                "context_bytes": result.context_bytes,
-                "device_used_bytes": result.device_used_bytes,
-                "test_peak_bytes": evaluation and evaluation.peak_bytes,
-                "host_peak_bytes": host_peak_bytes(),
-                "memory_source": result.memory_source,
-                "budget_mode": budget_mode(experiment, env["device_total_bytes"]),
-                "within_budget": within,
-                "checkpointed_blocks": result.checkpointed_blocks,
-                "predicted_peak_bytes": result.predicted_peak_bytes,
-                "micro_batch_images": result.micro_batch_size or None,
-                "out_of_memory_retries": result.out_of_memory_retries,
-            },
-            flops={
-                "forward_flops_per_image": result.step_flops.get("forward"),
-                "backward_flops_per_image": result.step_flops.get("backward"),
-                "recompute_flops_per_image": result.step_flops.get("recompute"),
-                "inference_macs_per_image": evaluation and evaluation.macs_per_image,
-            },
-            env=env,
-            packages=installed_packages(),
-            curves={
-                "history": result.history,
-                "memory_trace_bytes": result.memory_trace,
-                "windows": result.windows | ({"test": evaluation.window.to_dict()} if evaluation else {}),
-            },
-        )
-        record.score(summary.total, {"inference": "test", "training": "train"})
-        reasons |= dict.fromkeys(("context_bytes", "device_used_bytes"), result.context_reason)
-        reasons |= {"features_energy_joules": features.reason, "idle_watts": windows["train"].reason}
-        record.explain(reasons)
+        parts = ["features", "fit", *(["test"] if evaluation else [])]
+        windows["whole"] = total(windows[name] for name in parts if name in windows)
+        windows.setdefault("features", Window("features", seconds=0.0, energy_joules=0.0))
+        record = cls.of_test(experiment, splits, result, summary.total, windows, evaluation)
+        validated = result.history[-1] if result.history else _unscored("val", task)
+        record.quality |= {name: value for name, value in validated.items() if name.startswith("val_")} | {
+            "metric": task.metric,
+            "selection_rule": "last epoch",
+            "params_trainable": summary.trainable,
+            "adapter_bytes": summary.adapter_bytes,
+        }
+        record.time |= {
+            "train_seconds": result.train_seconds,
+            "data_seconds": result.data_seconds,
+            "features_seconds": windows["features"].seconds,
+            "features_cached": result.features_cached,
+            "validation_seconds": windows["validation"].seconds or 0.0,
+            "snapshot_seconds": result.window("snapshot").seconds or 0.0,
+            "steps": result.steps,
+            "resumes": result.resumes,
+        }
+        record.energy |= {
+            "idle_watts": result.idle_watts,
+            "train_energy_flags": ", ".join(windows["train"].flags),
+        }
+        record.memory |= {
+            "train_peak_bytes": result.peak_bytes or None,
+            "train_reserved_peak_bytes": result.reserved_peak_bytes,
+            "context_bytes": result.context_bytes,
+            "within_budget": result.peak_bytes <= experiment.budget_bytes if result.status == "ok" else None,
+            "checkpointed_blocks": result.checkpointed_blocks,
+            "micro_batch_images": result.micro_batch_size or None,
+            "out_of_memory_retries": result.out_of_memory_retries,
+        }
+        for phase in ("forward", "backward", "recompute"):
+            record.flops[f"{phase}_flops_per_image"] = result.step_flops.get(phase)
+        record.curves = {
+            "history": result.history,
+            "memory_trace_bytes": result.memory_trace,
+            "windows": result.windows | ({"test": evaluation.window.to_dict()} if evaluation else {}),
+        }
+        record.score({"inference": "test", "training": "train"})
+        record.explain({"context_bytes": result.context_reason, "idle_watts": windows["train"].reason})
         return record
 
     def overview(self) -> pd.DataFrame:
-        """The figures that people look at first, as text, with the reason where there is none."""
-        values = {name: value for group in GROUPS for name, value in getattr(self, group).items()}
-        simulated = SIMULATED if values.get("energy_source") == "fake" else ()
-        rows = []
-        for name in (*_test_metrics(), *OVERVIEW):
-            if name in values:
-                text = "simulated" if name in simulated else _readable(name, values[name])
-                rows.append((name, text, self.missing.get(name, "")))
-        return pd.DataFrame(rows, columns=["", "value", "missing because"]).set_index("")
+        """The figures that can be better or worse, as text, with the reason where there is none."""
+        simulated = SIMULATED if self.energy.get("energy_source") == "fake" else ()
+        rows = {}
+        for name, value in _columns(vars(self), FIGURES).items():
+            quantity = QUANTITIES.get(name)
+            if isinstance(value, bool):
+                text = str(value)
+            elif quantity is None or not quantity.better:
+                continue
+            elif name in simulated:
+                text = "simulated"
+            else:
+                text = quantity.text(value) + (
+                    f" {quantity.unit}" if quantity.unit and value is not None else ""
+                )
+            rows[name] = text, self.missing.get(name, "")
+        frame = pd.DataFrame.from_dict(rows, orient="index", columns=["value", "missing because"])
+        return frame.rename_axis("figure")
 
-    def score(self, params_total: int, phases: dict[str, str]) -> None:
+    def score(self, phases: dict[str, str]) -> None:
         """Fill in the NetScore family with each phase's costs; `phases`: name -> prefix of its fields."""
         accuracy = self.quality.get(f"test_{self.quality.get('metric', 'top1_pct')}")
-        macs = self.flops["inference_macs_per_image"]
+        params_total, macs = self.quality["params_total"], self.flops["inference_macs_per_image"]
         costs = {"params_m": params_total and params_total / 1e6, "macs_g": macs and macs / 1e9}
         self.scores["units"] = "accuracy %, parameters M, MACs G per image, s, W, MiB"
         for phase, part in phases.items():
@@ -225,10 +244,9 @@ class RunRecord:
 
     def explain(self, reasons: dict[str, str | None]) -> None:
         """Record why each missing value is missing: one of `reasons`, or what `QUANTITIES` says."""
-        for group in (self.quality, self.time, self.energy, self.memory, self.flops, self.env):
-            for name, value in group.items():
-                if value is None:
-                    self.missing[name] = reasons.get(name) or QUANTITIES[name].missing
+        for name, value in _columns(vars(self), (*FIGURES, "env")).items():
+            if value is None and name not in self.missing:
+                self.missing[name] = reasons.get(name) or QUANTITIES[name].missing
 
     @classmethod
     def of_failure(cls, experiment: Parameters, error: str) -> RunRecord:
@@ -238,10 +256,7 @@ class RunRecord:
             config=experiment.config,
             env=environment(experiment.device),
             packages=installed_packages(),
-            missing=dict.fromkeys(
-                ("data", "quality", "time", "energy", "memory", "flops", "scores"),
-                f"the run failed: {error}",
-            ),
+            missing=dict.fromkeys(("data", *FIGURES), f"the run failed: {error}"),
         )
 
     def save(self, folder: Path) -> Path:
@@ -271,56 +286,15 @@ def run_fields(experiment: Parameters, status: str, error: str | None) -> dict:
     }
 
 
-def data_fields(splits: Splits) -> dict:
-    return {
-        "n_train": len(splits.train),
-        "n_val": len(splits.val),
-        "n_test": len(splits.test),
-        "n_classes": len(splits.classes),
-        "n_broken": len(splits.broken),
-        **{f"{split}_sha256": digest for split, digest in splits.hashes.items()},
-    }
-
-
-def no_test(task: Task) -> dict[str, None]:
-    """The fields of a test that did not take place."""
-    return {f"test_{name}": None for name in (*_always_scored(task), "loss")}
-
-
-def _last_validation(result: FitResult, task: Task) -> dict[str, float | None]:
-    if not result.history:
-        return {f"val_{name}": None for name in _always_scored(task)}
-    return {name: value for name, value in result.history[-1].items() if name.startswith("val_")}
-
-
-def _always_scored(task: Task) -> list[str]:
-    """The metrics that every evaluation of a task has; some detectors have those of masks too."""
+def _unscored(part: str, task: Task, *others: str) -> dict[str, None]:
+    """The fields of a validation or test that did not take place."""
     per_image = [name for name, function in METRICS[task.name].items() if function]
-    return list(dict.fromkeys((task.metric, *per_image)))
+    return {f"{part}_{name}": None for name in (task.metric, *per_image, *others)}
 
 
-def _test_metrics() -> list[str]:
-    return [f"test_{name}" for metrics in METRICS.values() for name in metrics]
-
-
-def _readable(name: str, value: object) -> str:
-    """A value as text for people, with its unit."""
-    if name not in QUANTITIES or isinstance(value, (str, bool)):
-        return str(value)
-    quantity = QUANTITIES[name]
-    return quantity.text(value) if value is None else f"{quantity.text(value)} {quantity.unit}".strip()
-
-
-def energy_fields(windows: dict[str, Window]) -> tuple[dict[str, float | None], dict[str, str | None]]:
-    """The fields of `MEASURED` from the windows that there are, and why those that are None are missing."""
-    fields, reasons = {}, {}
-    for name, (part, attribute) in MEASURED.items():
-        if part not in windows:
-            continue
-        window = windows[part]
-        fields[name] = getattr(window, attribute)
-        reasons[name] = window.cpu_reason or window.reason if "cpu" in name else window.reason
-    return fields, reasons
+def _columns(record: dict, groups: Iterable[str] = GROUPS) -> dict:
+    """The values of a record's groups under their names."""
+    return {name: value for group in groups for name, value in record[group].items()}
 
 
 def energy_source(windows: Iterable[Window]) -> str:
@@ -435,7 +409,7 @@ def load_records(folder: Path = RUNS) -> pd.DataFrame:
             left_out[str(path)] = str(error)
             warnings.warn(f"{path} was left out: {error}", stacklevel=2)
             continue
-        row = {name: value for group in GROUPS for name, value in record[group].items()}
+        row = _columns(record)
         own = row.pop("options", {})
         options |= own.keys()
         row |= own | {"budget_bytes": row.pop("budget"), "folder": str(path.parent)}

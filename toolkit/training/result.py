@@ -25,7 +25,6 @@ class FitResult:
     # Totals of the meter's windows, by name: "fit" and its parts "train" (steps, data loading and the
     # "snapshot"s between steps) and "validation"; next to "fit" there is "pause".  Fields as in `Window`.
     windows: dict[str, dict] = field(default_factory=dict)
-    features_window: dict | None = None  # of computing cached features, now or in an earlier run
     features_cached: bool = False  # they were there before this run
     data_seconds: float = 0.0  # of training, waiting for the next batch
     idle_watts: float | None = None  # as measured before training, if it was
@@ -37,8 +36,7 @@ class FitResult:
     out_of_memory_retries: int = 0  # steps that ran out of memory and were repeated on a tighter plan
     reserved_peak_bytes: int | None = None  # CUDA only: held by the allocator, fragmentation included
     context_bytes: int | None = None  # CUDA only: held outside of the allocator
-    device_used_bytes: int | None = None  # CUDA only: on the whole device, by all processes, at the end
-    context_reason: str | None = None  # why the two above are None
+    context_reason: str | None = None  # why context_bytes is None
     environment: dict = field(default_factory=dict)  # see environment.environment; as training began
     memory_trace: list[dict] = field(default_factory=list)  # one step, see MemoryTrace.segments
     step_flops: dict[str, float] = field(default_factory=dict)  # by phase, per image, of that step
