@@ -178,10 +178,11 @@ RANKED = {
 def standing(records: pd.DataFrame, phase: str = "training") -> pd.DataFrame:
     """Means of the NetScores with a phase's costs, and two ranks that do not depend on units.
 
-    `phase`: "training", or "inference", which baselines have too.  `pareto_rank` and `dominated_pct` (of the
-    box up to 100 % and 1.1 times the worst costs, the share that is worse than the group in every figure) are of mean score, peak memory, energy and
-    time, among the groups of one data set and environment; a cost that no run has is left out.  A group
-    without a finished run, or without a cost that others have, has neither.
+    `phase`: "training", or "inference", which baselines have too.  `pareto_rank` and `dominated_pct` are of
+    mean score, peak memory, energy and time, among the groups of one data set and environment; a cost that no
+    run has is left out.  `dominated_pct` is the share that a group dominates of the box from 0 % and 1.1
+    times the worst costs to 100 % and no cost.  A group without a finished run, or without a cost that others
+    have, has neither.
     """
     costs = RANKED[check_name("phase", phase, RANKED)]
     table = means(records, *NETSCORES[phase], *costs)
