@@ -345,7 +345,7 @@ def test_a_refresh_in_the_first_micro_batch_is_planned_for():
             optimizer.step()
             optimizer.zero_grad()
             peaks.append(memory.peak_bytes)
-    assert predicted == peaks[2] > peaks[3], "the third step chooses the subspaces anew"
+    assert predicted == peaks[2] > peaks[3], "the third step chooses the subspaces again"
 
 
 @pytest.mark.parametrize("micro", [0, 8])

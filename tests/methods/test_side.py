@@ -412,7 +412,7 @@ def test_a_model_that_was_never_allocated_is_planned_like_a_real_one(method):
 
 @pytest.mark.long
 def test_a_vit_small_keeps_a_fraction_for_backward():
-    """Of 8 images in fp32; low-rank updates of all linear layers keep some 449 MiB."""
+    """The batch is 8 images in fp32; low-rank updates of all linear layers keep about 449 MiB."""
     import side as benchmark
 
     kept = {}

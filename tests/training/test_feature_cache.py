@@ -159,7 +159,7 @@ def test_packing_and_records_lose_nothing(shapes, precision, count):
 
 
 def losses(model, batches_of, call, epochs=2):
-    """Of AdamW, over epochs of batches."""
+    """The losses of AdamW over epochs of batches."""
     toolkit.seed_everything(1)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)

@@ -81,7 +81,7 @@ PADDING = [0.0, 0, 0, 0, -1]
 
 
 def predictions(*found: tuple[list[float], float, int]) -> list[dict]:
-    """Of one image: box, score, class."""
+    """Predictions for one image: box, score, class."""
     boxes, scores, labels = zip(*found) if found else ((), (), ())
     return [
         {

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from toolkit.backbones import data_config
 from toolkit.budget import find_blocks
 from toolkit.budget.step import on_fake_tensors
 from toolkit.errors import InputError
@@ -157,8 +158,6 @@ class Survey:
         Raises `InputError` for a model without `forward_features` and `forward_head`, or without blocks
         that can be tapped.
         """
-        from toolkit.backbones import data_config  # timm takes seconds to import
-
         for part in ("forward_features", "forward_head"):
             if not hasattr(model, part):
                 raise InputError(f"{type(model).__name__} has no {part}(), as timm's models have.")
