@@ -7,9 +7,11 @@ GPU and without weights), `report` and `ranking` show the results.
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from dataclasses import Field, fields
 from pathlib import Path
+from typing import NoReturn
 
 import pandas as pd
 
@@ -44,8 +46,27 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are two lines: the nearest flag, and where to find the others."""
+
+    def error(self, message: str) -> NoReturn:
+        flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        unknown = [word for word in message.split() if word.startswith("--") and "unrecognized" in message]
+        for word in unknown:
+            for nearest in difflib.get_close_matches(word.split("=")[0], flags, n=1, cutoff=0.75):
+                message += f"; did you mean {nearest}?"
+        self.exit(2, f"error: {message}\nsee `{self.prog} --help`\n")
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Parse as argparse does; a command reports its unknown flags itself, as it knows its flags."""
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("toolkit", description=__doc__.split("\n\n")[1], allow_abbrev=False)
+    parser = _Parser("toolkit", description=__doc__.split("\n\n")[1], allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"toolkit {toolkit.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -228,6 +249,8 @@ def _baselines(given: argparse.Namespace) -> int:
 
 def _report(given: argparse.Namespace) -> int:
     runs = given.runs.resolve()
+    if not runs.exists():
+        raise InputError(f"{runs} does not exist; give the folder in which runs are kept, see --runs.")
     print(write_report(runs, (given.output or runs / "report.html").resolve()))
     return 0
 

@@ -15,9 +15,10 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
 DATA = ROOT / "data"
 DOWNLOADS = DATA / "downloads"
-RUNS = Path(os.environ.get("TOOLKIT_RUNS", DATA / "runs"))
-CACHE = Path(os.environ.get("TOOLKIT_CACHE", DATA / "cache"))
-FIGURES = Path(os.environ.get("TOOLKIT_FIGURES", ROOT / "figures"))
+# An empty variable is as good as none.
+RUNS = Path(os.environ.get("TOOLKIT_RUNS") or DATA / "runs")
+CACHE = Path(os.environ.get("TOOLKIT_CACHE") or DATA / "cache")
+FIGURES = Path(os.environ.get("TOOLKIT_FIGURES") or ROOT / "figures")
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -188,8 +188,8 @@ def test_more_workers_than_devices_are_refused(fake_run, tmp_path, workers):
         (["--budget", "1MB"], "smaller than the weights alone"),
         (["--epochs", "ten"], "invalid int value"),
         (["--pretrained", "maybe"], "neither true nor false"),
-        (["--batchsize", "8"], "unrecognized arguments"),
-        (["--epoch", "8"], "unrecognized arguments"),
+        (["--batchsize", "8"], "did you mean --batch-size?"),
+        (["--epoch", "8"], "unrecognized arguments: --epoch 8; did you mean --epochs?"),
         (["--method", "full", "linear", "--rank", "4"], "rank is an option of lora, dora"),
         (["--method", "lora", "--rank", "0"], "rank must lie between"),
         (["--backbone", "resnet18", "--pretrained", "false", "--method", "qlora"], "adapts linear layers"),
@@ -205,6 +205,12 @@ def test_bad_input_is_one_message_exit_2_and_nothing_written(tmp_path, capsys, a
     assert status == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_on_a_folder_that_does_not_exist_is_an_error(tmp_path, capsys):
+    missing = tmp_path / "missing"
+    assert main(["report", "--runs", str(missing)]) == 2
+    assert f"{missing} does not exist" in capsys.readouterr().err and not missing.exists()
 
 
 @pytest.mark.parametrize(

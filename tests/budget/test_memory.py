@@ -128,6 +128,8 @@ def test_whole_units_are_exact(number, unit):
     assert parse_bytes(f"{number} {unit}") == number * factor
 
 
-def test_sizes_are_shown_in_mib_or_gib():
+def test_sizes_are_shown_in_the_largest_unit_that_they_reach():
+    assert format_bytes(512) == "512 bytes"
+    assert format_bytes(3 * 2**9) == "1.5 KiB"
     assert format_bytes(28 * 2**20) == "28.0 MiB"
     assert format_bytes(3 * 2**29) == "1.50 GiB"

@@ -50,9 +50,12 @@ def parse_bytes(size: int | str) -> int:
 
 
 def format_bytes(count: int) -> str:
-    """`count` in MiB, or in GiB from one GiB on."""
-    mib = count / 2**20
-    return f"{mib / 1024:,.2f} GiB" if mib >= 1024 else f"{mib:,.1f} MiB"
+    """`count` in the largest of bytes, KiB, MiB and GiB that it reaches."""
+    if count < 2**10:
+        return f"{count:,.0f} bytes"
+    if count < 2**20:
+        return f"{count / 2**10:,.1f} KiB"
+    return f"{count / 2**20:,.1f} MiB" if count < 2**30 else f"{count / 2**30:,.2f} GiB"
 
 
 def rounded(nbytes: int) -> int:
