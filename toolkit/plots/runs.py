@@ -103,7 +103,7 @@ def _draw_against(axes: Axes, means: pd.DataFrame, cost: str, score: str) -> Non
         )
     for row in front.to_dict("records"):
         text = f"{row['method']} ({row['variant']})" if row.get("variant") else row["method"]
-        position = {"xytext": (5, -11), "textcoords": "offset points", "fontsize": 8}
+        position = {"xytext": (5, 6), "textcoords": "offset points", "fontsize": 8}
         axes.annotate(plain(text), (row["x"], row[score]), **position)
     _limit(axes, frame, means, cost, score)
     axes.set_xlabel(quantity.title)

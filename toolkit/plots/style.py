@@ -51,7 +51,8 @@ def method_colour(method: str) -> tuple[float, float, float]:
     """The colour of a method, the same in every figure; grey for other names, such as baselines."""
     if method not in METHODS:
         return (0.35, 0.35, 0.35)
-    return sns.color_palette("husl", len(METHODS))[list(METHODS).index(method)]
+    palette = [*sns.color_palette("colorblind"), *sns.color_palette("dark")]
+    return palette[list(METHODS).index(method) % len(palette)]
 
 
 def legend_outside(axes: Axes, *others: Axes) -> None:
