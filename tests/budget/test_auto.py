@@ -179,3 +179,31 @@ def test_a_plan_does_not_keep_the_batch_alive():
         del wider
         assert handle.replans == 1 and handle.plan.batch_size == 9
         assert memory.allocated_bytes == 0
+
+
+class Concatenation(nn.Module):
+    """A block that takes one list, as those of DenseNet do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, parts):  # of (B, 4)
+        return self.layer(torch.cat(parts, dim=1)).relu()
+
+
+class ListNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Concatenation() for _ in range(3))
+
+    def forward(self, x):  # (B, 8)
+        for block in self.blocks:
+            x = block(list(x.split(4, dim=1)))
+        return x
+
+
+def test_blocks_that_take_one_list_are_planned():
+    batch = torch.randn(16, 8), torch.arange(16) % 8
+    with toolkit.auto_checkpoint(ListNet(), "1GB", batch) as handle:
+        assert list(handle.plan.levels) == ["blocks.0", "blocks.1", "blocks.2"]

@@ -258,7 +258,7 @@ class _ProfilingTape(Tape):
     def block_ended(self, name: str, args: tuple, kwargs: dict, output) -> None:
         """End the segment of block `name`; releases by its caller still belong to it."""
         tensors = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        if len(args) == len(tensors) == 1 and isinstance(output, torch.Tensor):
+        if len(args) == len(tensors) == 1 and args[0] is tensors[0] and isinstance(output, torch.Tensor):
             (x,) = args
             if x.dim() > 1 and len(x) == len(output):
                 self.inputs[name] = x.shape
