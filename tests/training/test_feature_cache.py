@@ -381,7 +381,7 @@ def test_features_above_the_budget_are_refused_before_any_is_computed(cached, tm
     shutil.rmtree(tmp_path / "features")
     monkeypatch.setattr(feature_cache, "kept_rows", lambda *a: pytest.fail("computed"))
     with pytest.raises(
-        InputError, match=r"take .*MiB, more than .*feature_cache; allow more, tap fewer"
+        InputError, match=r"take .*KiB, more than .*feature_cache; allow more, tap fewer"
     ) as e:
         cached(model, budget_bytes=need - 1)
     assert "(taps)" in str(e.value) and "feature_cache=0" in str(e.value)
