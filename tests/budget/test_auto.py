@@ -1,6 +1,9 @@
 """auto_checkpoint in loops that know nothing of it, and the guard."""
 
 import copy
+import functools
+import inspect
+import threading
 
 import pytest
 import torch
@@ -9,7 +12,8 @@ import torchvision
 from torch import nn
 
 import toolkit
-from toolkit.budget import TensorMemory
+from toolkit import auto_checkpoint
+from toolkit.budget import Planner, TensorMemory
 from toolkit.errors import InputError
 
 
@@ -207,3 +211,166 @@ def test_blocks_that_take_one_list_are_planned():
     batch = torch.randn(16, 8), torch.arange(16) % 8
     with toolkit.auto_checkpoint(ListNet(), "1GB", batch) as handle:
         assert list(handle.plan.levels) == ["blocks.0", "blocks.1", "blocks.2"]
+
+
+class Block(nn.Module):
+    def __init__(self, width=32):
+        super().__init__()
+        self.norm, self.a, self.b = (
+            nn.LayerNorm(width),
+            nn.Linear(width, 8 * width),
+            nn.Linear(8 * width, width),
+        )
+
+    def forward(self, x):  # (B, T, width), same shape out
+        return x + self.b(F.gelu(self.a(self.norm(x))))
+
+
+def small_net(depth=3):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 32), nn.Sequential(*[Block() for _ in range(depth)]), nn.Linear(32, 5))
+
+
+def tokens(count=16):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, 12, 8, generator=generator), torch.arange(count * 12).view(count, 12) % 5
+
+
+def token_loss(outputs, targets):
+    return F.cross_entropy(outputs.flatten(0, 1), targets.flatten())
+
+
+@functools.cache
+def tight_budget(share=0.3):
+    """Bytes at a share of the way from the smallest peak of `small_net` to the stock one."""
+    planner = Planner(small_net(), tokens(), loss=token_loss)
+    least = planner.smallest_bytes()
+    return int(least + share * (planner.plan(1 << 40).unplanned_peak_bytes - least)) + 1
+
+
+def step_of(model, count=16):
+    """Loss and gradients of one step."""
+    x, y = tokens(count)
+    model.zero_grad()
+    loss = token_loss(model(x), y)
+    loss.backward()
+    return [loss.detach()] + [p.grad for p in model.parameters()]
+
+
+def measured(model):
+    """A counter of memory, to be entered, that knows the model and the batch."""
+    memory = TensorMemory(torch.device("cpu"))
+    memory.track([*model.parameters(), *tokens()])
+    return memory
+
+
+def scaled(block):
+    """A forward that people set on a module."""
+    return lambda x: x + 0.1 * block.b(F.gelu(block.a(block.norm(x))))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("where", ["model", "blocks"])
+def test_forwards_that_others_set_run_before_and_after_a_plan(when, where):
+    def change(model):
+        for block in model[1] if where == "blocks" else [model]:
+            forward = block.forward
+            block.forward = scaled(block) if where == "blocks" else lambda x, forward=forward: 2 * forward(x)
+
+    model, plain = small_net(), small_net()
+    change(plain)
+    expected = step_of(plain)
+    if when == "before":
+        change(model)
+    handle = auto_checkpoint(model, tight_budget(), tokens(), loss=token_loss)
+    if when == "after":
+        change(model)
+    for _ in range(3):
+        assert equal(step_of(model), expected)
+    handle.remove()
+    assert equal(step_of(model), expected)
+
+
+def test_a_library_that_restores_the_forward_it_found_takes_nothing_away():
+    model = small_net()
+    expected = step_of(model)
+    found = model.forward  # before the plan
+    handle = auto_checkpoint(model, tight_budget(), tokens(), loss=token_loss)
+    for restored in (found, model.forward):
+        model.forward = lambda x, forward=model.forward: 2 * forward(x)
+        assert not equal(step_of(model), expected)
+        model.forward = restored
+        assert equal(step_of(model), expected) and "forward" not in vars(model)
+    assert handle.plan.recompute_flops > 0
+
+
+def test_a_planned_model_looks_copies_and_pickles_like_the_model(tmp_path):
+    model = ListNet()
+    before, signature = set(vars(model)), inspect.signature(model.forward)
+    with auto_checkpoint(model, "1GB", torch.randn(4, 8)):
+        assert (
+            inspect.signature(model.forward)
+            == inspect.signature(type(model).forward.__get__(model))
+            == signature
+        )
+        torch.save(model, tmp_path / "model")
+        for other in (copy.deepcopy(model), torch.load(tmp_path / "model", weights_only=False)):
+            assert type(other) is ListNet and set(vars(other)) == before
+            assert all(type(block) is Concatenation for block in other.blocks)
+    assert type(model) is ListNet and set(vars(model)) == before
+
+
+def test_a_second_plan_replaces_the_first_and_overlapping_ones_are_refused():
+    model, budget = small_net(), tight_budget()
+    expected = step_of(model)
+    first = auto_checkpoint(model, "1GB", tokens(), loss=token_loss)
+    second = auto_checkpoint(model, budget, tokens(), loss=token_loss)
+    first.remove()
+    with measured(model) as memory:
+        assert equal(step_of(model), expected)
+    assert memory.peak_bytes <= budget and second.plan.recompute_flops > 0
+    for other in (model[1], nn.Sequential(model)):
+        with pytest.raises(InputError, match="shares modules with a Sequential that is under a plan"):
+            auto_checkpoint(other, "1GB", torch.randn(16, 12, 32 if other is model[1] else 8))
+    second.remove()
+    auto_checkpoint(nn.Sequential(model), "1GB", tokens(), loss=token_loss).remove()
+    assert type(model) is nn.Sequential
+
+
+def test_threads_run_a_planned_model_while_one_of_them_plans():
+    model = small_net()
+    expected = {count: step_of(model, count)[0] for count in (8, 16, 24)}
+    auto_checkpoint(model, tight_budget(0.9), tokens(), loss=token_loss)
+    losses, errors = [], []
+
+    def run(count):
+        try:
+            x, y = tokens(count)
+            for _ in range(5):
+                losses.append((count, token_loss(model(x), y).detach()))
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(count,)) for count in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and len(losses) == 15
+    assert all(torch.equal(loss, expected[count]) for count, loss in losses)
+
+
+def test_an_interrupted_forward_leaves_the_model_as_it_was():
+    model = small_net()
+    expected = step_of(model)
+    with auto_checkpoint(model, tight_budget(), tokens(), loss=token_loss):
+        for error in (KeyboardInterrupt, ValueError):
+
+            def interrupt(*_, error=error):
+                raise error
+
+            hook = model[1][2].register_forward_pre_hook(interrupt)
+            with pytest.raises(error):
+                model(tokens()[0])
+            hook.remove()
+            assert equal(step_of(model), expected)

@@ -1,11 +1,11 @@
 """Training inside a memory budget.  Needs nothing but torch: usable on any module and any loop.
 
 `plan()` predicts, `auto_checkpoint()` keeps a budget.  From the bottom: `memory` parses budgets and reads
-what is allocated (on the CPU too), `tape` records operators and computes dropped tensors again, `step` runs a
-training step, on fake tensors if wanted, `flops` counts it, `checkpointing` has the strategies that decide
-block by block, `lean` the layers that keep less.  The planner: `profile` runs a
-step on fake tensors, `levels` finds what a block can keep, `solver` chooses, `plan` puts it together, `auto`
-applies it.
+what is allocated (on the CPU too), `wrapping` puts functions around forwards, `tape` records operators and
+computes dropped tensors again, `step` runs a training step, on fake tensors if wanted, `flops` counts it,
+`checkpointing` has the strategies that decide block by block, `lean` the layers that keep less.  The planner:
+`profile` runs a step on fake tensors, `levels` finds what a block can keep, `solver` chooses, `plan` puts it
+together, `auto` applies it.
 
 Other rooms register what they know: operators' workspaces (`memory.register_workspace`) and FLOPs
 (`flops.register_flops`), lean forms (`lean.register_form`; of low-rank layers in `methods.lean`, from where

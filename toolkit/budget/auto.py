@@ -8,8 +8,11 @@ processes take memory.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
+import threading
 import warnings
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -20,8 +23,9 @@ from toolkit.budget.lean import LeanForms
 from toolkit.budget.memory import format_bytes, parse_bytes
 from toolkit.budget.plan import Plan, Planner, batch_size_of
 from toolkit.budget.solver import Option
-from toolkit.budget.step import AUTOCAST, segmented, split_batch
+from toolkit.budget.step import AUTOCAST, on_fakes, run_block, split_batch
 from toolkit.budget.tape import Op, Tape, operator_name
+from toolkit.budget.wrapping import Wrapping
 from toolkit.errors import InputError
 
 _LOOK_AT_DEVICE_EVERY = 50  # forward passes
@@ -84,6 +88,7 @@ class AutoCheckpoint:
     ):
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
+        _make_room(model)
         self.model = model
         self.budget_bytes, self.micro_batches = budget_bytes, micro_batches
         self.device = next(model.parameters()).device
@@ -97,6 +102,8 @@ class AutoCheckpoint:
             "held_bytes": held_bytes,
         }
         self._planners: dict[tuple, Planner] = {}
+        self._turn = threading.Condition()  # planning waits for forward passes in other threads
+        self._running = 0  # forward passes, in all threads
         self._passes = 0
         self.replans = 0
         self.departures = 0  # segments that did not run as profiled; nothing was dropped there
@@ -108,25 +115,23 @@ class AutoCheckpoint:
             fraction = min(1.0, max(0.0, (budget_bytes - self.reserve_bytes) / total))
             torch.cuda.set_per_process_memory_fraction(fraction, self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
-        self._forward = None
-        self._install()
-
-    def _install(self) -> None:
-        self._lean = LeanForms(self.model) if self._settings["lean"] else None
-        self._forward = self.model.forward
-        self.model.forward = self._run
-
-    def _uninstall(self) -> None:
-        self.model.__dict__.pop("forward", None)
-        if self._lean is not None:
-            self._lean.remove()
-        self._forward = None
+        self._followers = threading.local()  # `now`: the follower of this thread's forward pass
+        blocks = self._planner.blocks.items()
+        self._on_model: list = [LeanForms(model)] if lean else []
+        self._on_model += [
+            Wrapping(block, functools.partial(self._run_block, name)) for name, block in blocks
+        ]
+        self._on_model.append(Wrapping(model, self._run))
+        _HANDLES.add(self)
 
     def remove(self) -> None:
-        """Give the model its own forward back."""
-        if self._forward is None:
+        """Let the model run its own forward."""
+        if not self._on_model:
             return
-        self._uninstall()
+        for wrapping in self._on_model:
+            wrapping.remove()
+        self._on_model = []
+        _HANDLES.discard(self)
         if self.device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(1.0, self.device)
 
@@ -147,7 +152,9 @@ class AutoCheckpoint:
         before = self.reserve_bytes
         self.reserve_bytes = max(before, self.budget_bytes - peak_bytes)
         try:
-            self._plan_again()
+            with self._turn:
+                self._wait()
+                self._plan_again()
         except InputError:
             self.reserve_bytes = before  # keep the plan
             raise
@@ -165,27 +172,49 @@ class AutoCheckpoint:
                 self.tighten(available - (peak_bytes - predicted))
 
     @torch.compiler.disable
-    def _run(self, *args, **kwargs):
-        if not torch.is_grad_enabled():
-            return self._forward(*args, **kwargs)
+    def _run(self, forward, *args, **kwargs):
+        if on_fakes():
+            return forward(*args, **kwargs)
+        with self._turn:
+            plan = self._plan_for(forward, args, kwargs) if torch.is_grad_enabled() else None
+            self._running += 1
+        try:
+            if plan is None or plan.keeps_everything:
+                return forward(*args, **kwargs)
+            follower = self._followers.now = _Follower(plan)
+            with Tape(follower.decide):
+                return forward(*args, **kwargs)
+        finally:
+            self._followers.now = None
+            with self._turn:
+                self._running -= 1
+                self._turn.notify_all()
+                if plan is not None and not plan.keeps_everything:
+                    self.departures += follower.departures
+
+    @torch.compiler.disable
+    def _run_block(self, name: str, forward, *args, **kwargs):
+        follower = getattr(self._followers, "now", None)
+        if follower is None:
+            return forward(*args, **kwargs)
+        return run_block(name, follower.block_ended, follower.slices.get(name, 1), forward, *args, **kwargs)
+
+    def _plan_for(self, forward, args: tuple, kwargs: dict) -> Plan:
+        """The plan for a forward pass that begins."""
         self._look_at_device()
-        inputs = self._inputs(args, kwargs)
+        inputs = args[0] if len(args) == 1 else args
+        if kwargs:
+            inputs = dict(inspect.signature(forward).bind(*args, **kwargs).arguments) if args else kwargs
         precision = _autocast_precision(self.device)
         if not self._covers(inputs, precision):
+            self._wait()
             self._change_to(inputs, precision)
-        if self.plan.keeps_everything:
-            return self._forward(*args, **kwargs)
-        follower = _Follower(self.plan)
-        with Tape(follower.decide), segmented(self._planner.blocks, follower.block_ended, follower.slices):
-            outputs = self._forward(*args, **kwargs)
-        self.departures += follower.departures
-        return outputs
+        return self.plan
 
-    def _inputs(self, args: tuple, kwargs: dict):
-        """The arguments as the inputs of a batch."""
-        if not kwargs:
-            return args[0] if len(args) == 1 else args
-        return dict(inspect.signature(self._forward).bind(*args, **kwargs).arguments) if args else kwargs
+    def _wait(self) -> None:
+        """Wait for the forward passes of other threads, which planning must not disturb."""
+        while self._running:
+            self._turn.wait()
 
     def _state(self, precision: str) -> tuple:
         """Everything besides the inputs that a profile depends on."""
@@ -218,11 +247,7 @@ class AutoCheckpoint:
         self._plan_again()
 
     def _plan_again(self) -> None:
-        self._uninstall()  # profile the unchanged model
-        try:
-            self.plan = self._solve()
-        finally:
-            self._install()
+        self.plan = self._solve()
         self.replans += 1
 
     def _planner_for(self, batch, state: tuple, precision: str) -> Planner:
@@ -279,6 +304,22 @@ class _Follower:
         self._op += 1
         first = option.segment.first_buffer
         return [option.level.decisions[buffer - first] for buffer in outputs]
+
+
+_HANDLES: weakref.WeakSet[AutoCheckpoint] = weakref.WeakSet()  # of models that are under a plan
+
+
+def _make_room(model: nn.Module) -> None:
+    """Remove an earlier plan of `model`.  Raises `InputError` if a part or a parent of it is under one."""
+    modules = set(model.modules())
+    for handle in list(_HANDLES):
+        if handle.model is model:
+            handle.remove()
+        elif not modules.isdisjoint(handle.model.modules()):
+            raise InputError(
+                f"this {type(model).__name__} shares modules with a {type(handle.model).__name__} that is "
+                "under a plan already; remove() that plan first, or plan one module that contains both."
+            )
 
 
 def _without_memory(batch, device: torch.device):

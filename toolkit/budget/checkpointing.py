@@ -26,6 +26,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from toolkit.budget.memory import DeviceMemory
+from toolkit.budget.wrapping import Wrapping, own_class
 from toolkit.errors import InputError, Options, check_name, option
 
 
@@ -52,8 +53,8 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
         for name, block in candidates.items()
         if not any(other.startswith(f"{name}.") for other in candidates)
     }
-    repeats = Counter(type(block) for block in innermost.values())
-    blocks = {name: block for name, block in innermost.items() if repeats[type(block)] > 1}
+    repeats = Counter(own_class(block) for block in innermost.values())
+    blocks = {name: block for name, block in innermost.items() if repeats[own_class(block)] > 1}
     if not blocks:
         raise InputError(
             f"{type(model).__name__} has no repeated composite modules in an nn.Sequential or "
@@ -196,8 +197,9 @@ class Checkpointing:
         never = strategy.limit_bytes(budget_bytes) == math.inf
         self.blocks = {} if never else find_blocks(model)
         _warn_if_few(model, self.blocks)
-        for name, block in self.blocks.items():
-            block.forward = functools.partial(self._run, name, block, block.forward)
+        self._wrappings = [
+            Wrapping(block, functools.partial(self._run, name, block)) for name, block in self.blocks.items()
+        ]
 
     def _run(self, name: str, block: nn.Module, forward, *args, **kwargs):
         self.checkpointed.discard(name)
@@ -210,9 +212,9 @@ class Checkpointing:
         return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
     def remove(self) -> None:
-        """Give every block its own forward back."""
-        for block in self.blocks.values():
-            block.__dict__.pop("forward", None)
+        """Let every block run its own forward."""
+        for wrapping in self._wrappings:
+            wrapping.remove()
         self.blocks = {}
 
     def __enter__(self) -> Checkpointing:

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from toolkit.budget.wrapping import Wrapping, own_class
+
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
@@ -42,13 +44,12 @@ class LeanForms:
         for module in model.modules():
             form = next((form for find in _FINDERS if (form := find(module)) is not None), None)
             if form is not None:
-                module.forward = functools.partial(form, module, module.forward)
-                self.layers.append(module)
+                self.layers.append(Wrapping(module, functools.partial(form, module)))
 
     def remove(self) -> None:
-        """Restore every layer's own forward."""
+        """Let every layer run its own forward."""
         for layer in self.layers:
-            layer.__dict__.pop("forward", None)
+            layer.remove()
         self.layers = []
 
 
@@ -57,7 +58,7 @@ def geometry(layer: nn.Module) -> Geometry | None:
 
     None for every other module: subclasses may pad in their own way.
     """
-    if type(layer) is not nn.Conv2d or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+    if own_class(layer) is not nn.Conv2d or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         return None
     return layer.stride, layer.padding, layer.dilation, layer.groups
 
@@ -68,7 +69,7 @@ def _form_of(module: nn.Module) -> Form | None:
     # timm's batch norms end with dropout and activation.
     parts = [name for name, _ in module.named_children()]
     with_activation = isinstance(module, nn.BatchNorm2d) and parts == ["drop", "act"]
-    return _norm_forward if type(module) in _NORMS or with_activation else None
+    return _norm_forward if own_class(module) in _NORMS or with_activation else None
 
 
 register_form(_form_of)

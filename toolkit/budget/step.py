@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._pytree import tree_iter, tree_map_only
 
+from toolkit.budget.wrapping import Wrapping
 from toolkit.errors import InputError, check_name
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -182,16 +183,19 @@ def segmented(
     blocks: dict[str, nn.Module], ended: Callable, slices: dict[str, int] | None = None
 ) -> Iterator[None]:
     """Run blocks on `slices` parts of their batch; call `ended(name, args, kwargs, output)` after each."""
-    for name, block in blocks.items():
-        block.forward = functools.partial(_run_block, block.forward, name, ended, (slices or {}).get(name, 1))
+    wrappings = [
+        Wrapping(block, functools.partial(run_block, name, ended, (slices or {}).get(name, 1)))
+        for name, block in blocks.items()
+    ]
     try:
         yield
     finally:
-        for block in blocks.values():
-            del block.forward
+        for wrapping in wrappings:
+            wrapping.remove()
 
 
-def _run_block(forward, name, ended, slices, *args, **kwargs):
+def run_block(name: str, ended: Callable, slices: int, forward: Callable, *args, **kwargs):
+    """Run a block's forward on `slices` parts of its batch, then call `ended`; see `segmented`."""
     if slices == 1:
         output = forward(*args, **kwargs)
     else:
@@ -199,6 +203,11 @@ def _run_block(forward, name, ended, slices, *args, **kwargs):
         output = torch.cat([forward(part, **kwargs) for part in x.chunk(slices)])
     ended(name, args, kwargs, output)
     return output
+
+
+def on_fakes() -> bool:
+    """Whether operators run on fake tensors now."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from torch import nn
 from toolkit.budget import auto_checkpoint, plan
 from toolkit.budget.lean import Form, Geometry, conv_gradients, geometry, register_form
 from toolkit.budget.memory import register_attached
+from toolkit.budget.wrapping import own_class
 
 __all__ = [
     "LeanLora",
@@ -67,7 +68,7 @@ def _form_of(module: nn.Module) -> Form | None:
         return None
     base = module.base_layer
     single = geometry(base) is not None and base.groups == 1
-    return _forward if type(base) is nn.Linear or is_packed(base) or single else None
+    return _forward if own_class(base) is nn.Linear or is_packed(base) or single else None
 
 
 register_form(_form_of)
@@ -107,7 +108,7 @@ def _update_of(layer: nn.Module, name: str) -> _Update | None:
             a, b = a.view(-1, *base.weight.shape[1:]), b[:, :, None, None]
         return _Update(a, b, 1.0)
     kind = nn.Conv2d if geometry(base) is not None else nn.Linear
-    if not (type(a) is kind and type(b) is kind and a.bias is None and b.bias is None):
+    if not (own_class(a) is own_class(b) is kind and a.bias is None and b.bias is None):
         return None
     if geometry(a) != geometry(base):
         return None
