@@ -3,13 +3,16 @@
 import csv
 import io
 import json
+import random
 
 import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 from hostile import HOSTILE
+from matplotlib import pyplot as plt
 
-from toolkit import analysis
+from toolkit import analysis, plots
+from toolkit.analysis import claims_checkpointing
 from toolkit.analysis.results import side_by_side
 from toolkit.analysis.tables import markdown
 from toolkit.errors import InputError
@@ -124,6 +127,32 @@ def test_runs_of_two_environments_are_kept_apart(runs):
     assert set(analysis.effects(records, "method").environment) == {"E1"}
 
 
+def test_thread_counts_separate_times_but_not_scores_and_bytes(runs):
+    for seed, accuracy in enumerate((90.0, 92.0, 94.0)):  # the same three runs on four threads, and a fourth
+        again = {"test_top1_pct": accuracy, "train_peak_bytes": 20 * 2**20, "train_seconds": 5.0}
+        write(runs, f"other-{seed}", seed=seed, env_hash="two", threads=4, **again)
+    write(runs, "other-3", seed=3, env_hash="two", threads=4, **again | {"test_top1_pct": 96.0})
+    records, _ = analysis.read(runs)
+    table = analysis.means(records).query("method == 'lora' and checkpointing == 'none'")
+    assert table.score_pct.tolist() == [93.0, 93.0] and table.n.tolist() == [4, 4]
+    assert table.adapt_seconds.tolist() == [11.0, 5.0] and table.adapt_seconds_n.tolist() == [3, 4]
+    shown = analysis.compare(records)
+    assert set(shown.environment) == {"E1: 2 threads", "E2: 4 threads"}, "what differs, in words"
+    scores = analysis.effects(records, "method").query("quantity == 'score_pct'")
+    assert set(scores.environment) == {"E1"} and scores.n.tolist() == [3, 3]
+
+
+def test_two_environments_of_which_one_has_two_budgets(tmp_path):
+    """Three records: a table whose rows differ in what tells them apart stays a table."""
+    write(tmp_path, "one", seed=0)
+    write(tmp_path, "two", seed=0, budget=2**26)
+    write(tmp_path, "three", seed=0, env_hash="two", threads=4)
+    records, _ = analysis.read(tmp_path)
+    assert len(analysis.compare(records)) == 3
+    for table in (analysis.standing(records), analysis.budgets(records), analysis.ranking(records)):
+        analysis.show(table).to_html()
+
+
 def test_a_run_without_a_meter_stays_with_those_that_had_one(runs):
     for path in runs.glob("lora-*/record.json"):
         record = json.loads(path.read_text())
@@ -233,3 +262,62 @@ def test_equal_records_give_equal_tables(runs, tmp_path):
         analysis.write_table(analysis.means(analysis.read(runs)[0]), tmp_path / name)
     for ending in (".csv", ".tex", ".md"):
         assert (tmp_path / f"first{ending}").read_bytes() == (tmp_path / f"second{ending}").read_bytes()
+
+
+def write_anything(runs, draw):
+    """Up to ten records of up to three environments and budgets, with fields missing here and there."""
+    environments = draw.sample(("one", "two", "three"), draw.choice((1, 2, 3)))
+    budgets = draw.sample((2**24, 2**25, 2**30), draw.choice((1, 1, 2, 3)))
+    for number in range(draw.choice((0, 1, 2, 3, 5, 10))):
+        method, strategy = (
+            draw.choice(("lora", "full", "linear")),
+            draw.choice(("none", "planned", "threshold")),
+        )
+        status = draw.choice(("ok", "ok", "ok", "oom", "nan", "interrupted", "failed"))
+        ended = status == "ok"
+        folder = write(
+            runs, str(number), method, strategy, draw.choice((0, 1, 2)), status=status, n_classes=10,
+            dataset=draw.choice(("digits", "textures")), budget=draw.choice(budgets),
+            phase=draw.choice(("training", "training", "inference")), lr=draw.choice((0.001, 0.003)),
+            env_hash=draw.choice(environments), threads=draw.choice((1, 2)),
+            energy_source=draw.choice(("none", "nvml_counter", "fake")), train_energy_joules=2.0,
+            memory_source=draw.choice(("none", "tracked_tensors")), predicted_peak_bytes=2**24,
+            test_top1_pct=draw.uniform(0, 100) if ended else None, train_sha256=draw.choice(("a", "b")),
+            train_peak_bytes=draw.randint(1, 2**25) if ended else None, metric="top1_pct",
+        )  # fmt: skip
+        record = json.loads((folder / "record.json").read_text())
+        for group in ("data", "quality", "time", "energy", "memory", "scores", "env", "missing"):
+            for field in list(record[group]):
+                fate = draw.random()
+                if fate < 0.08:
+                    del record[group][field]
+                elif fate < 0.16:
+                    record[group][field] = None
+            if draw.random() < 0.04:
+                record[group] = {}
+        text = json.dumps(record)
+        (folder / "record.json").write_text(text[: draw.choice((None, None, None, None, None, 9))])
+
+
+@pytest.mark.parametrize("first", [0, *(pytest.param(n, marks=pytest.mark.long) for n in range(4, 200, 4))])
+def test_no_folder_stops_the_report(tmp_path, first):
+    for seed in range(first, first + 4):
+        runs = tmp_path / str(seed)
+        runs.mkdir()
+        write_anything(runs, random.Random(seed))
+        records, left_out = analysis.read(runs)
+        tables = [left_out, analysis.means(records), analysis.standing(records), analysis.missing(records)]
+        tables += [function(records) for function in (analysis.what_ran, analysis.environments)]
+        tables += [
+            function(records) for function in (analysis.data_sets, analysis.budgets, analysis.failures)
+        ]
+        tables += [
+            analysis.effects_table(analysis.effects(records, of)) for of in ("method", "checkpointing")
+        ]
+        tables += [claims_checkpointing.findings(records), analysis.ranking_table(analysis.ranking(records))]
+        for number, table in enumerate(tables):
+            analysis.show(table).to_html()
+            analysis.write_table(table, runs / f"table-{number}")
+        assert len(tables[1]) >= len(analysis.compare(records)), seed
+        plots.accuracy_against(tables[1], "memory", "time")
+        plt.close("all")

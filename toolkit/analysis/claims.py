@@ -48,14 +48,14 @@ def finding(text: str, source: str, tested_on: str, evidence: Evidence) -> dict:
 
 
 def judged(claims: Sequence[Claim], ok: pd.DataFrame, paper: Paper, why_none: str) -> list[dict]:
-    """`claims` against finished runs (with `environment`), once per environment and data set that can decide.
+    """`claims` against finished runs (with `environment`), once per pool and data set that can decide.
 
     A claim that none of them can decide has one finding that says why: `why_none` if there are no runs.
     """
     found = []
     for claim in claims:
         own = []
-        for _, part in ok.groupby(["environment", "dataset"]) if len(ok) else ():
+        for _, part in ok.groupby(["pool", "dataset"]) if len(ok) else ():
             own.append(finding(claim.text, claim.source, _where(part, paper), claim.judge(part)))
         decided = [one for one in own if one["n"]] or own[:1]
         found += decided or [finding(claim.text, claim.source, "–", untested(why_none))]
@@ -70,7 +70,8 @@ def _where(part: pd.DataFrame, paper: Paper) -> str:
     dataset, backbones = part.dataset.iloc[0], sorted(part.backbone[part.phase == "training"].unique())
     others = [] if dataset.split(":")[0] in paper.datasets else ["data"]
     others += [] if set(backbones) <= set(paper.backbones) else ["backbones"]
-    text = f"{dataset}, {', '.join(backbones) or 'baselines alone'} ({part.environment.iloc[0]})"
+    where = ", ".join(sorted(part.environment.unique()))
+    text = f"{dataset}, {', '.join(backbones) or 'baselines alone'} ({where})"
     return text + (f"; not the paper's {' and '.join(others)}" if others else "")
 
 

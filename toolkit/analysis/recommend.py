@@ -53,8 +53,8 @@ def ranking(records: pd.DataFrame) -> pd.DataFrame:
 
 def _flops(run: pd.Series) -> tuple[float, float]:
     """FLOPs of a whole step of `run`, and of its optimizer alone; NaN where no step was traced."""
-    phases = [run.get(f"{phase}_flops_per_image") for phase in ("forward", "backward", "recompute")]
-    if any(pd.isna(phase) for phase in phases):
+    phases = [run[f"{phase}_flops_per_image"] for phase in ("forward", "backward", "recompute")]
+    if pd.isna([*phases, run.get("n_classes"), run.get("batch_size")]).any():
         return float("nan"), float("nan")
     types = {"int": int, "float": float, "bool": bool, "str": str, "Size": int}
     kinds = {name: types[kind] for name, kind in Experiment.flat_types().items()}

@@ -18,6 +18,7 @@ from toolkit.analysis.statistics import (
     holm,
     interval,
     means,
+    numbers,
     parameters,
     with_environments,
 )
@@ -78,7 +79,7 @@ def compare(records: pd.DataFrame, *quantities: str) -> pd.DataFrame:
     if table.empty:
         return table
     rarely = ("environment", "budget_bytes", "not_ok")
-    constant = [name for name in rarely if name in table and table[name].nunique() == 1]
+    constant = [name for name in rarely if table[name].nunique() <= 1]
     constant += ["score_pct", "score_pct_half_width", "score_pct_n"]  # each task's own score is there
     absent = [name for name in (*COSTS.values(), *quantities) if table[name].isna().all()]
     return as_text(table.drop(columns=[*constant, *absent]))
@@ -209,8 +210,9 @@ def budgets(records: pd.DataFrame) -> pd.DataFrame:
     by = ["dataset", "backbone", "checkpointing", "environment"]
     for key, group in tuned.groupby(by, sort=False) if len(tuned) else ():
         ok = group[group.status == "ok"]
-        used = 100 * ok.train_peak_bytes / ok.budget_bytes
-        error = 100 * (ok.train_peak_bytes / pd.to_numeric(ok.predicted_peak_bytes) - 1)
+        peak_bytes = numbers(ok, "train_peak_bytes")
+        used = 100 * peak_bytes / numbers(ok, "budget_bytes")
+        error = 100 * (peak_bytes / numbers(ok, "predicted_peak_bytes") - 1)
         rows.append(
             dict(zip(by, key))
             | {"ended_ok": len(ok), "kept_budget": int(ok.within_budget.eq(True).sum())}

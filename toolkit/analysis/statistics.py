@@ -1,7 +1,9 @@
 """Means over seeds with intervals, differences paired by seed, and which runs may be compared at all.
 
 Runs of one *environment* (same machine, versions, settings and sources of their figures) were measured alike.
-Nothing here averages, ranks or pairs runs of different environments or of different data.
+Times and energies of different environments are never averaged, ranked or paired.  Scores and bytes are, if
+the environments differ in nothing that changes results: they have a *pool* in common.  Nothing here mixes
+different data.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from toolkit.budget import STRATEGIES
 from toolkit.datasets.tasks import TASKS
 from toolkit.errors import InputError, check_name
 from toolkit.experiment import Experiment, option_fields
+from toolkit.measure.environment import PACKAGES
 from toolkit.measure.quantities import QUANTITIES, Quantity, register
 from toolkit.measure.scores import pareto_rank
 from toolkit.methods import METHODS
@@ -30,6 +33,19 @@ SCORES = [f"test_{task.metric}" for task in TASKS.values()]
 COSTS = {"memory": "peak_bytes", "time": "adapt_seconds", "energy": "adapt_joules"}  # columns of `adaptation`
 register(Quantity("score_pct", "test score", "%", better="more"))  # of the data set's task, see `adaptation`
 FIGURES = ["mean", "half_width", "n", "p"]  # of `differences`
+# What environments may differ in, as people say it: these change scores or bytes, ...
+OF_RESULTS = {
+    "gpu": "{}", "cuda": "CUDA {}", "cudnn": "cuDNN {}", "memory_source": "memory from {}",
+    "energy_source": "energy from {}", "budget_mode": "{} budget", "deterministic": "deterministic {}",
+    "cudnn_tf32": "TF32 {}", "matmul_precision": "{} matmul precision", "alloc_conf": "allocator {}",
+    **{f"version_{name}": f"{name} {{}}" for name in PACKAGES},
+}  # fmt: skip
+OF_SPEED = {  # ... these only times and energies
+    "cpu_name": "{}", "threads": "{} threads", "driver": "driver {}", "power_limit_watts": "limit of {} W",
+    "cudnn_benchmark": "cuDNN benchmark {}", "python": "Python {}", "version_toolkit": "toolkit {}",
+    "code_sha256": "code {:.7}", "os": "{}",
+}  # fmt: skip
+KNOWN = ("status", "phase", "error", "seed", "env_hash", "device", "device_name", *DATA)
 ROUNDING = 1e-9  # half width of an interval that is nothing but rounding of equal numbers
 
 
@@ -46,20 +62,49 @@ def parameters() -> list[str]:
 
 
 def with_environments(records: pd.DataFrame) -> pd.DataFrame:
-    """`records` with a column `environment`: E1, E2, ..., the one with most runs first.
+    """`records` with all known columns, and with `environment` (E1, E2, ..., the one with most runs first).
 
     A run that could not measure memory or energy (source "none") goes with those of its machine that could.
+    `pool`: the first environment with equal results, which is one that differs in `OF_SPEED` only.
+    `attrs["environments"]`: name of each environment -> the same with what tells it from the others in words.
     """
-    if "environment" in records or records.empty:
+    if "pool" in records or records.empty:
         return records
-    kind = _column(records, "env_hash").fillna("").astype(str)
+    names = dict.fromkeys((*KNOWN, *SHOWN, "budget_bytes", *QUANTITIES, *OF_RESULTS, *OF_SPEED))
+    absent = [name for name in names if name not in records]
+    nothing = pd.DataFrame(None, records.index, absent, dtype=object)
+    records = pd.concat([records, nothing], axis="columns")
+    records["phase"] = records.phase.fillna("training")
+    if "environment" in records:
+        return records.assign(pool=records.environment)
+    kind = records.env_hash.fillna("").astype(str)
+    sources = {}
     for name in ("memory_source", "energy_source"):
-        known = _column(records, name)
-        known = known.where(known != "none")
-        kind = kind + "|" + known.fillna(known.groupby(kind).transform("first")).fillna("").astype(str)
+        known = records[name].where(records[name] != "none")
+        sources[name] = known.fillna(known.groupby(kind).transform("first")).fillna("").astype(str)
+        kind = kind + "|" + sources[name]
     counts = kind.value_counts()
     order = sorted(counts.index, key=lambda name: (-counts[name], name))
-    return records.assign(environment=kind.map({name: f"E{i}" for i, name in enumerate(order, start=1)}))
+    number = kind.map({name: i for i, name in enumerate(order, start=1)})
+    gpu = records.device_name.where(records.device == "cuda")
+    fields = records[[*OF_RESULTS, *OF_SPEED]].assign(gpu=gpu, **sources)
+    fields = fields.groupby(number).first().map(lambda value: "" if pd.isna(value) else str(value))
+    # Environments that differ in nothing that is recorded differ in something unknown: no pool.
+    alike = fields[[*OF_RESULTS]].assign(unknown=fields.groupby([*fields]).cumcount())
+    pool = fields.index.to_series().groupby([column for _, column in alike.items()]).transform("min")
+    records = records.assign(environment="E" + number.astype(str), pool="E" + number.map(pool).astype(str))
+    records.attrs["environments"] = _in_words(fields)
+    return records
+
+
+def _in_words(fields: pd.DataFrame) -> dict[str, str]:
+    """The name of each environment, with what tells it from the others; `fields`: a row each."""
+    words = {name: text for name, text in (OF_RESULTS | OF_SPEED).items() if fields[name].nunique() > 1}
+    names = {}
+    for number, row in fields.iterrows():
+        told = ", ".join(text.format(row[name]) for name, text in words.items() if row[name])
+        names[f"E{number}"] = f"E{number}: {told}" if told else f"E{number}"
+    return names
 
 
 def adaptation(records: pd.DataFrame) -> pd.DataFrame:
@@ -69,49 +114,49 @@ def adaptation(records: pd.DataFrame) -> pd.DataFrame:
     baseline they are those before the first test image (text classifier, features and probe, choice of a
     scoring rule), and the highest peak of all.  `score_pct` is the test score of the data set's task.
     """
-    records = records.assign(phase=_column(records, "phase").fillna("training"))
+    records = with_environments(records)
     baseline = records.phase == "inference"
-    features_seconds = _numbers(records, "features_seconds").fillna(0)
-    features_joules = _numbers(records, "features_energy_joules").where(features_seconds > 0, 0)
-    train_seconds = _numbers(records, "train_seconds") + features_seconds
-    train_joules = _numbers(records, "train_energy_joules") + features_joules
-    highest = np.fmax(_numbers(records, "prepare_peak_bytes"), _numbers(records, "test_peak_bytes"))
+    features_seconds = numbers(records, "features_seconds").fillna(0)
+    features_joules = numbers(records, "features_energy_joules").where(features_seconds > 0, 0)
+    train_seconds = numbers(records, "train_seconds") + features_seconds
+    train_joules = numbers(records, "train_energy_joules") + features_joules
+    highest = np.fmax(numbers(records, "prepare_peak_bytes"), numbers(records, "test_peak_bytes"))
     score = pd.Series(np.nan, index=records.index)
     for name in SCORES:
-        score = score.fillna(_numbers(records, name))
+        score = score.fillna(numbers(records, name))
     return records.assign(
         score_pct=score,
-        peak_bytes=_numbers(records, "train_peak_bytes").where(~baseline, highest),
-        adapt_seconds=train_seconds.where(~baseline, _numbers(records, "prepare_seconds")),
-        adapt_joules=train_joules.where(~baseline, _numbers(records, "prepare_joules")),
+        peak_bytes=numbers(records, "train_peak_bytes").where(~baseline, highest),
+        adapt_seconds=train_seconds.where(~baseline, numbers(records, "prepare_seconds")),
+        adapt_joules=train_joules.where(~baseline, numbers(records, "prepare_joules")),
     )
 
 
-def _column(records: pd.DataFrame, name: str) -> pd.Series:
-    """A column of `records`; missing values if there is none."""
-    return records[name] if name in records else pd.Series(None, index=records.index, dtype=object)
-
-
-def _numbers(records: pd.DataFrame, name: str) -> pd.Series:
-    return pd.to_numeric(_column(records, name)).astype(float)
+def numbers(records: pd.DataFrame, name: str) -> pd.Series:
+    """A column of `records` as floats; NaN for what is no number, and where there is no such column."""
+    column = records[name] if name in records else pd.Series(None, index=records.index, dtype=object)
+    return pd.to_numeric(column, errors="coerce").astype(float)
 
 
 def groups(records: pd.DataFrame) -> Iterator[tuple[dict, pd.DataFrame]]:
     """Groups of runs that differ only in their seed, with what tells them apart; methods in their order.
 
+    Groups of one pool that differ only in their environment have the same number in their column `setting`.
     What tells them apart: `SHOWN`, environment, budget, and parameters that vary among runs that share these.
     A learning rate that follows from the method is not among them.
     """
     records = with_environments(records)
     if records.empty:
         return
-    phases = _column(records, "phase").fillna("training")
-    always = [*SHOWN, "environment", *(["budget_bytes"] if "budget_bytes" in records else [])]
+    always = [*SHOWN, "environment", "budget_bytes"]
     vary = [name for name in (*parameters(), *DATA) if name in records and name not in always]
-    vary = [name for name in vary if (records[name].groupby(phases).nunique(dropna=False) > 1).any()]
+    vary = [name for name in vary if records[name].nunique(dropna=False) > 1]  # few: the next line is slow
+    vary = [name for name in vary if (records[name].groupby(records.phase).nunique(dropna=False) > 1).any()]
     settings = records.groupby(always, dropna=False)
     varying = [name for name in vary if (settings[name].nunique(dropna=False) > 1).any()]
     records = records.sort_values([*always, *vary], kind="stable", key=_in_order)
+    pooled = [*SHOWN, "pool", "budget_bytes", *vary]
+    records["setting"] = records.groupby(pooled, dropna=False).ngroup()
     for _, group in records.groupby([*always, *vary], sort=False, dropna=False):
         yield group[[*always, *varying]].iloc[0].to_dict(), group
 
@@ -143,25 +188,41 @@ def mean_and_interval(values: pd.Series) -> tuple[float, float, int]:
 def means(records: pd.DataFrame, *quantities: str) -> pd.DataFrame:
     """One row per group of runs that differ in nothing but the seed (see `groups`).
 
-    Columns: what tells the groups apart; `n` runs that ended ok, and `not_ok`, how others ended;
+    Columns: what tells the groups apart; `n` seeds with a run that ended ok, and `not_ok`, how others ended;
     `within_budget` (all of them) and `params_trainable`; and of each quantity its mean, `_half_width` and
     `_n` (see `mean_and_interval`).  Quantities are the test scores that the runs have, `score_pct`, `COSTS`,
-    and the columns named in `quantities`.
+    and the columns named in `quantities`.  Times, energies and what is made of them are those of the row's
+    environment, all else is that of its pool.  Repeated runs of a seed count as one, by their mean.
     """
-    records = adaptation(with_environments(records)) if len(records) else records
+    records = adaptation(records) if len(records) else records
     scores = [name for name in SCORES if name in records and records[name].notna().any()]
+    found = [(key, group, group[group.status == "ok"]) for key, group in groups(records)]
+    settings: dict[int, list[pd.DataFrame]] = {}
+    for _, group, ok in found:
+        settings.setdefault(group.setting.iloc[0], []).append(ok)
     rows = []
-    for key, group in groups(records):
-        ok = group[group.status == "ok"]
-        row = key | {"n": len(ok), "not_ok": ", ".join(group.status[group.status != "ok"])}
-        if len(ok):
-            row["within_budget"] = bool(_column(ok, "within_budget").eq(True).all())
-            row["params_trainable"] = _column(ok, "params_trainable").iloc[0]
+    for key, group, ok in found:
+        pooled = pd.concat(settings[group.setting.iloc[0]])
+        row = key | {"n": pooled.seed.nunique(dropna=False)}
+        row["not_ok"] = ", ".join(group.status[group.status != "ok"].map(str))
+        if len(pooled):
+            row["within_budget"] = bool(pooled.within_budget.eq(True).all())
+            row["params_trainable"] = pooled.params_trainable.iloc[0]
         for name in dict.fromkeys((*scores, "score_pct", *COSTS.values(), *quantities)):
-            mean, half_width, n = mean_and_interval(_column(ok, name))
+            runs = ok if _depends_on_speed(name) else pooled
+            mean, half_width, n = mean_and_interval(
+                numbers(runs, name).groupby(runs.seed, dropna=False).mean()
+            )
             row |= {name: mean, f"{name}_half_width": half_width, f"{name}_n": n}
         rows.append(row)
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    table.attrs["environments"] = records.attrs.get("environments", {})
+    return table
+
+
+def _depends_on_speed(quantity: str) -> bool:
+    """Whether a quantity is a time, an energy, or made of them."""
+    return quantity in QUANTITIES and QUANTITIES[quantity].unit in ("s", "J", "W", "dB")
 
 
 # By phase: the NetScores, and the costs that ranks are made of.
@@ -217,24 +278,34 @@ def differences(records: pd.DataFrame, quantity: str, against: Mapping[str, obje
 
     Columns: what tells the groups apart; `mean` and `half_width` (95 %) of scores in points, of costs as
     logarithms of ratios (`change` translates); `n` pairs; `p` of a two-sided t-test, missing below two pairs
-    and where all pairs agree.  Empty if there is nothing to pair.  Raises `InputError` for a repeated seed.
+    and where all pairs agree.  Empty if there is nothing to pair.  Runs of a pool can be partners, except in
+    times and energies, and those of one seed count as one, by their mean.  Raises `InputError` for a seed
+    that is repeated in an environment.
     """
-    ok = adaptation(with_environments(records[records.status == "ok"])) if len(records) else records
+    ok = with_environments(records)
+    ok = adaptation(ok[ok.status == "ok"]) if len(ok) else ok
     for name in (quantity, *against):
         if len(ok) and name not in ok:
             raise InputError(f"the records have no column {name!r}.")
     if len(ok):
-        ok = ok[(ok.phase == "training") & ok[quantity].notna()]  # a baseline's seed means something else
+        ok = ok[
+            (ok.phase == "training") & numbers(ok, quantity).notna()
+        ]  # a baseline's seed means something else
     if ok.empty or not (partners := (ok[list(against)] == pd.Series(against)).all(axis=1)).any():
         return pd.DataFrame(columns=[*SHOWN, "environment", *FIGURES])
-    values = pd.to_numeric(ok[quantity]).astype(float)
+    values = numbers(ok, quantity)
     ok["_value"] = np.log(values.where(values > 0)) if _is_cost(quantity) else values
     by = [*SHOWN, "environment"]
     by += [n for n in (*parameters(), *DATA) if n in ok and n not in by and ok[n].nunique(dropna=False) > 1]
     if ok.duplicated([*by, "seed"]).any():
         raise InputError("a seed occurs twice in a group; select one run of each.")
+    if not _depends_on_speed(quantity):
+        ok["environment"] = ok.pool
     for name in by:  # an option that a method does not have equals itself
         ok[name] = ok[name].astype(object).where(ok[name].notna(), "–")
+    ok["_value"] = ok.groupby([*by, "seed"], dropna=False)["_value"].transform("mean")
+    ok = ok.drop_duplicates([*by, "seed"])
+    partners = partners[ok.index]
     one_lr = "lr" in by and (ok.groupby(list(against)).lr.nunique() == 1).all()
     parts = []
     for method, runs in ok.groupby("method", sort=False):

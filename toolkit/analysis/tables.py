@@ -28,6 +28,9 @@ def as_text(frame: pd.DataFrame) -> pd.DataFrame:
             columns[quantity.title] = [_mean(quantity, row) for row in frame.to_dict("records")]
         elif name == "budget_bytes":
             columns["budget"] = [_missing(value) or format_bytes(value) for value in frame[name]]
+        elif name == "environment":
+            words = frame.attrs.get("environments", {})
+            columns[name] = [_missing(value) or words.get(value, str(value)) for value in frame[name]]
         elif quantity is not None and _is_number(frame[name]):
             columns[quantity.title] = frame[name].map(quantity.text)
         else:

@@ -73,7 +73,8 @@ def accuracy_against(means: pd.DataFrame, *costs: str, score: str = "") -> Figur
         column = score or next(iter(own), "score_pct")
         for axes, cost in zip(panels, costs):
             _draw_against(axes, frame, cost, column)
-        title = plain(dataset) if means.environment.nunique() == 1 else f"{plain(dataset)}, {environment}"
+        where = means.attrs.get("environments", {}).get(environment, environment)
+        title = plain(dataset if means.environment.nunique() == 1 else f"{dataset}, {where}")
         panels[0].set(title=title, ylabel=QUANTITIES[column].title)
     legend_outside(rows[0][-1], *rows.flat)
     return figure
@@ -83,6 +84,9 @@ def _draw_against(axes: Axes, means: pd.DataFrame, cost: str, score: str) -> Non
     """One panel: points with intervals, the front with names, the budget and the axes."""
     quantity = QUANTITIES[cost]
     frame = means.dropna(subset=[cost, score]).assign(x=lambda rows: rows[cost] / quantity.scale)
+    if frame.empty:
+        axes.text(0.5, 0.5, f"{quantity.label}: not measured", ha="center", transform=axes.transAxes)
+        return
     for row in frame.to_dict("records"):
         baseline = row["method"] not in METHODS
         half_width = row.get(f"{score}_half_width", np.nan)
@@ -117,14 +121,14 @@ def _limit(axes: Axes, frame: pd.DataFrame, means: pd.DataFrame, cost: str, scor
     low, high = frame[score].min(), frame[score].max()
     margin = max(0.15 * (high - low), (5 - (high - low)) / 2)  # at least 5 points: less is mostly chance
     axes.set_ylim(low - margin, high + margin)
-    if len(frame) and frame.x.max() > 8 * frame.x.min() > 0:
+    if frame.x.max() > 8 * frame.x.min() > 0:
         axes.set_xscale("log")
         axes.margins(x=0.15)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
     else:
-        axes.set_xlim(0, 1.15 * frame.x.max() if len(frame) else 1)
+        axes.set_xlim(0, 1.15 * frame.x.max() or 1)
 
 
 def front_of(means: pd.DataFrame, cost: str, score: str = "score_pct") -> pd.Series:
