@@ -17,7 +17,6 @@ sys.path.insert(0, _guard)
 _folder = tempfile.mkdtemp(prefix="toolkit-tests-")
 os.environ["TOOLKIT_RUNS"] = os.path.join(_folder, "runs")
 os.environ["TOOLKIT_CACHE"] = os.path.join(_folder, "cache")
-os.environ["TOOLKIT_FIGURES"] = os.path.join(_folder, "figures")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 # One test process per core (pytest-xdist): two threads in each would wait for one another.

@@ -8,35 +8,29 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import NoReturn
-
-import pandas as pd
+from typing import TYPE_CHECKING, NoReturn
 
 import toolkit
-from toolkit import plots
-from toolkit.analysis import as_text, compare, ranking_table, write_ranking
-from toolkit.baselines.experiment import BaselineExperiment
-from toolkit.baselines.memory_estimate import estimate_table
-from toolkit.batch.dry_run import dry_run, summary
-from toolkit.batch.report import write_report
-from toolkit.batch.sweep import DEFAULT_COMPARISON, grid, run_experiments
-from toolkit.batch.sweep_file import check_count, preset, presets, read_sweep
-from toolkit.budget import Plan, format_bytes
 from toolkit.errors import InputError
-from toolkit.experiment import Experiment, Parameters, option_fields
-from toolkit.files import FIGURES, RUNS
-from toolkit.forecast.explorer import picture_of
-from toolkit.forecast.forecasts import FORECASTS, TrainingStep
-from toolkit.training.record import load_records
+from toolkit.files import RUNS
+
+# What a command needs is imported by the command: torch and pandas take seconds, and `--help` none of them.
+if TYPE_CHECKING:
+    from toolkit.budget import Plan
+    from toolkit.experiment import Parameters
+    from toolkit.forecast.forecasts import TrainingStep
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 all runs finished, 1 some failed, 2 bad input, 130 interrupted."""
-    given = _parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
+        _load_plugins(arguments)
+        given = _parser(arguments).parse_args(arguments)
         return given.command(given)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -44,6 +38,25 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command continues from here", file=sys.stderr)
         return 130
+
+
+def _load_plugins(arguments: list[str]) -> None:
+    """Import the modules named by `--plugin`, here and in the kernels that this process starts.
+
+    Before the flags are made, since the options of a plugin's methods are among them.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--plugin", action="append", default=[])
+    given, arguments[:] = first.parse_known_args(arguments)
+    for name in given.plugin:
+        path = Path(name).resolve()
+        folder = path.parent if name.endswith(".py") else Path.cwd()
+        sys.path.insert(0, str(folder))
+        for variable, value, separator in (
+            ("TOOLKIT_PLUGINS", path.stem if name.endswith(".py") else name, ","),
+            ("PYTHONPATH", str(folder), os.pathsep),  # kernels start in another folder
+        ):
+            os.environ[variable] = separator.join(filter(None, (value, os.environ.get(variable))))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -65,59 +78,86 @@ class _Parser(argparse.ArgumentParser):
         return namespace, unknown
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(arguments: list[str]) -> argparse.ArgumentParser:
+    """The parser of all commands, with the flags of the one that `arguments` name."""
     parser = _Parser("toolkit", description=__doc__.split("\n\n")[1], allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"toolkit {toolkit.__version__}")
+    text = "import this module or file first, which registers own methods, data sets, metrics or backbones"
+    parser.add_argument("--plugin", metavar="MODULE", help=text)  # `_load_plugins` has taken it out
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(name: str, function: object, text: str) -> argparse.ArgumentParser:
+    for name, (function, add_flags, text) in COMMANDS.items():
         usage = f"toolkit {name} [flags]"
         added = commands.add_parser(name, help=text, description=f"{text}.", usage=usage, allow_abbrev=False)
         added.set_defaults(command=function)
-        return added
+        if name in arguments[:1]:
+            add_flags(added)
+    return parser
 
-    text = "run experiments: the product of all values given, or without flags the default comparison"
-    run = command("run", _run, text)
+
+def _add_run_flags(run: argparse.ArgumentParser) -> None:
+    from toolkit.baselines.experiment import BaselineExperiment
+    from toolkit.experiment import Experiment
+
     _add_experiment_flags(run, nargs="+")
     foundation = run.add_argument_group("baselines", "foundation models, evaluated as they are")
     known = Experiment.names()
     _add_flags(foundation, [f for f in fields(BaselineExperiment) if f.name not in known], nargs="+")
+    output = _add_runs_flag(run)
+    text = "also draw accuracy against memory and time into this folder"
+    output.add_argument("--figures", type=Path, metavar="FOLDER", help=text)
+    _add_where_flags(run)
 
-    sweep = command("sweep", _sweep, "run the experiments of a sweep file or preset")
+
+def _add_sweep_flags(sweep: argparse.ArgumentParser) -> None:
+    from toolkit.batch.sweep_file import presets
+
     source = sweep.add_mutually_exclusive_group(required=True)
     source.add_argument("file", nargs="?", type=Path, help="a sweep file, see toolkit/batch/sweep_file.py")
     source.add_argument("--preset", metavar="NAME", help=", ".join(presets()))
     sweep.add_argument("--dry-run", action="store_true", help="list the runs and what they take; start none")
     sweep.add_argument("--yes", action="store_true", help="run more than 1,000 experiments")
+    _add_runs_flag(sweep)
+    _add_where_flags(sweep)
 
-    plan = command("plan", _plan, "show what one training step takes, and how it fits the budget")
+
+def _add_plan_flags(plan: argparse.ArgumentParser) -> None:
     _add_experiment_flags(plan)
     plan.add_argument("--num-classes", type=int, default=100, metavar="COUNT", help="default: 100")
     plan.add_argument("--figure", type=Path, metavar="FILE", help="also draw memory over the planned step")
-    needs = command("baselines", _baselines, "show what evaluating each foundation model takes")
-    needs.add_argument("--budget", default="2GB", metavar="SIZE", help="device memory; default: 2GB")
-    report = command("report", _report, "write one HTML file about all runs, and its tables")
-    report.add_argument("--output", type=Path, metavar="FILE", help="default: report.html among the runs")
-    ranking = command("ranking", _ranking, "rank all finished runs by accuracy, as CSV, Markdown and LaTeX")
-    ranking.add_argument("--output", type=Path, metavar="FILE", help="default: ranking.* among the runs")
 
-    for added in (run, sweep, report, ranking):
-        output = added.add_argument_group("output")
-        output.add_argument("--runs", type=Path, default=RUNS, metavar="FOLDER", help=f"default: {RUNS}")
-        if added is run:
-            text = f"default: {FIGURES} for the default comparison, otherwise the folder of the runs"
-            output.add_argument("--figures", type=Path, metavar="FOLDER", help=text)
-    for added in (run, sweep):
-        where = added.add_argument_group("where to run")
-        text = "experiments at a time on this machine; default: one per GPU, without a GPU one"
-        where.add_argument("--workers", type=int, metavar="COUNT", help=text)
-        text = "run on the workers of this dask scheduler"
-        where.add_argument("--scheduler", default="", metavar="ADDRESS", help=text)
-    return parser
+
+def _add_baselines_flags(needs: argparse.ArgumentParser) -> None:
+    needs.add_argument("--budget", default="2GB", metavar="SIZE", help="device memory; default: 2GB")
+
+
+def _add_report_flags(report: argparse.ArgumentParser) -> None:
+    report.add_argument("--output", type=Path, metavar="FILE", help="default: report.html among the runs")
+    _add_runs_flag(report)
+
+
+def _add_ranking_flags(ranking: argparse.ArgumentParser) -> None:
+    ranking.add_argument("--output", type=Path, metavar="FILE", help="default: ranking.* among the runs")
+    _add_runs_flag(ranking)
+
+
+def _add_runs_flag(command: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    output = command.add_argument_group("output")
+    output.add_argument("--runs", type=Path, default=RUNS, metavar="FOLDER", help=f"default: {RUNS}")
+    return output
+
+
+def _add_where_flags(command: argparse.ArgumentParser) -> None:
+    where = command.add_argument_group("where to run")
+    text = "experiments at a time on this machine; default: one per GPU, without a GPU one"
+    where.add_argument("--workers", type=int, metavar="COUNT", help=text)
+    text = "run on the workers of this dask scheduler"
+    where.add_argument("--scheduler", default="", metavar="ADDRESS", help=text)
 
 
 def _add_experiment_flags(command: argparse.ArgumentParser, **settings: object) -> None:
     """A flag for each field of `Experiment` and each option of a method or strategy."""
+    from toolkit.experiment import Experiment, option_fields
+
     own = [field for field in fields(Experiment) if field.name != "options"]
     _add_flags(command.add_argument_group("experiment"), own, **settings)
     group = command.add_argument_group("options of methods and checkpointing strategies")
@@ -157,6 +197,9 @@ def _to_bool(text: str) -> bool:
 
 def _parameters(given: argparse.Namespace, kind: type[Parameters]) -> dict:
     """The flags given of this kind of experiment; raises `InputError` for those of the other kind."""
+    from toolkit.baselines.experiment import BaselineExperiment
+    from toolkit.experiment import Experiment
+
     tuned = Experiment.flat_types()
     both = {*tuned, *BaselineExperiment.names()}
     values = {name: value for name, value in vars(given).items() if name in both}
@@ -170,14 +213,22 @@ def _parameters(given: argparse.Namespace, kind: type[Parameters]) -> dict:
 
 
 def _run(given: argparse.Namespace) -> int:
+    from toolkit.baselines.experiment import BaselineExperiment
+    from toolkit.batch.sweep import DEFAULT_COMPARISON, grid
+    from toolkit.experiment import Experiment
+
     kind = BaselineExperiment if hasattr(given, "baseline") else Experiment
     values = _parameters(given, kind)
-    runs = given.runs.resolve()
-    figures = given.figures or (runs if values else FIGURES)
-    return _finish(grid(kind, **(values or DEFAULT_COMPARISON)), given, figures.resolve())
+    return _finish(grid(kind, **(values or DEFAULT_COMPARISON)), given, given.figures)
 
 
 def _sweep(given: argparse.Namespace) -> int:
+    import pandas as pd
+
+    from toolkit.batch.dry_run import dry_run, summary
+    from toolkit.batch.sweep_file import check_count, preset, read_sweep
+    from toolkit.budget import format_bytes
+
     experiments = preset(given.preset) if given.preset else read_sweep(given.file)
     if given.dry_run:
         table = dry_run(experiments, given.runs.resolve())
@@ -198,15 +249,19 @@ def _sweep(given: argparse.Namespace) -> int:
 
 
 def _finish(experiments: list[Parameters], given: argparse.Namespace, figures: Path | None = None) -> int:
-    """Run, compare and report; `figures`: a folder for the figures of these experiments."""
+    """Run, compare and report; `figures`: a folder for the figures of these experiments, if any."""
+    from toolkit.analysis import compare
+    from toolkit.batch.report import write_report
+    from toolkit.batch.sweep import run_experiments
+    from toolkit.training.record import load_records
+
     runs = given.runs.resolve()
     failed = run_experiments(experiments, runs, workers=given.workers, scheduler=given.scheduler)
     ids = [experiment.id for experiment in experiments]
     records = load_records(runs)
     records = records[records.experiment_id.isin(ids)]
     print(compare(records).to_string(index=False))
-    if not (records.status == "ok").any():
-        figures = None
+    figures = figures.resolve() if figures and (records.status == "ok").any() else None
     print(f"report   {write_report(runs, runs / 'report.html', figures, ids)}")
     if figures:
         print(f"figures  {figures}")
@@ -217,6 +272,10 @@ def _finish(experiments: list[Parameters], given: argparse.Namespace, figures: P
 
 
 def _plan(given: argparse.Namespace) -> int:
+    from toolkit.batch.sweep import grid
+    from toolkit.experiment import Experiment
+    from toolkit.forecast.forecasts import FORECASTS, TrainingStep
+
     values = _parameters(given, Experiment)
     (experiment,) = grid(**{name: [value] for name, value in values.items()})
     step = TrainingStep(experiment, given.num_classes)
@@ -238,16 +297,23 @@ def _plan(given: argparse.Namespace) -> int:
 
 def _draw_plan(step: TrainingStep, plan: Plan, path: Path) -> None:
     """Draw `plan` in front of the same step without recomputation."""
+    from toolkit import plots
+    from toolkit.forecast.explorer import picture_of
+
     picture = picture_of(plan, step.plain_memory())
     print(f"figure   {plots.save(plots.step_figure(picture), path.stem, path.parent)}")
 
 
 def _baselines(given: argparse.Namespace) -> int:
+    from toolkit.baselines.memory_estimate import estimate_table
+
     print(estimate_table(given.budget).round(2).to_string(index=False))
     return 0
 
 
 def _report(given: argparse.Namespace) -> int:
+    from toolkit.batch.report import write_report
+
     runs = given.runs.resolve()
     if not runs.exists():
         raise InputError(f"{runs} does not exist; give the folder in which runs are kept, see --runs.")
@@ -256,10 +322,22 @@ def _report(given: argparse.Namespace) -> int:
 
 
 def _ranking(given: argparse.Namespace) -> int:
+    from toolkit.analysis import as_text, ranking_table, write_ranking
+
     runs = given.runs.resolve()
     table = write_ranking(runs, (given.output or runs / "ranking.md").resolve())
     print(as_text(ranking_table(table)).to_string(index=False))
     return 0
+
+
+COMMANDS = {
+    "run": (_run, _add_run_flags, "run all combinations of the values given, or the default comparison"),
+    "sweep": (_sweep, _add_sweep_flags, "run the experiments of a sweep file or preset"),
+    "plan": (_plan, _add_plan_flags, "show what one training step takes, and how it fits the budget"),
+    "baselines": (_baselines, _add_baselines_flags, "show what evaluating each foundation model takes"),
+    "report": (_report, _add_report_flags, "write one HTML file about all runs, and its tables"),
+    "ranking": (_ranking, _add_ranking_flags, "rank finished runs by accuracy, as CSV, Markdown and LaTeX"),
+}  # fmt: skip
 
 
 if __name__ == "__main__":

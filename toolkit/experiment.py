@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
+import importlib.metadata
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,7 +17,7 @@ import torch
 
 from toolkit.budget import STRATEGIES, Strategy, format_bytes, parse_bytes
 from toolkit.datasets import find_dataset, task_of
-from toolkit.errors import InputError, Options, check_name, option
+from toolkit.errors import InputError, Options, check_name, one_line, option
 from toolkit.methods import BATCH_NORMS, METHODS, check_statistics
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -344,3 +347,21 @@ def upgrade(parameters: Mapping) -> dict:
     names = [field.name for field in fields(Experiment) if field.name in parameters]
     sizes = {name: int(parameters[name] or 0) for name in ("budget", "feature_cache") if name in names}
     return {name: parameters[name] for name in names} | sizes | {"options": options}
+
+
+def _load_plugins() -> None:
+    """Import own methods, data sets, metrics and backbones, which register themselves.
+
+    They are the modules named in `TOOLKIT_PLUGINS`, separated by commas, and installed entry points of the
+    group "toolkit.plugins".  Raises `InputError` for one that cannot be imported.
+    """
+    named = filter(None, os.environ.get("TOOLKIT_PLUGINS", "").split(","))
+    installed = (entry.module for entry in importlib.metadata.entry_points(group="toolkit.plugins"))
+    for name in (*named, *installed):
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            raise InputError(f"plugin {name!r} cannot be imported: {one_line(error)}.") from error
+
+
+_load_plugins()  # here, so that every process that builds an experiment knows them

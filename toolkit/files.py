@@ -1,7 +1,7 @@
 """The folders of the project as absolute paths, and atomic writes.
 
 Jupyter starts kernels in `notebooks/`, papermill in the caller's folder: a relative path would work in one
-and fail in the other.  `TOOLKIT_RUNS`, `TOOLKIT_FIGURES` and `TOOLKIT_CACHE` name other output folders.
+and fail in the other.  `TOOLKIT_RUNS` and `TOOLKIT_CACHE` name other output folders.
 """
 
 from __future__ import annotations
@@ -11,14 +11,18 @@ import os
 import uuid
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+_ABOVE = Path(__file__).resolve().parents
+CHECKOUT = (_ABOVE[1] / "pyproject.toml").exists()  # not an installed wheel
+# A wheel puts notebooks and weights into share/toolkit of whatever prefix it was installed under.
+_SHARES = (above / "share" / "toolkit" for above in _ABOVE)
+ROOT = _ABOVE[1] if CHECKOUT else next(filter(Path.is_dir, _SHARES), _ABOVE[0])
 NOTEBOOKS = ROOT / "notebooks"
 DATA = ROOT / "data"
-DOWNLOADS = DATA / "downloads"
 # An empty variable is as good as none.
-RUNS = Path(os.environ.get("TOOLKIT_RUNS") or DATA / "runs")
-CACHE = Path(os.environ.get("TOOLKIT_CACHE") or DATA / "cache")
-FIGURES = Path(os.environ.get("TOOLKIT_FIGURES") or ROOT / "figures")
+RUNS = Path(os.environ.get("TOOLKIT_RUNS") or (DATA / "runs" if CHECKOUT else "runs")).absolute()
+_USER_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "toolkit"
+CACHE = Path(os.environ.get("TOOLKIT_CACHE") or (DATA / "cache" if CHECKOUT else _USER_CACHE))
+DOWNLOADS = DATA / "downloads" if CHECKOUT else CACHE / "downloads"
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from toolkit.files import ROOT
+from toolkit.files import CHECKOUT, ROOT
 from toolkit.measure import Nvml, SensorError
 
 PACKAGES = ("torch", "torchvision", "timm", "peft", "bitsandbytes", "transformers", "numpy")
@@ -109,6 +109,8 @@ def _version(package: str) -> str | None:
 @functools.cache
 def _git() -> dict:
     def git(*words: str) -> str | None:
+        if not CHECKOUT:  # an installed package may lie in a repository of its user's
+            return None
         try:
             done = subprocess.run(
                 ["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=10
@@ -117,6 +119,6 @@ def _git() -> dict:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    # Only files that affect results: the default comparison rewrites the tracked figures.
+    # Only files that affect results
     status = git("status", "--porcelain", "--", "toolkit", "notebooks", "data", "requirements.txt")
     return {"git_sha": git("rev-parse", "HEAD"), "git_dirty": None if status is None else bool(status)}

@@ -15,7 +15,6 @@ from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
-from toolkit.files import FIGURES
 from toolkit.methods import METHODS
 
 THEME = sns.axes_style("whitegrid") | sns.plotting_context("notebook")
@@ -74,7 +73,7 @@ def note(text: str) -> Figure:
     return figure
 
 
-def save(figure: Figure, name: str, folder: Path = FIGURES) -> Path:
+def save(figure: Figure, name: str, folder: Path) -> Path:
     """Write `figure` to `folder` as `name`.png."""
     path = Path(folder) / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,29 @@
+# The public names: `__init__.py` imports each on first use, editors and type checkers read them here.
+from .backbones import build_backbone
+from .backbones.selective_scan import selective_scan
+from .baselines import evaluate_baseline
+from .budget import TensorMemory
+from .datasets import load_dataset
+from .errors import InputError
+from .experiment import Experiment
+from .forecast.explorer import Explorer
+from .forecast.forecasts import preview, what_fits
+from .forecast.step_memory import memory_table, step_memories
+from .measure import Meter, flops
+from .measure.scores import netscore
+from .methods import adapt, summarize
+from .methods.lean import auto_checkpoint, plan  # which registers the lean forms of low-rank layers
+from .methods.weights import load_adapted, save_adapted
+from .model import build_model, seed_everything
+from .training.evaluation import evaluate, evaluate_split, test
+from .training.loop import fit, train
+from .training.record import RunRecord, load_records, run_folder
+
+__version__: str
+__all__ = [
+    "Experiment", "Explorer", "InputError", "Meter", "RunRecord", "TensorMemory", "adapt", "auto_checkpoint",
+    "build_backbone", "build_model", "evaluate", "evaluate_baseline", "evaluate_split", "fit", "flops",
+    "load_adapted", "load_dataset", "load_records", "memory_table", "netscore", "plan", "preview",
+    "run_folder", "save_adapted", "seed_everything", "selective_scan", "step_memories", "summarize", "test",
+    "train", "what_fits",
+]  # fmt: skip
