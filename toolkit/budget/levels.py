@@ -23,8 +23,9 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
 from toolkit.budget.memory import ROUNDING_BYTES
-from toolkit.budget.profile import OpCost, Profile
+from toolkit.budget.profile import Profile
 from toolkit.budget.tape import CACHE, DROP, KEEP, Buffer, materialize
+from toolkit.budget.timeline import OpCost
 
 _NEVER = 1 << 29  # a capacity too large for any cut
 
@@ -107,10 +108,12 @@ def segments_of(profile: Profile) -> list[Segment]:
     extra = _bind_neighbours(profile, segments)
     saved_numbers: dict[int, int] = {}
     positioned: list[list[tuple]] = [[] for _ in segments]
+    ended = 0  # segments of the forward passes so far
     for position, (time, kind, index) in enumerate(profile.events):
         if kind == "end":
-            for events in positioned:
+            for events in positioned[ended : index + 1]:
                 events.append((position, time, "end", 0))
+            ended = index + 1
             continue
         if kind == "backward":
             continue

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from toolkit.budget.levels import Level, Segment, menu, plain, segments_of
-from toolkit.budget.profile import OpCost, Profile
+from toolkit.budget.profile import Profile
 from toolkit.budget.step import AUTOCAST
+from toolkit.budget.timeline import OpCost
 
 _SEARCHES = 16  # limits tried for one budget
 _CELLS = 8192  # resolution of the table: the bytes kept without recomputation, divided by this

@@ -71,7 +71,7 @@ def sum_of(outputs) -> torch.Tensor:
     dataclasses.  Integers have no gradient and are left out."""
     sums = [
         (torch.view_as_real(tensor) if tensor.is_complex() else tensor).float().sum()
-        for tensor in _tensors_in(outputs)
+        for tensor in tensors_in(outputs)
         if tensor.is_floating_point() or tensor.is_complex()
     ]
     if not sums:
@@ -82,12 +82,13 @@ def sum_of(outputs) -> torch.Tensor:
     return functools.reduce(torch.add, sums)
 
 
-def _tensors_in(outputs) -> Iterator[torch.Tensor]:
+def tensors_in(outputs) -> Iterator[torch.Tensor]:
+    """The tensors in a nest of tuples, lists, dicts and dataclasses."""
     for leaf in tree_iter(outputs):
         if isinstance(leaf, torch.Tensor):
             yield leaf
         elif dataclasses.is_dataclass(leaf):
-            yield from _tensors_in([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
+            yield from tensors_in([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
 
 
 def optimizer_like(optimizer, model: nn.Module) -> Callable[[nn.Module], torch.optim.Optimizer]:

@@ -56,7 +56,7 @@ class Buffer:
     Buffers live as long as something references them.
     """
 
-    __slots__ = ("__weakref__", "blank", "cached", "dtype", "op", "tensor")
+    __slots__ = ("__weakref__", "blank", "cached", "dtype", "op", "tensor", "version")
 
     def __init__(self, op: Op | None, dtype: torch.dtype | None = None):
         self.op = op
@@ -64,6 +64,7 @@ class Buffer:
         self.cached = False
         self.blank = False  # made without a value
         self.tensor = None
+        self.version: int | None = None  # of the tensor, if others can reach it
 
 
 @dataclass(slots=True, eq=False)
@@ -108,12 +109,16 @@ class External:
 
     def now(self) -> torch.Tensor:
         """The tensor, if it has not changed since."""
-        if self.tensor._version != self.version:
-            raise RuntimeError(
-                f"a tensor of shape {tuple(self.tensor.shape)} that is needed for gradients, or to recompute "
-                "activations, was changed in place between the forward and the backward pass."
-            )
+        _check_version(self.tensor, self.version)
         return self.tensor
+
+
+def _check_version(tensor: torch.Tensor, version: int) -> None:
+    if tensor._version != version:
+        raise RuntimeError(
+            f"a tensor of shape {tuple(tensor.shape)} that is needed for gradients, or to recompute "
+            "activations, was changed in place between the forward and the backward pass."
+        )
 
 
 @dataclass(slots=True, eq=False)
@@ -159,6 +164,16 @@ def materialize(buffer: Buffer, execute: Callable, copy: Callable):
                 contents[output] = content
         content = None
     return contents[buffer] if buffer.tensor is None else buffer.tensor
+
+
+def compute(buffer: Buffer) -> torch.Tensor:
+    """The content of `buffer`, outside any graph."""
+    _thread.depth = getattr(_thread, "depth", 0) + 1
+    try:
+        with torch.no_grad():
+            return materialize(buffer, _execute, torch.clone)
+    finally:
+        _thread.depth -= 1
 
 
 def _missing(buffer: Buffer) -> list[Op]:
@@ -215,12 +230,8 @@ class Tape(TorchDispatchMode):
         """The tensor that was packed."""
         if isinstance(held, External):
             return held.now()
-        _thread.depth = getattr(_thread, "depth", 0) + 1
-        try:
-            with torch.no_grad():
-                return held.view.of(materialize(held.view.buffer, _execute, torch.clone))
-        finally:
-            _thread.depth -= 1
+        with torch.no_grad():
+            return held.view.of(compute(held.view.buffer))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -234,7 +245,7 @@ class Tape(TorchDispatchMode):
 
     def _view(self, tensor: torch.Tensor) -> View | None:
         """`tensor` as a window on a buffer of this tape; None if it is not one."""
-        buffer = self._buffers.get(_storage_key(tensor))
+        buffer = self._buffers.get(storage_key(tensor))
         if buffer is None or tensor.dtype != buffer.dtype or tensor.is_conj() or tensor.is_neg():
             return None
         return View(buffer, tensor.size(), tensor.stride(), tensor.storage_offset())
@@ -268,11 +279,11 @@ class Tape(TorchDispatchMode):
 
     def _note_outputs(self, op: Op, written: list[torch.Tensor], out) -> None:
         """Give every new content a buffer, which holds the content if it is kept."""
-        contents = {_storage_key(t): t for t in written if _storage_key(t) in self._buffers}
+        contents = {storage_key(t): t for t in written if storage_key(t) in self._buffers}
         leaves = (out,) if isinstance(out, torch.Tensor) else list(tree_iter(out))
         fresh = []
         for index, leaf in enumerate(leaves):
-            key = _storage_key(leaf) if isinstance(leaf, torch.Tensor) else None
+            key = storage_key(leaf) if isinstance(leaf, torch.Tensor) else None
             if key is not None and key not in self._buffers and key not in contents:
                 contents[key] = leaf
                 fresh.append(index)
@@ -287,10 +298,11 @@ class Tape(TorchDispatchMode):
             op.kwargs, op.inputs = {"dtype": empty.dtype, "device": empty.device}, ()
         buffers = [Buffer(op, content.dtype) for content in contents.values()]
         op.outputs = tuple(map(weakref.ref, buffers))
+        outside = [key for key in map(storage_key, written) if key not in self._buffers]
         decisions = self._decide(op, contents)
         if decisions is not None and not op.repeatable:
             decisions = [KEEP] * len(buffers)
-        for key in map(_storage_key, written):
+        for key in map(storage_key, written):
             if key not in self._buffers:
                 continue
             old = self._buffers[key]
@@ -306,8 +318,11 @@ class Tape(TorchDispatchMode):
                 self._alive[key] = StorageRef(content.untyped_storage(), self._forget, key, 0)
             buffer = self._buffers[key] = buffers[place]
             buffer.blank = op.func is aten.empty_strided.default
-            if decisions[place] == KEEP:
-                buffer.tensor, buffer.op = content.detach(), None
+            if (
+                decisions[place] == KEEP
+            ):  # what is written into a tensor from outside may be overwritten there
+                buffer.tensor = content.detach().clone() if key in outside else content.detach()
+                buffer.op, buffer.version = None, buffer.tensor._version
             buffer.cached = decisions[place] == CACHE
 
     def _forget(self, reference: StorageRef) -> None:
@@ -325,7 +340,8 @@ def _detached(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach()
 
 
-def _storage_key(tensor: torch.Tensor) -> int | None:
+def storage_key(tensor: torch.Tensor) -> int | None:
+    """What identifies the storage of `tensor` while it lives; None if it has none."""
     try:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):  # tensors without a storage, for example sparse ones
@@ -408,7 +424,10 @@ def _real(value, contents: dict[Buffer, torch.Tensor]):
     """An argument of an `Op` in the form that the operator takes."""
     # Not a closure: a recursive closure would hold the contents until the garbage collector runs.
     if isinstance(value, View):
-        return value.of(contents[value.buffer])
+        content, buffer = contents[value.buffer], value.buffer
+        if content is buffer.tensor and buffer.version is not None:
+            _check_version(content, buffer.version)
+        return value.of(content)
     if isinstance(value, External):
         return value.now()
     if type(value) in (list, tuple):
