@@ -125,9 +125,9 @@ def test_modes_entered_around_and_inside_the_step_are_left_in_any_order():
     model = network()
     with TensorMemory(torch.device("cpu")) as outer:
         recording = Recording(model)
-        with TensorMemory(torch.device("cpu")) as inner:
-            with segmented(find_segments(model), recording.tape.block_ended):
-                out = recording.run(model, X)
+        blocks = segmented(find_segments(model), recording.tape.block_ended)
+        with TensorMemory(torch.device("cpu")) as inner, blocks:
+            out = recording.run(model, X)
         loss(out, Y).backward()
         recording.stop()
         assert torch.utils._python_dispatch._get_current_dispatch_mode_stack() == [outer]

@@ -2,7 +2,7 @@
 
 Detectors, masks that depend on values, losses outside the model, several forward passes before one backward
 pass: the step runs with each block's input kept and the rest computed again, while a timeline underneath the
-loop notes what it allocates, reads and frees.  `Recording.profile` is what `profile.profile` makes of fake tensors.
+loop notes what it allocates, reads and frees.  `Recording.profile` is what `profile.profile` makes of fakes.
 """
 
 from __future__ import annotations
@@ -82,8 +82,7 @@ class Recording:
             self._hook.remove()
 
     def profile(self, state_bytes: int = 0) -> Profile:
-        """The recorded step, as it will be when it comes again; `state_bytes`: of the optimizer, counted if it
-        made no step.
+        """The recorded step, as it will be when it comes again; `state_bytes`: of an optimizer that made no step.
 
         Gradients and the optimizer's state that the step has left are there from the start of the next one.
         So is what else it has left (the outputs of the model), which the next one makes again.
