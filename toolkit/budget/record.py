@@ -82,7 +82,7 @@ class Recording:
             self._hook.remove()
 
     def profile(self, state_bytes: int = 0) -> Profile:
-        """The recorded step, as it will be when it comes again; `state_bytes`: of an optimizer that made no step.
+        """The recorded step, as it will be next time; `state_bytes`: of an optimizer that made no step.
 
         Gradients and the optimizer's state that the step has left are there from the start of the next one.
         So is what else it has left (the outputs of the model), which the next one makes again.
