@@ -9,7 +9,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from toolkit.budget import TensorMemory, tensors_of
 from toolkit.budget.checkpointing import find_segments
 from toolkit.budget.profile import profile
-from toolkit.budget.record import Recording
+from toolkit.budget.recording import Recording
 from toolkit.budget.step import segmented
 
 X, Y = torch.randn(8, 6, 16), torch.randint(0, 5, (8, 6))
