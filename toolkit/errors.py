@@ -30,6 +30,11 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def some(names: Sequence[str]) -> str:
+    """The first three of `names`, in words."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
 def option(
     default: object,
     text: str = "",

@@ -206,7 +206,7 @@ def test_a_vision_transformer_keeps_its_linear_layers():
     with torch.device("meta"):
         model = timm.create_model("tiny_vit_5m_224", num_classes=10)
     targets = targets_of(model, "lora", depthwise="train")
-    assert targets.beside == ("head.fc",)
+    assert targets.own == ("head.fc",)
     assert all(isinstance(model.get_submodule(name), nn.Linear) for name in targets.adapted)
 
 
@@ -217,7 +217,7 @@ def test_chosen_targets():
         assert set(targets_of(Small(), "lokr", pattern).adapted) == expected != set()
     # what it matches of groups trains itself
     some = targets_of(Small(), "lora", ".*conv_.*", depthwise="train")
-    assert not any("conv_dw" in n for n in some.adapted) and "blocks.0.conv_dw" in some.beside
+    assert not any("conv_dw" in n for n in some.adapted) and "blocks.0.conv_dw" in some.own
 
 
 def state_of(model):

@@ -362,7 +362,7 @@ def test_other_checkpointing_changes_no_gradient(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_backbone_of_four_bits_trains_beside(method):
+def test_a_backbone_of_four_bits_trains_too(method):
     pytest.importorskip("bitsandbytes")
     model = side("demo_vit", method, four_bit=True)
     packed = [p for p in model.backbone.parameters() if hasattr(p, "quant_state")]

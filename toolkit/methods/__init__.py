@@ -53,20 +53,8 @@ __all__ = [
 ]
 
 # Modules that declare methods, in the order in which tables list them.
-_DECLARING = (
-    "trainable",
-    "low_rank",
-    "adalora",
-    "qlora",
-    "factors",
-    "losa",
-    "lst",
-    "dtl",
-    "e3va",
-    "galore",
-    "full",
-)
-for _name in _DECLARING:
+_DECLARING = "trainable low_rank adalora qlora factors losa lst dtl e3va galore full"
+for _name in _DECLARING.split():
     importlib.import_module(f"toolkit.methods.{_name}")
 
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from toolkit.budget.memory import rounded
 from toolkit.errors import InputError
-from toolkit.methods.low_rank import LoraOptions, attach, places
-from toolkit.methods.registry import NOT_TRIED, SCRIPTS, TUNED, TUNED_ON, Hooks, rates, register
+from toolkit.methods.low_rank import LoraOptions, attach
+from toolkit.methods.registry import SCRIPTS, Hooks, rates, register, searched
 from toolkit.methods.targets import narrow_layers, targets_of
 
 # AdaLoRA starts with 1.5 times the ranks that it ends with, as peft's defaults do (12 and 8).
@@ -29,8 +29,6 @@ def adalora(model: nn.Module, options: LoraOptions) -> nn.Module:
     peft has one initial rank for all layers.  With `clip_rank` narrow layers start with fewer here: save such
     adapters by `toolkit.save_adapted`, as plain peft would build them too large.
     """
-    import peft  # it imports transformers, which takes seconds
-
     rank, initial_rank = options.rank, _initial_rank(options.rank)
     targets = targets_of(model, "adalora", options.targets, options.depthwise)
     narrow = narrow_layers(model, targets, rank, options.clip_rank, start=_initial_rank)
@@ -41,22 +39,24 @@ def adalora(model: nn.Module, options: LoraOptions) -> nn.Module:
             f"at rank {rank} every layer has all ranks that it allows, {max(limits)} at most, so adalora has "
             "none to move; choose a lower rank, or method 'lora'."
         )
-    config = peft.AdaLoraConfig(
+    wrapped = attach(
+        model,
+        targets,
+        "AdaLoraConfig",
         target_r=rank,
         init_r=initial_rank,
         lora_alpha=options.alpha,
         lora_dropout=options.dropout,
         total_step=1,  # unknown yet: see RankAllocation.begin
-        **places(targets),
     )
-    wrapped = attach(model, targets, config)
     if narrow:
         tuner = wrapped.base_model
         name = tuner.trainable_adapter_name
+        config = tuner.peft_config[name]
         for layer, most in narrow.items():
             alpha = options.alpha * most / initial_rank
             tuner.model.get_submodule(layer).update_layer(name, most, alpha, config=config)
-        tuner.rankallocator = peft.tuners.adalora.RankAllocator(tuner.model, config, name)
+        tuner.rankallocator = type(tuner.rankallocator)(tuner.model, config, name)
         tuner.rankallocator.target_bgt = target
     return wrapped
 
@@ -136,13 +136,8 @@ class RankAllocation(Hooks):
 register(
     "adalora",
     adalora,
-    {
-        **rates(TUNED, demo_vit=2e-2),
-        **rates(f"as demo_cnn_digits; {NOT_TRIED}", demo_cnn=2e-2),
-        **rates(TUNED_ON.format("digits-c:mixed:3"), demo_cnn_digits=2e-2),
-        **rates(TUNED_ON.format("textures-c:mixed:3"), demo_cnn_textures=1e-2),
-        **rates(SCRIPTS, vim_small=1e-3, default=5e-4),
-    },
+    searched(demo_vit=2e-2, demo_cnn_digits=2e-2, demo_cnn_textures=1e-2)
+    | rates(SCRIPTS, vim_small=1e-3, default=5e-4),
     LoraOptions,
     convolutions=("plain", "dilated"),
     hooks=RankAllocation,

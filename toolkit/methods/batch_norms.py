@@ -9,6 +9,7 @@ each run.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import nn
@@ -57,25 +58,21 @@ def check_batch_norms(model: nn.Module, batch_sizes: Iterable[int], input_size: 
     parameter = next(model.parameters())
     images = torch.zeros(1, *input_size, device=parameter.device)
 
-    def check(name: str):
-        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            values = inputs[0].numel() // inputs[0].shape[1]
-            if module.training and values == 1:
-                more = f" ({sizes[-1]} does)" if len(sizes) > 1 else ""
-                raise InputError(
-                    f"{name} normalises by the statistics of the batch, and one image of {input_size[1]} x "
-                    f"{input_size[2]} pixels gives it a single value per channel; choose a batch_size (and "
-                    f"micro_batch_size) above 1 that leaves no single image over{more}, larger images, or "
-                    "batch_norm='frozen'."
-                )
-
-        return hook
+    def check(name: str, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if module.training and inputs[0].numel() == inputs[0].shape[1]:
+            more = f" ({sizes[-1]} does)" if len(sizes) > 1 else ""
+            raise InputError(
+                f"{name} normalises by the statistics of the batch, and one image of {input_size[1]} x "
+                f"{input_size[2]} pixels gives it a single value per channel; choose a batch_size (and "
+                f"micro_batch_size) above 1 that leaves no single image over{more}, larger images, or "
+                "batch_norm='frozen'."
+            )
 
     # The real model gets neither the mode nor the hooks.
     with on_fake_tensors(model, images) as fake, torch.no_grad():
         set_train_mode(model)
         norms = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.training}
         for name, module in norms.items():
-            module.register_forward_pre_hook(check(name))
+            module.register_forward_pre_hook(partial(check, name))
         if norms:
             model(fake)

@@ -11,15 +11,15 @@ the path is in the last stage, at the blocks that return features like the last 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from toolkit.errors import InputError, option
-from toolkit.methods.registry import TUNED_ON, rates, register
+from toolkit.methods.registry import rates, register, searched
 from toolkit.methods.side import OnFrozen, SideOptions, low_rank, silent, to_four_bits
 from toolkit.methods.taps import CHANNELS_FIRST, Form, Survey, forms_of, hooked
 
@@ -60,14 +60,14 @@ def _path(model: nn.Module, survey: Survey) -> tuple[list[str], Form, list[int]]
     forms, _ = forms_of(model, survey)
     last, form = survey.blocks[-1], forms[-1]
     axis = 1 if form.layout == CHANNELS_FIRST else -1
-
-    def positions(shape: torch.Size) -> list[int]:
-        sizes = list(shape)
-        del sizes[axis]
-        return sizes
-
-    seen = [b for b in survey.blocks if b.returned == last.returned]
-    seen = [b for b in seen if len(b.read) == len(b.returned) and positions(b.read) == positions(b.returned)]
+    width = last.returned[axis]
+    seen = []
+    for block in survey.blocks:
+        resized = list(block.read)
+        if len(resized) == len(last.returned):
+            resized[axis] = width
+        if block.returned == last.returned == torch.Size(resized):
+            seen.append(block)
     if not seen:
         raise InputError(
             f"{type(model).__name__} has no path for 'dtl': its last block, {last.name}, changes positions, "
@@ -94,18 +94,15 @@ class DtlModel(OnFrozen):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         carried: list[torch.Tensor] = []  # h, once there is one
 
-        def before(update: nn.Module) -> Callable:
-            def read(module: nn.Module, args: tuple) -> None:
-                h = self._updated(update, args[0])
-                carried[:] = [carried[0] + h if carried else h]
-
-            return read
+        def before(update: nn.Module, module: nn.Module, args: tuple) -> None:
+            h = self._updated(update, args[0])
+            carried[:] = [carried[0] + h if carried else h]
 
         def after(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
             # swish(h) = silu(100 h) / 100, for which autograd keeps one tensor.
             return output + F.silu(BETA * carried[0]) / BETA
 
-        hooks = {name: before(update) for name, update in zip(self.names, self.side)}
+        hooks = {name: partial(before, update) for name, update in zip(self.names, self.side)}
         with hooked(self.backbone, dict.fromkeys(self.names[-self.feedback :], after), hooks):
             features = self.backbone.forward_features(images)
         return self.head.forward_head(features)
@@ -120,10 +117,7 @@ class DtlModel(OnFrozen):
 register(
     "dtl",
     dtl,
-    {
-        **rates(TUNED_ON.format("digits and textures"), demo_vit=1e-2),
-        **rates("authors' scripts of arXiv 2312.07856", default=3e-4),
-    },
+    searched(demo_vit=1e-2) | rates("authors' scripts of arXiv 2312.07856", default=3e-4),
     DtlOptions,
     tasks=("classification",),
     frozen_backbone=True,

@@ -27,7 +27,8 @@ from torch import nn
 
 from toolkit.backbones.dense import DenseModel
 from toolkit.errors import InputError, Options, option
-from toolkit.methods.registry import NOT_TRIED, TRIED_ON_MOSAICS, rates, register
+from toolkit.methods.registry import NOT_TRIED, rates, register, searched
+from toolkit.methods.taps import hooked
 from toolkit.methods.trainable import linear
 
 
@@ -82,18 +83,13 @@ class E3vaModel(DenseModel):
 @torch.no_grad()
 def _run(block: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output of a Swin block for x (B, H, W, C), and what its attention and its MLP added."""
-    branches = ([], [])  # a plan may have the block run its batch in slices
-    # Each branch ends in one of these modules, which do nothing in evaluation mode.
-    hooks = [
-        module.register_forward_hook(lambda _module, _inputs, output, parts=parts: parts.append(output))
-        for module, parts in zip((block.drop_path1, block.drop_path2), branches)
-    ]
-    try:
+    # Each branch ends in one of these modules, which do nothing in evaluation mode; a plan may have the block
+    # run its batch in slices.
+    branches = {"drop_path1": [], "drop_path2": []}
+    hooks = {name: lambda *seen, parts=parts: parts.append(seen[-1]) for name, parts in branches.items()}
+    with hooked(block, hooks):
         x = block(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return x, *(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in branches)
+    return x, *(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in branches.values())
 
 
 def _adapter(width: int, rank: int, middle: int) -> nn.Sequential:
@@ -132,10 +128,8 @@ def e3va(model: nn.Module, options: E3vaOptions) -> E3vaModel:
 register(
     "e3va",
     e3va,
-    {
-        **rates(TRIED_ON_MOSAICS, demo_swin=1e-2),
-        **rates(f"configurations of Mona, by E3VA's first author; {NOT_TRIED}", default=1e-4),
-    },
+    searched(demo_swin=1e-2)
+    | rates(f"configurations of Mona, by E3VA's first author; {NOT_TRIED}", default=1e-4),
     E3vaOptions,
     tasks=("segmentation", "detection"),
     frozen_backbone=True,

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from toolkit.errors import Options, option
-from toolkit.methods.low_rank import attach, places
-from toolkit.methods.registry import NOT_TRIED, TUNED_ON, rates, register
+from toolkit.methods.low_rank import attach
+from toolkit.methods.registry import NOT_TRIED, rates, register, searched
 from toolkit.methods.targets import targets_of
 
 
@@ -34,11 +34,7 @@ def ia3(model: nn.Module, options: Ia3Options) -> nn.Module:
     The paper scales keys, values and the inside of MLPs; timm's attention computes queries, keys and values
     in one layer, so all are scaled.
     """
-    import peft  # it imports transformers, which takes seconds
-
-    targets = targets_of(model, "ia3", options.targets)
-    config = peft.IA3Config(feedforward_modules=[], **places(targets))
-    return attach(model, targets, config)
+    return attach(model, targets_of(model, "ia3", options.targets), "IA3Config", feedforward_modules=[])
 
 
 def lokr(model: nn.Module, options: LokrOptions) -> nn.Module:
@@ -48,11 +44,8 @@ def lokr(model: nn.Module, options: LokrOptions) -> nn.Module:
     product of rank `rank` where that is less than half of its longer side, and whole elsewhere: no rank is
     too high.
     """
-    import peft  # it imports transformers, which takes seconds
-
     targets = targets_of(model, "lokr", options.targets)
-    config = peft.LoKrConfig(r=options.rank, alpha=options.alpha, **places(targets))
-    adapted = attach(model, targets, config)
+    adapted = attach(model, targets, "LoKrConfig", r=options.rank, alpha=options.alpha)
     for module in adapted.modules():
         if hasattr(module, "lokr_w1"):
             # In training mode peft's LoKr draws a random number per layer even at a dropout of 0 and branches
@@ -61,30 +54,17 @@ def lokr(model: nn.Module, options: LokrOptions) -> nn.Module:
     return adapted
 
 
-_DIGITS, _TEXTURES = TUNED_ON.format("digits-c:mixed:3"), TUNED_ON.format("textures-c:mixed:3")
-_AS_DIGITS = f"as demo_cnn_digits; {NOT_TRIED}"
-
 register(
     "ia3",
     ia3,
-    {
-        **rates(_AS_DIGITS, demo_cnn=2e-2),
-        **rates(_DIGITS, demo_cnn_digits=2e-2),
-        **rates(_TEXTURES, demo_cnn_textures=2e-2),
-        **rates(NOT_TRIED, default=5e-3),
-    },
+    searched(demo_cnn_digits=2e-2, demo_cnn_textures=2e-2) | rates(NOT_TRIED, default=5e-3),
     Ia3Options,
     convolutions=("plain", "grouped", "same", "dilated", "padded"),
 )
 register(
     "lokr",
     lokr,
-    {
-        **rates(_AS_DIGITS, demo_cnn=2e-2),
-        **rates(_DIGITS, demo_cnn_digits=2e-2),
-        **rates(_TEXTURES, demo_cnn_textures=2e-2),
-        **rates(NOT_TRIED, default=1e-3),
-    },
+    searched(demo_cnn_digits=2e-2, demo_cnn_textures=2e-2) | rates(NOT_TRIED, default=1e-3),
     LokrOptions,
     convolutions=("plain", "grouped", "dilated"),
 )

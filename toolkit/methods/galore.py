@@ -27,7 +27,7 @@ from torch.optim.adamw import adamw
 
 from toolkit.errors import InputError, Options, option
 from toolkit.methods.optimizer import ADAM_FLOPS, DECAY_FLOPS, OptimizerFlops, decay_groups
-from toolkit.methods.registry import NOT_TRIED, TUNED_ON, Hooks, rates, register
+from toolkit.methods.registry import NOT_TRIED, Hooks, rates, register, searched
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ class GaLore(torch.optim.Optimizer):
             raise InputError(
                 f"GaLore needs rank >= 1, gap >= 1 and scale > 0, got {rank}, {gap} and {scale}."
             )
-        self._gradients: dict[torch.Tensor, torch.Tensor] = {}  # parameter -> sum of projected gradients
+        # Projected parameter -> its gradient in the subspace, (r, n) or (m, r), since `zero_grad()`.
+        self.gradients: dict[torch.Tensor, torch.Tensor] = {}
         self._group_of: dict[torch.Tensor, int] = {}
         self._hooks: list = []
         settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -94,12 +95,7 @@ class GaLore(torch.optim.Optimizer):
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        self._gradients.clear()
-
-    @property
-    def gradients(self) -> dict[torch.Tensor, torch.Tensor]:
-        """Projected parameter -> its gradient in the subspace, (r, n) or (m, r); since `zero_grad()`."""
-        return dict(self._gradients)
+        self.gradients.clear()
 
     @property
     def refreshes(self) -> bool:
@@ -109,7 +105,7 @@ class GaLore(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, the projected ones too."""
         super().zero_grad(set_to_none)
-        self._gradients.clear()
+        self.gradients.clear()
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
@@ -123,7 +119,7 @@ class GaLore(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if is_projected(parameter, group["rank"]):
                     self._project(parameter)  # set by hand
-                    if parameter in self._gradients:
+                    if parameter in self.gradients:
                         self._step_projected(parameter, group)
                 elif parameter.grad is not None:
                     whole.append(parameter)
@@ -138,14 +134,14 @@ class GaLore(torch.optim.Optimizer):
         with torch.no_grad():
             gradient = parameter.grad.permute(_order(parameter)).reshape(len(parameter), -1)
             wide = gradient.shape[0] <= gradient.shape[1]
-            if parameter not in self._gradients:
+            if parameter not in self.gradients:
                 self._choose_subspace(parameter, gradient, wide)
                 rank = self.state[parameter]["projector"].shape[1]
                 shape = (rank, gradient.shape[1]) if wide else (gradient.shape[0], rank)
-                self._gradients[parameter] = gradient.new_zeros(shape)
+                self.gradients[parameter] = gradient.new_zeros(shape)
             projector = self.state[parameter]["projector"]
             factors = (projector.mT, gradient) if wide else (gradient, projector)
-            _add_product(self._gradients[parameter], *factors)
+            _add_product(self.gradients[parameter], *factors)
         parameter.grad = None
 
     def _choose_subspace(self, parameter: torch.Tensor, gradient: torch.Tensor, wide: bool) -> None:
@@ -172,7 +168,7 @@ class GaLore(torch.optim.Optimizer):
 
     def _step_projected(self, parameter: torch.Tensor, group: dict) -> None:
         """AdamW's step of a weight (m, n) with the update of rank r."""
-        gradient = self._gradients[parameter]
+        gradient = self.gradients[parameter]
         state = self._state(parameter, gradient)
         update = torch.zeros_like(gradient)  # Adam turns a weight of zeros into its update
         self._adam([update], [gradient], [state], group | {"weight_decay": 0.0})
@@ -292,12 +288,8 @@ def _make_optimizer(model: nn.Module, options: GaLoreOptions, *, lr: float, weig
 register(
     "galore",
     galore,
-    {
-        **rates(f"as full; {NOT_TRIED}", demo_vit=1e-3, default=1e-4),
-        **rates(f"as demo_cnn_digits; {NOT_TRIED}", demo_cnn=5e-3),
-        **rates(TUNED_ON.format("digits-c:mixed:3"), demo_cnn_digits=5e-3),
-        **rates(TUNED_ON.format("textures-c:mixed:3"), demo_cnn_textures=1e-2),
-    },
+    searched(demo_cnn_digits=5e-3, demo_cnn_textures=1e-2)
+    | rates(f"as full; {NOT_TRIED}", demo_vit=1e-3, default=1e-4),
     GaLoreOptions,
     batch_norm="updated",
     scales_gradients=False,  # they are projected before a GradScaler sees them

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -19,10 +17,6 @@ from toolkit.methods.batch_norms import set_train_mode
 _SIZES = (224, 32, 64, 28, 96, 128, 256, 384)
 
 
-class _CannotRun(Exception):
-    """A model does not run on fake images."""
-
-
 def check_gradients(model: nn.Module) -> str:
     """Freeze the trained parameters of an adapted `model` that its outputs do not depend on: mask tokens,
     auxiliary heads.
@@ -31,10 +25,16 @@ def check_gradients(model: nn.Module) -> str:
     `InputError` if they belong to an adapter, or to a layer that has dropout in front of its adapter and is
     never called.
     """
-    try:
-        idle, uncalled = _one_pass(model)
-    except _CannotRun as error:
-        return str(error)
+    found, why_not = None, ""
+    for size in _sizes_of(model):
+        try:
+            found = _one_pass(model, size)
+            break
+        except Exception as error:  # a model may raise anything
+            why_not = one_line(error)
+    if found is None:
+        return why_not
+    idle, uncalled = found
     layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "active_adapters")}
     for name, layer in layers.items():
         kind = type(model.base_model.model).__name__
@@ -53,44 +53,30 @@ def check_gradients(model: nn.Module) -> str:
     return ""
 
 
-def _one_pass(model: nn.Module) -> tuple[set[str], set[str]]:
+def _sizes_of(model: nn.Module) -> list[tuple[int, int, int]]:
+    """Image sizes to try: the model's own if it declares one."""
+    if getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None):
+        return [data_config(model)["input_size"]]
+    return [(3, size, size) for size in _SIZES]
+
+
+def _one_pass(model: nn.Module, size: tuple[int, int, int]) -> tuple[set[str], set[str]]:
     """Names of the trained parameters without a gradient in a training step, and of modules never called."""
-    declared = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
-    sizes = [data_config(model)["input_size"]] if declared else [(3, size, size) for size in _SIZES]
-    for size in sizes:
-        try:
-            return _pass_of(model, size)
-        except _CannotRun:
-            if size is sizes[-1]:
-                raise
-    raise AssertionError
-
-
-def _pass_of(model: nn.Module, size: tuple[int, int, int]) -> tuple[set[str], set[str]]:
     weight = next(p for p in model.parameters() if p.is_floating_point())
     images = torch.zeros(2, *size, dtype=weight.dtype, device=weight.device)
     uncalled = {name for name, _ in model.named_modules()}
-    with _on_fakes(model, images) as fake:
-        for name, module in model.named_modules():
-            module.register_forward_pre_hook(lambda *_, name=name: uncalled.discard(name))
-        outputs = model(fake)
-        outputs = getattr(outputs, "logits", outputs)
-        values = [t.float().sum() for t in tree_iter(outputs) if isinstance(t, torch.Tensor)]
-        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        found = torch.autograd.grad(sum(values), list(trained.values()), allow_unused=True)
-    return {name for name, gradient in zip(trained, found) if gradient is None}, uncalled
-
-
-@contextmanager
-def _on_fakes(model: nn.Module, images: torch.Tensor) -> Iterator[torch.Tensor]:
-    """`on_fake_tensors`, with the model in training mode, and any of its errors as `_CannotRun`."""
     log = logging.getLogger("torch._subclasses.fake_tensor")  # tells of shapes that do not fit, at length
     before, log.disabled = log.disabled, True
     try:
         with on_fake_tensors(model, images) as fake:
             set_train_mode(model)
-            yield fake
-    except Exception as error:  # a model may raise anything
-        raise _CannotRun(one_line(error)) from error
+            for name, module in model.named_modules():
+                module.register_forward_pre_hook(lambda *_, name=name: uncalled.discard(name))
+            outputs = model(fake)
+            outputs = getattr(outputs, "logits", outputs)
+            values = [t.float().sum() for t in tree_iter(outputs) if isinstance(t, torch.Tensor)]
+            trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+            found = torch.autograd.grad(sum(values), list(trained.values()), allow_unused=True)
     finally:
         log.disabled = before
+    return {name for name, gradient in zip(trained, found) if gradient is None}, uncalled

@@ -17,7 +17,7 @@ imported from here, so that they know low-rank layers.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -126,16 +126,10 @@ def unpacked_weight(layer: nn.Module) -> torch.Tensor:
     return _unpacked(layer.weight.quant_state, layer.weight)
 
 
-def _unpacking(layer: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function that turns the stored weight of a base layer into its values (out, in)."""
-    return functools.partial(_unpacked, layer.weight.quant_state) if is_packed(layer) else _as_it_is
-
-
-def _as_it_is(weight: torch.Tensor) -> torch.Tensor:
-    return weight
-
-
 def _unpacked(state, weight: torch.Tensor) -> torch.Tensor:
+    """Values (out, in) of a stored weight: itself where there is no `state` of a 4-bit one."""
+    if state is None:
+        return weight
     scales = state.absmax
     if state.nested:
         outer = state.state2
@@ -163,7 +157,8 @@ def _forward(layer: nn.Module, stock, x: torch.Tensor, *args, **kwargs) -> torch
         return stock(x, *args, **kwargs)
     dropped = layer.lora_dropout[name](x)
     low_rank_input = None if dropped is x else dropped.to(dtype)
-    unpack, rescale = _unpacking(base), None
+    unpack = functools.partial(_unpacked, getattr(base.weight, "quant_state", None))
+    rescale = None
     if update.magnitude is not None:
         # The norm is treated as a constant (arXiv 2402.09353, section 4.3).
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):

@@ -21,30 +21,22 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from toolkit.errors import option
-from toolkit.methods.registry import NOT_TRIED, TUNED_ON, rates, register
-from toolkit.methods.side import SideModel, SideOptions, low_rank, silent, to_four_bits
-from toolkit.methods.taps import Survey, taps_of
+from toolkit.methods.registry import NOT_TRIED, rates, register, searched
+from toolkit.methods.side import SideModel, TapOptions, low_rank, reading_taps, silent
 
 EPS = 1e-6  # of layer norms, as in vision transformers
 
 
 @dataclass(frozen=True)
-class LosaOptions(SideOptions):
+class LosaOptions(TapOptions):
     """Options of LoSA."""
 
     rank: int = option(8, "rank of the mixers", between=(1, 4096))
-    taps: int = option(0, "blocks to read, spread evenly, the last included; 0: all", between=(0, 10_000))
 
 
 def losa(model: nn.Module, options: LosaOptions) -> SideModel:
     """A mixer for each tapped block next to `model`, which is modified in place."""
-    survey = Survey.of(model)
-    taps = taps_of(model, survey, options.taps)
-    if options.four_bit:
-        to_four_bits(model)
-    with torch.device(next(model.parameters()).device):
-        side = Refinement(taps.widths, taps.positions, options.rank)
-    return SideModel(model, survey, taps, side)
+    return reading_taps(model, options, lambda taps: Refinement(taps.widths, taps.positions, options.rank))
 
 
 class Refinement(nn.Module):
@@ -101,10 +93,7 @@ def _normed(x: torch.Tensor) -> torch.Tensor:
 register(
     "losa",
     losa,
-    {
-        **rates(TUNED_ON.format("digits and textures"), demo_vit=2e-2),
-        **rates(f"the paper does not say; {NOT_TRIED}", default=1e-3),
-    },
+    searched(demo_vit=2e-2) | rates(f"the paper does not say; {NOT_TRIED}", default=1e-3),
     LosaOptions,
     tasks=("classification",),
     frozen_backbone=True,

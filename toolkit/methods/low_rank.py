@@ -13,16 +13,8 @@ from torch import nn
 
 from toolkit.errors import InputError, Options, option
 from toolkit.methods.adapted_weight import show_adapted_weight
-from toolkit.methods.lean import is_packed, unpacked_weight
-from toolkit.methods.registry import (
-    NOT_TRIED,
-    SCRIPTS,
-    TRIED_ON_MOSAICS,
-    TUNED,
-    TUNED_ON,
-    rates,
-    register,
-)
+from toolkit.methods.lean import is_packed
+from toolkit.methods.registry import NOT_TRIED, SCRIPTS, rates, register, searched
 from toolkit.methods.targets import Targets, narrow_layers, targets_of
 
 
@@ -48,8 +40,7 @@ class LoraOptions(RankOptions):
 
 def lora(model: nn.Module, options: LoraOptions) -> nn.Module:
     """Low-rank updates (Hu et al. 2022, arXiv 2106.09685)."""
-    targets = targets_of(model, "lora", options.targets, options.depthwise)
-    return with_lora(model, targets, options)
+    return with_lora(model, targets_of(model, "lora", options.targets, options.depthwise), options)
 
 
 def dora(model: nn.Module, options: LoraOptions) -> nn.Module:
@@ -95,82 +86,71 @@ def _merged(layer: nn.Module) -> nn.Module:
     if not is_packed(base):
         layer.merge()
         return base
-    (adapter,) = layer.active_adapters
     plain = nn.Linear(base.in_features, base.out_features, base.bias is not None, device="meta")
-    delta = layer.get_delta_weight(adapter)
-    plain.weight = nn.Parameter(unpacked_weight(base).to(delta.dtype) + delta, requires_grad=False)
+    plain.weight = nn.Parameter(layer.weight.detach(), requires_grad=False)  # the adapted one
     plain.bias = base.bias
     return plain
 
 
 def with_lora(model: nn.Module, targets: Targets, options: RankOptions, use_dora: bool = False) -> nn.Module:
     """Add LoRA; layers too narrow for the rank have their own, at the scale alpha / rank of all others."""
-    import peft  # it imports transformers, which takes seconds
-
     rank, alpha = options.rank, options.alpha
-    narrow = narrow_layers(model, targets, rank, options.clip_rank)
-    config = peft.LoraConfig(
+    # peft lets a pattern match the end of a name; the ^ prevents that.
+    narrow = {
+        f"^{re.escape(name)}": most
+        for name, most in narrow_layers(model, targets, rank, options.clip_rank).items()
+    }
+    return attach(
+        model,
+        targets,
+        "LoraConfig",
         r=rank,
         lora_alpha=alpha,
         lora_dropout=options.dropout,
-        # peft lets a pattern match the end of a name; the ^ prevents that.
-        rank_pattern={f"^{re.escape(name)}": most for name, most in narrow.items()},
-        alpha_pattern={f"^{re.escape(name)}": alpha * most / rank for name, most in narrow.items()},
+        rank_pattern=narrow,
+        alpha_pattern={name: alpha * most / rank for name, most in narrow.items()},
         use_dora=use_dora,
-        **places(targets),
     )
-    return attach(model, targets, config)
 
 
-def attach(model: nn.Module, targets: Targets, config) -> nn.Module:
-    """`peft.get_peft_model`, but only `targets.beside` train next to the adapters (peft, which compares the
-    ends of names, also makes copies of `aux_head` next to `head`), and layers show their adapted weight."""
+def attach(model: nn.Module, targets: Targets, config: str, **settings: object) -> nn.Module:
+    """`peft.get_peft_model` with the configuration `config` of these settings.
+
+    But only `targets.own` train next to the adapters (peft, which compares the ends of names, also makes
+    copies of `aux_head` next to `head`), and layers show their adapted weight.
+    """
     import peft  # it imports transformers, which takes seconds
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    wrapped = peft.get_peft_model(model, config)
+    settings |= {
+        "target_modules": "|".join(map(re.escape, targets.adapted)),
+        "modules_to_save": list(targets.own),
+    }
+    wrapped = peft.get_peft_model(model, getattr(peft, config)(**settings))
     for name, module in wrapped.base_model.model.named_modules():
-        if hasattr(module, "modules_to_save") and name not in targets.beside:
+        if hasattr(module, "modules_to_save") and name not in targets.own:
             module.requires_grad_(False)
         if isinstance(module, BaseTunerLayer):
             show_adapted_weight(module)
     return wrapped
 
 
-def places(targets: Targets) -> dict:
-    """`targets` as peft's configurations take them."""
-    names = "|".join(map(re.escape, targets.adapted))
-    return {"target_modules": names, "modules_to_save": list(targets.beside)}
-
-
-_DIGITS, _TEXTURES = TUNED_ON.format("digits-c:mixed:3"), TUNED_ON.format("textures-c:mixed:3")
-_AS_DIGITS = f"as demo_cnn_digits; {NOT_TRIED}"
-
 register(
     "lora",
     lora,
-    {
-        **rates(TUNED, demo_vit=3e-3),
-        **rates(TRIED_ON_MOSAICS, demo_swin=5e-3),
-        **rates(TUNED_ON.format("digits"), demo_cnn=5e-3),  # diverges at 5e-2
-        **rates(_DIGITS, demo_cnn_digits=2e-2),
-        **rates(_TEXTURES, demo_cnn_textures=2e-2),
-        **rates(f"{SCRIPTS}; MambaPEFT, arXiv 2411.03855", vim_small=1e-3),
-        **rates(SCRIPTS, default=5e-4),
-    },
+    # Of demo_cnn 5e-2 diverges.
+    searched(demo_vit=3e-3, demo_swin=5e-3, demo_cnn=5e-3, demo_cnn_digits=2e-2, demo_cnn_textures=2e-2)
+    | rates(f"{SCRIPTS}; MambaPEFT, arXiv 2411.03855", vim_small=1e-3)
+    | rates(SCRIPTS, default=5e-4),
     LoraOptions,
     convolutions=("plain", "same"),  # peft makes its own layers of the class of timm's Conv2dSame
 )
 register(
     "dora",
     dora,
-    {
-        **rates(TUNED, demo_vit=5e-3),
-        **rates(_AS_DIGITS, demo_cnn=5e-3),
-        **rates(_DIGITS, demo_cnn_digits=5e-3),
-        **rates(_TEXTURES, demo_cnn_textures=2e-2),  # diverges at 5e-2
-        **rates(f"as lora; {NOT_TRIED}", vim_small=1e-3, default=5e-4),
-    },
+    # Of demo_cnn_textures 5e-2 diverges.
+    searched(demo_vit=5e-3, demo_cnn_digits=5e-3, demo_cnn_textures=2e-2)
+    | rates(f"as lora; {NOT_TRIED}", vim_small=1e-3, default=5e-4),
     LoraOptions,
     convolutions=("plain",),
 )

@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 from toolkit.errors import InputError, option
-from toolkit.methods.registry import TUNED_ON, rates, register
-from toolkit.methods.side import SideModel, SideOptions, silent, to_four_bits
-from toolkit.methods.taps import Survey, taps_of
+from toolkit.methods.registry import rates, register, searched
+from toolkit.methods.side import SideModel, TapOptions, reading_taps, silent
+from toolkit.methods.taps import Taps
 
 TEMPERATURE = 0.1  # of the gates
 HEAD_WIDTH = 8  # channels of an attention head, at least
@@ -30,28 +30,25 @@ _MLP_RATIO = 4
 
 
 @dataclass(frozen=True)
-class LstOptions(SideOptions):
+class LstOptions(TapOptions):
     """Options of LST."""
 
     reduction: int = option(8, "the ladder's width is the backbone's over this", between=(1, 4096))
-    taps: int = option(0, "blocks to read, spread evenly, the last included; 0: all", between=(0, 10_000))
 
 
 def lst(model: nn.Module, options: LstOptions) -> SideModel:
     """A ladder with one rung per tapped block next to `model`, which is modified in place."""
-    survey = Survey.of(model)
-    taps = taps_of(model, survey, options.taps)
-    final = taps.final.width
-    if final % options.reduction:
-        raise InputError(
-            f"reduction {options.reduction} does not divide the {final} channels of {type(model).__name__}; "
-            "choose a divisor."
-        )
-    with torch.device(next(model.parameters()).device):
-        side = Ladder(taps.widths, final // options.reduction)
-    if options.four_bit:
-        to_four_bits(model)
-    return SideModel(model, survey, taps, side)
+
+    def ladder(taps: Taps) -> Ladder:
+        width, remainder = divmod(taps.final.width, options.reduction)
+        if remainder:
+            raise InputError(
+                f"reduction {options.reduction} does not divide the {taps.final.width} channels of "
+                f"{type(model).__name__}; choose a divisor."
+            )
+        return Ladder(taps.widths, width)
+
+    return reading_taps(model, options, ladder)
 
 
 class Ladder(nn.Module):
@@ -97,10 +94,7 @@ def _heads(width: int) -> int:
 register(
     "lst",
     lst,
-    {
-        **rates(TUNED_ON.format("digits and textures"), demo_vit=2e-2),
-        **rates("authors' scripts of arXiv 2206.06522, for T5", default=3e-3),
-    },
+    searched(demo_vit=2e-2) | rates("authors' scripts of arXiv 2206.06522, for T5", default=3e-3),
     LstOptions,
     tasks=("classification",),
     frozen_backbone=True,

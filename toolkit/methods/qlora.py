@@ -92,10 +92,8 @@ def quantise(model: nn.Module, names: list[str], double_quantisation: bool) -> N
 register(
     "qlora",
     qlora,
-    {
-        **rates(TUNED_ON.format("digits"), demo_vit=5e-3),
-        **rates(f"as lora; {NOT_TRIED}", vim_small=1e-3),
-        **rates(SCRIPTS, default=5e-4),
-    },
+    rates(TUNED_ON.format("digits"), demo_vit=5e-3)
+    | rates(f"as lora; {NOT_TRIED}", vim_small=1e-3)
+    | rates(SCRIPTS, default=5e-4),
     QloraOptions,
 )

@@ -17,11 +17,17 @@ from torch import nn
 from toolkit.errors import Options
 from toolkit.methods.optimizer import adamw
 
-TUNED = "searched here on the validation splits of digits and textures, notebooks/3_methods.ipynb"
-TUNED_ON = "searched here on the validation split of {}, as notebooks/3_methods.ipynb does"
-TRIED_ON_MOSAICS = "tried on the validation split of mosaics, no other rate"
 SCRIPTS = "training scripts of arXiv 2607.02158"
 NOT_TRIED = "not searched here"
+TUNED_ON = "searched here on the validation split of {}, as notebooks/3_methods.ipynb does"
+# Where `searched` rates come from, by backbone.
+_SEARCHED = {
+    "demo_vit": "searched here on the validation splits of digits and textures, notebooks/3_methods.ipynb",
+    "demo_swin": "tried on the validation split of mosaics, no other rate",
+    "demo_cnn": TUNED_ON.format("digits"),
+    "demo_cnn_digits": TUNED_ON.format("digits-c:mixed:3"),
+    "demo_cnn_textures": TUNED_ON.format("textures-c:mixed:3"),
+}
 TASKS = ("classification", "segmentation", "detection")
 
 
@@ -120,3 +126,11 @@ def register(
 def rates(source: str, **lrs: float) -> dict[str, LearningRate]:
     """Learning rates of one source, by backbone."""
     return {backbone: LearningRate(lr, source) for backbone, lr in lrs.items()}
+
+
+def searched(**lrs: float) -> dict[str, LearningRate]:
+    """Learning rates that were searched here, by backbone; `demo_cnn` without one has `demo_cnn_digits`'."""
+    found = {backbone: LearningRate(lr, _SEARCHED[backbone]) for backbone, lr in lrs.items()}
+    if "demo_cnn_digits" in lrs and "demo_cnn" not in lrs:
+        found |= rates(f"as demo_cnn_digits; {NOT_TRIED}", demo_cnn=lrs["demo_cnn_digits"])
+    return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 from toolkit.budget import find_blocks
 from toolkit.errors import InputError, Options, option
 from toolkit.methods.qlora import quantise
-from toolkit.methods.taps import Survey, Taps
+from toolkit.methods.taps import Survey, Taps, taps_of
 from toolkit.methods.trainable import linear
 
 
@@ -26,6 +27,13 @@ class SideOptions(Options):
     """Options of all side networks."""
 
     four_bit: bool = option(False, "linear layers in the frozen blocks are packed in four bits")
+
+
+@dataclass(frozen=True)
+class TapOptions(SideOptions):
+    """Options of side networks that read taps."""
+
+    taps: int = option(0, "blocks to read, spread evenly, the last included; 0: all", between=(0, 10_000))
 
 
 class OnFrozen(nn.Module):
@@ -81,6 +89,17 @@ class SideModel(OnFrozen):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.from_features(self.features(images))
+
+
+def reading_taps(model: nn.Module, options: TapOptions, make_side: Callable[[Taps], nn.Module]) -> SideModel:
+    """A side network, made for the taps of `model`, next to it; `model` is modified in place."""
+    survey = Survey.of(model)
+    taps = taps_of(model, survey, options.taps)
+    with torch.device(next(model.parameters()).device):
+        side = make_side(taps)
+    if options.four_bit:
+        to_four_bits(model)
+    return SideModel(model, survey, taps, side)
 
 
 def low_rank(width_in: int, width_out: int, rank: int) -> nn.Sequential:

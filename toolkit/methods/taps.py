@@ -21,6 +21,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +62,6 @@ class Tap:
 
     name: str
     form: Form
-    pooled: bool  # averaged to the positions of the final features
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,10 @@ class Taps:
         """The taps' features (B, N, C_i), and the final ones (B, N, C) last, of `images` (B, 3, H, W)."""
         found: dict[str, torch.Tensor] = {}
 
-        def taker(tap: Tap) -> Callable:
-            def take(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-                found[tap.name] = self._brought_to_final(tap, output)
+        def take(tap: Tap, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+            found[tap.name] = self._brought_to_final(tap, output)
 
-            return take
-
-        with hooked(backbone, {tap.name: taker(tap) for tap in self.taps}):
+        with hooked(backbone, {tap.name: partial(take, tap) for tap in self.taps}):
             final = self.final.tokens_of(backbone.forward_features(images))
         if final.shape[1:] != (self.positions, self.final.width):
             raise InputError(
@@ -112,7 +109,7 @@ class Taps:
         return features.contiguous(memory_format=self.memory_format)
 
     def _brought_to_final(self, tap: Tap, output: torch.Tensor) -> torch.Tensor:
-        if not tap.pooled:
+        if math.prod(tap.form.positions) == self.positions:
             return tap.form.tokens_of(output)
         pooled = F.adaptive_avg_pool2d(tap.form.map_of(output), self.final.positions)
         return pooled.flatten(2).transpose(1, 2)
@@ -168,47 +165,37 @@ class Survey:
                 f"{type(model).__name__} is a backbone without taps: nothing in it repeats, so a side "
                 "network has no blocks to read; choose method 'linear' or 'lora'."
             ) from error
-        channels, height, width = data_config(model)["input_size"]
-        image = image or (height, width)
-        ran: list[Seen] = []
-        outputs: list[tuple[str, torch.Tensor, int]] = []
-        called: dict[str, None] = {}
+        channels, *own_image = data_config(model)["input_size"]
+        image = image or tuple(own_image)
+        ran: dict[str, tuple[Seen, torch.Tensor, int]] = {}  # with the output and its version
+        head: dict[str, None] = {}
 
-        def noter(name: str) -> Callable:
-            def note(module: nn.Module, args: tuple, output) -> None:
-                if not (args and isinstance(args[0], torch.Tensor) and isinstance(output, torch.Tensor)):
-                    raise InputError(
-                        f"{name} does not map a tensor to a tensor, so its features cannot be tapped."
-                    )
-                ran.append(Seen(name, args[0].shape, output.shape))
-                outputs.append((name, output, output._version))
-
-            return note
-
-        def caller(name: str) -> Callable:
-            return lambda module, args, output: called.update({name: None})
+        def note(name: str, module: nn.Module, args: tuple, output: object) -> None:
+            if name in ran:
+                raise InputError(f"{name} runs more than once for an image, so its features are ambiguous.")
+            if not (args and isinstance(args[0], torch.Tensor) and isinstance(output, torch.Tensor)):
+                raise InputError(
+                    f"{name} does not map a tensor to a tensor, so its features cannot be tapped."
+                )
+            ran[name] = Seen(name, args[0].shape, output.shape), output, output._version
 
         with on_fake_tensors(model, torch.zeros(2, channels, *image)) as images, torch.no_grad():
             model.eval()
-            with hooked(model, {name: noter(name) for name in blocks}):
+            with hooked(model, {name: partial(note, name) for name in blocks}):
                 final = model.forward_features(images)
-            inside = {n: caller(n.split(".")[0]) for n, _ in model.named_modules() if n}
-            with hooked(model, inside):
+            inside = [name for name, _ in model.named_modules() if name]
+            with hooked(model, {n: lambda *_, n=n: head.update({n.split(".")[0]: None}) for n in inside}):
                 model.forward_head(final)
-        for name, output, version in outputs:
+        for name, (_, output, version) in ran.items():
             if output._version != version:
                 raise InputError(f"the output of {name} is changed in place later, so it cannot be tapped.")
-        again = [name for i, (name, *_) in enumerate(outputs) if name in {n for n, *_ in outputs[:i]}]
-        if again:
-            raise InputError(f"{again[0]} runs more than once for an image, so its features are ambiguous.")
         last = final.dim() == 4 and final.is_contiguous(memory_format=torch.channels_last)
-        plain = final.is_contiguous() or not last
         return cls(
             image,
-            tuple(ran),
+            tuple(seen for seen, *_ in ran.values()),
             final.shape,
-            torch.contiguous_format if plain else torch.channels_last,
-            tuple(called),
+            torch.channels_last if last and not final.is_contiguous() else torch.contiguous_format,
+            tuple(head),
         )
 
     def layout(self, shape: torch.Size) -> str | None:
@@ -273,12 +260,14 @@ def taps_of(model: nn.Module, survey: Survey, count: int = 0) -> Taps:
             f"taps is {count}, and {type(model).__name__} has {total} blocks that run: choose 0 (all) "
             f"to {total}."
         )
-    chosen = [round((i + 1) * total / count) - 1 for i in range(count)] if count else range(total)
-    taps = tuple(_tap(survey, survey.blocks[i], forms[i], final) for i in chosen)
-    return Taps(taps, final, survey.memory_format)
+    count = count or total
+    chosen = [round((i + 1) * total / count) - 1 for i in range(count)]
+    taps = (Tap(survey.blocks[i].name, _chained(survey, survey.blocks[i], forms[i], final)) for i in chosen)
+    return Taps(tuple(taps), final, survey.memory_format)
 
 
-def _tap(survey: Survey, seen: Seen, form: Form, final: Form) -> Tap:
+def _chained(survey: Survey, seen: Seen, form: Form, final: Form) -> Form:
+    """The form of a block's output: tokens that have to be averaged to the final positions as a map."""
     if seen.returned[0] != survey.final[0]:
         raise InputError(
             f"feature shapes that do not chain: {seen.name} computes on windows, {seen.returned[0]} for "
@@ -286,7 +275,7 @@ def _tap(survey: Survey, seen: Seen, form: Form, final: Form) -> Tap:
             "'lora'."
         )
     if math.prod(form.positions) == math.prod(final.positions):
-        return Tap(seen.name, form, pooled=False)
+        return form
     if form.layout == TOKENS and len(final.positions) == 2:  # of a map, row by row
         height, width = survey.image
         rows = math.isqrt(form.positions[0] * height // width)
@@ -295,7 +284,7 @@ def _tap(survey: Survey, seen: Seen, form: Form, final: Form) -> Tap:
     if len(form.positions) == len(final.positions) == 2 and all(
         mine >= theirs for mine, theirs in zip(form.positions, final.positions)
     ):
-        return Tap(seen.name, form, pooled=True)
+        return form
     raise InputError(
         f"feature shapes that do not chain: {seen.name} returns positions {form.positions}, which cannot be "
         f"averaged to the final features' {final.positions}; choose another backbone, or method 'lora'."

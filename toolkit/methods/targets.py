@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from toolkit.budget import find_blocks
-from toolkit.errors import InputError
+from toolkit.errors import InputError, some
 from toolkit.methods.registry import METHODS
 from toolkit.methods.trainable import head_names
 
@@ -27,7 +27,7 @@ class Targets:
     """Whole names of layers, in the model's order."""
 
     adapted: tuple[str, ...]  # that get an adapter
-    beside: tuple[str, ...]  # whose own weights train: the head, and maybe convolutions with groups
+    own: tuple[str, ...]  # whose own weights train: the head, and maybe convolutions with groups
 
 
 def targets_of(model: nn.Module, method: str, pattern: str = "", depthwise: str = "freeze") -> Targets:
@@ -134,7 +134,7 @@ def _matching(model: nn.Module, layers: dict[str, nn.Module], pattern: str) -> l
     ending = [n for n in layers if n not in matched and re.fullmatch(rf"(.*\.)?(?:{pattern})", n)]
     if pattern in names and ending:
         raise InputError(
-            f"{said} is the whole name of one layer and the end of {len(ending)} others ({_some(ending)}); "
+            f"{said} is the whole name of one layer and the end of {len(ending)} others ({some(ending)}); "
             rf"write '^{pattern}$' for the one alone, '(.*\.)?{pattern}' for all."
         )
     if names:
@@ -143,9 +143,9 @@ def _matching(model: nn.Module, layers: dict[str, nn.Module], pattern: str) -> l
         found = sorted({kinds[name] for name in matched})
         raise InputError(
             f"{said} matches neither a linear layer nor a convolution outside the head, only "
-            f"{', '.join(found)} ({_some(matched)})."
+            f"{', '.join(found)} ({some(matched)})."
         )
-    remedy = rf"for these write '(.*\.)?(?:{pattern})'" if ending else f"names look like {_some([*layers])}"
+    remedy = rf"for these write '(.*\.)?(?:{pattern})'" if ending else f"names look like {some([*layers])}"
     raise InputError(
         f"{said} matches no module's whole name in {type(model).__name__}; {len(ending)} layers end like it: "
         f"{remedy}."
@@ -208,7 +208,3 @@ def _size(layer: nn.Module) -> str:
         return f"{layer.in_features} -> {layer.out_features}"
     kernel = "x".join(map(str, layer.kernel_size))
     return f"{layer.in_channels} -> {layer.out_channels}, {kernel}"
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -5,21 +5,12 @@ from __future__ import annotations
 from torch import nn
 
 from toolkit.errors import InputError, Options
-from toolkit.methods.registry import (
-    NOT_TRIED,
-    SCRIPTS,
-    TRIED_ON_MOSAICS,
-    TUNED,
-    TUNED_ON,
-    rates,
-    register,
-)
+from toolkit.methods.registry import NOT_TRIED, SCRIPTS, rates, register, searched
 
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 # By type, not by the substring "bias" of a name: that also matches TinyViT's attention_biases, which are
 # position tables.
 _WITH_BIAS = (nn.Linear, nn.modules.conv._ConvNd, *NORMS)
-_DIGITS, _TEXTURES = TUNED_ON.format("digits-c:mixed:3"), TUNED_ON.format("textures-c:mixed:3")
 _HEADS = ("classifier", "fc", "head", "heads")  # in torchvision and transformers
 
 
@@ -96,36 +87,19 @@ def norm(model: nn.Module, options: Options | None = None) -> nn.Module:
 register(
     "linear",
     linear,
-    {
-        **rates(TUNED, demo_vit=1e-2),
-        **rates(TRIED_ON_MOSAICS, demo_swin=1e-2),
-        **rates(TUNED_ON.format("digits"), demo_cnn=5e-2),
-        **rates(_DIGITS, demo_cnn_digits=2e-2),
-        **rates(_TEXTURES, demo_cnn_textures=1e-2),
-        **rates(NOT_TRIED, default=1e-3),
-    },
+    searched(demo_vit=1e-2, demo_swin=1e-2, demo_cnn=5e-2, demo_cnn_digits=2e-2, demo_cnn_textures=1e-2)
+    | rates(NOT_TRIED, default=1e-3),
     frozen_features=True,
 )
 register(
     "bitfit",
     bitfit,
-    {
-        **rates(TUNED, demo_vit=5e-3),
-        **rates(f"as linear; {NOT_TRIED}", demo_swin=1e-2),
-        **rates(f"as demo_cnn_digits; {NOT_TRIED}", demo_cnn=5e-2),
-        **rates(_DIGITS, demo_cnn_digits=5e-2),
-        **rates(_TEXTURES, demo_cnn_textures=2e-2),
-        **rates(f"{NOT_TRIED}; 5e-4 in the {SCRIPTS}", default=1e-3),
-    },
+    searched(demo_vit=5e-3, demo_cnn_digits=5e-2, demo_cnn_textures=2e-2)
+    | rates(f"as linear; {NOT_TRIED}", demo_swin=1e-2)
+    | rates(f"{NOT_TRIED}; 5e-4 in the {SCRIPTS}", default=1e-3),
 )
 register(
     "norm",
     norm,
-    {
-        **rates(TUNED, demo_vit=2e-2),
-        **rates(f"as demo_cnn_digits; {NOT_TRIED}", demo_cnn=2e-2),
-        **rates(_DIGITS, demo_cnn_digits=2e-2),
-        **rates(_TEXTURES, demo_cnn_textures=1e-2),
-        **rates(NOT_TRIED, default=1e-3),
-    },
+    searched(demo_vit=2e-2, demo_cnn_digits=2e-2, demo_cnn_textures=1e-2) | rates(NOT_TRIED, default=1e-3),
 )

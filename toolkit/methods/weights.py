@@ -15,13 +15,12 @@ from toolkit.errors import InputError
 
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Trained parameters and all buffers: what the backbone alone lacks."""
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     packed = tuple(f"{name}." for name, p in model.named_parameters() if hasattr(p, "quant_state"))
     return {
         key: value
         for key, value in model.state_dict().items()
-        if key in trained or not (key in frozen or key.startswith(packed))  # scales of packed ones
+        if key not in frozen and not key.startswith(packed)  # scales of packed ones
     }
 
 
