@@ -78,8 +78,8 @@ def test_damaged_weights_are_refused(tmp_path, monkeypatch, name, damage):
     if damage != "missing":
         path.write_bytes(content if damage == "flipped" else content[:1000])
     monkeypatch.setattr(demo, "DATA", tmp_path)
-    state = "missing" if damage == "missing" else "damaged"
-    with pytest.raises(InputError, match=f"{name} are {state}.*git checkout data/{name}") as caught:
+    fault = "there is no checkpoint" if damage == "missing" else "not the file that was published"
+    with pytest.raises(InputError, match=f"{fault}.*git checkout data/{name}") as caught:
         toolkit.build_backbone(name, 10)
     assert str(path) in str(caught.value)
 
@@ -95,7 +95,7 @@ def test_save_and_load_round_trip(tmp_path, name):
     head = {key for key in states[0] if states[0][key].shape != states[1][key].shape}
     assert len(head) == 2
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0].keys() - head)
-    with pytest.raises(InputError, match="does not fit w: missing"):  # it holds no head
+    with pytest.raises(InputError, match=r"does not fit .*2 missing"):  # it holds no head
         demo.load_demo_weights(other, path, sha256, head=True)
 
 
@@ -106,8 +106,6 @@ def test_save_and_load_with_the_head(tmp_path):
     demo.load_demo_weights(other, tmp_path / "w.safetensors", sha256, head=True)
     pairs = zip(model.state_dict().values(), other.state_dict().values(), strict=True)
     assert all(torch.equal(*pair) for pair in pairs)
-    with pytest.raises(InputError, match=r"unexpected.*classifier"):  # it holds one
-        demo.load_demo_weights(other, tmp_path / "w.safetensors", sha256)
 
 
 # --- demo_swin ------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from timm.layers import to_2tuple
 from torch import nn
 
 from toolkit.backbones import demo
+from toolkit.backbones.checkpoints import opening
 from toolkit.backbones.mambavision import mambavision_t
 from toolkit.backbones.vim import vim_small
 from toolkit.errors import InputError, check_name
@@ -115,15 +116,14 @@ def build_backbone(name: str, num_classes: int, pretrained: bool = True, **sizes
 
 def _build_timm(name: str, num_classes: int, pretrained: bool, **sizes: object) -> nn.Module:
     timm_name = TIMM_NAMES.get(name, name)
+    create = functools.partial(timm.create_model, timm_name, num_classes=num_classes, **sizes)
+    if pretrained:
+        with opening(f"the pretrained weights of {name!r} ({timm_name})"):
+            return create(pretrained=True)
     try:
-        model = timm.create_model(timm_name, pretrained=pretrained, num_classes=num_classes, **sizes)
-    except (OSError, RuntimeError) as error:  # what hub clients raise offline differs by version
-        if not pretrained:
-            raise InputError(f"timm cannot build {timm_name!r}: {error}") from error
-        raise InputError(
-            f"the pretrained weights of {name!r} ({timm_name}) could not be loaded: {error}. Connect to the "
-            "Hugging Face hub once so that they are cached, or set pretrained=False for random weights."
-        ) from error
+        model = create()
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"timm cannot build {timm_name!r}: {error}") from error
     if "img_size" in sizes:
         model.pretrained_cfg = model.pretrained_cfg | {"input_size": (3, *to_2tuple(sizes["img_size"]))}
     return model

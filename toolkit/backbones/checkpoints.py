@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +19,12 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from toolkit.errors import InputError
+from toolkit.errors import InputError, one_line, some
 from toolkit.files import sha256_of
 
 _WRAPPERS = ("state_dict", "model")  # keys under which training scripts store weights
+RANDOM_WEIGHTS = "set pretrained=False for random weights"
 _PREFIXES = ("module.", "model.")  # of DistributedDataParallel and Hugging Face's wrappers
-_HEAD = "head."
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,25 @@ class Checkpoint:
         }
 
 
+@contextmanager
+def opening(source: object, otherwise: str = RANDOM_WEIGHTS) -> Iterator[None]:
+    """Raise `InputError` if the files of `source` cannot be fetched, are damaged or of another kind.
+
+    Any exception becomes that error: libraries raise many types for such files, and their messages tell a
+    missing network from a missing consent, name or revision.  `otherwise`: what to do without a network.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {one_line(error)}".rstrip(".")
+        raise InputError(
+            f"{source} cannot be loaded ({reason}). Connect to the Hugging Face hub once, so that its files "
+            f"are cached, or {otherwise}."
+        ) from error
+
+
 def fetch(checkpoint: Checkpoint) -> Path:
     """Return the path of the file in the hub's cache, downloaded if it is not there yet.
 
@@ -53,16 +74,9 @@ def fetch(checkpoint: Checkpoint) -> Path:
     """
     if checkpoint.notice:
         _print_once(checkpoint.notice)
-    try:
-        return Path(
-            huggingface_hub.hf_hub_download(checkpoint.repo, checkpoint.file, revision=checkpoint.revision)
-        )
-    except (OSError, RuntimeError) as error:  # what hub clients raise offline differs by version
-        raise InputError(
-            f"the pretrained weights {checkpoint.file} of {checkpoint.repo} could not be loaded: {error}. "
-            "Connect to the Hugging Face hub once so that they are cached, or set pretrained=False for "
-            "random weights."
-        ) from error
+    repo, file = checkpoint.repo, checkpoint.file
+    with opening(f"{file} of {repo}"):
+        return Path(huggingface_hub.hf_hub_download(repo, file, revision=checkpoint.revision))
 
 
 @functools.cache
@@ -80,7 +94,7 @@ def read_weights(path: Path, sha256: str | None = None) -> dict[str, torch.Tenso
     if not path.exists():
         raise InputError(f"there is no checkpoint {path}.")
     if sha256 is not None and sha256_of(path) != sha256:
-        raise InputError(f"{path} is not the file that was published (sha256 {sha256}); delete it and retry.")
+        raise InputError(f"{path} is not the file that was published (sha256 {sha256}): delete it and retry.")
     try:
         if path.suffix == ".safetensors":
             weights = safetensors.torch.load_file(path)
@@ -102,14 +116,14 @@ def read_weights(path: Path, sha256: str | None = None) -> dict[str, torch.Tenso
     return weights
 
 
-def fill(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Copy `weights`, read from `path`, into all parameters and buffers of `model` but its `head`.
+def fill(model: nn.Module, weights: dict[str, torch.Tensor], path: Path, *, head: bool = False) -> None:
+    """Copy `weights`, read from `path`, into all of `model`, or without `head` into all but its classifier.
 
     Raises one `InputError` that names all missing, unexpected and misshapen keys, before anything is copied.
     """
     state = model.state_dict()
-    own = {name for name in state if not name.startswith(_HEAD)}
-    given = {name for name in weights if not name.startswith(_HEAD)}
+    left_out = set() if head else head_parameters(model)
+    own, given = state.keys() - left_out, weights.keys() - left_out
     misshapen = [
         f"{name} {tuple(weights[name].shape)} instead of {tuple(state[name].shape)}"
         for name in sorted(own & given)
@@ -120,11 +134,13 @@ def fill(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None
         "unexpected": sorted(given - own),
         "of another shape": misshapen,
     }
-    found = [f"{len(names)} {kind}: {_first(names)}" for kind, names in problems.items() if names]
+    found = [f"{len(names)} {kind}: {some(names)}" for kind, names in problems.items() if names]
     if found:
         raise InputError(f"{path} does not fit {type(model).__name__}; " + "; ".join(found) + ".")
     model.load_state_dict(state | {name: weights[name] for name in given})
 
 
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+def head_parameters(model: nn.Module) -> set[str]:
+    """Names of the classifier's parameters."""
+    own = {id(parameter) for parameter in model.get_classifier().parameters()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in own}

@@ -21,6 +21,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from toolkit.backbones.checkpoints import fill, head_parameters, read_weights
 from toolkit.errors import InputError
 from toolkit.files import DATA, sha256_of
 
@@ -108,33 +109,18 @@ def _swin(num_classes: int) -> nn.Module:
 def load_demo_weights(model: nn.Module, path: Path, sha256: str, *, head: bool = False) -> None:
     """Fill a timm `model` from `path`: all weights but the head's, or with `head` all.
 
-    Raises `InputError` unless the file's digest is `sha256` and it holds exactly these weights.
+    Raises `InputError` unless the file's digest is `sha256` and it holds these weights.
     """
-    restore = f"Restore it with `git checkout data/{path.name}`."
-    if not path.exists():
-        raise InputError(f"the weights of {path.stem} are missing: {path}. {restore}")
-    if sha256_of(path) != sha256:
-        raise InputError(
-            f"the weights of {path.stem} are damaged: {path} is not the file that was published. {restore}"
-        )
-    weights = safetensors.torch.load_file(path)
-    expected = model.state_dict().keys() - (set() if head else _head(model))
-    if weights.keys() != expected:
-        missing, unexpected = sorted(expected - weights.keys()), sorted(weights.keys() - expected)
-        raise InputError(f"{path} does not fit {path.stem}: missing {missing}, unexpected {unexpected}.")
-    model.load_state_dict(weights, strict=False)
+    try:
+        fill(model, read_weights(path, sha256), path, head=head)
+    except InputError as error:
+        raise InputError(f"{error} Restore the file with `git checkout data/{path.name}`.") from error
 
 
 def save_demo_weights(model: nn.Module, path: Path, *, head: bool = False) -> str:
     """Write the weights of a timm `model`, with `head` the head's too, as safetensors; return the sha256."""
-    left_out = set() if head else _head(model)
+    left_out = set() if head else head_parameters(model)
     weights = {name: t.contiguous() for name, t in model.state_dict().items() if name not in left_out}
     path.parent.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file(weights, path)
     return sha256_of(path)
-
-
-def _head(model: nn.Module) -> set[str]:
-    """Names of the classifier's parameters."""
-    own = {id(parameter) for parameter in model.get_classifier().parameters()}
-    return {name for name, parameter in model.named_parameters() if id(parameter) in own}

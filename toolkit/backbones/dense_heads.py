@@ -119,6 +119,8 @@ class UperNet(nn.Module):
 
 # --- detection ------------------------------------------------------------------------------------
 
+Targets = dict[str, torch.Tensor]  # of a batch; also the losses, and what is found in an image
+
 
 class RetinaDetector(nn.Module):
     """RetinaNet (Lin et al. 2017, arXiv 1708.02002) on all maps but the largest, as published, and one more.
@@ -136,11 +138,8 @@ class RetinaDetector(nn.Module):
         self.detector = RetinaNet(pyramid, num_classes, anchor_generator=anchors, head=head)
 
     def forward(
-        self,
-        maps: list[torch.Tensor],
-        size: tuple[int, int],
-        targets: dict[str, torch.Tensor] | None = None,
-    ) -> dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]:
+        self, maps: list[torch.Tensor], size: tuple[int, int], targets: Targets | None = None
+    ) -> Targets | list[Targets]:
         net = self.detector
         features = list(net.backbone(maps).values())
         outputs = {name: value.float() for name, value in net.head(features).items()}
@@ -182,11 +181,8 @@ class RegionDetector(nn.Module):
         )
 
     def forward(
-        self,
-        maps: list[torch.Tensor],
-        size: tuple[int, int],
-        targets: dict[str, torch.Tensor] | None = None,
-    ) -> dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]:
+        self, maps: list[torch.Tensor], size: tuple[int, int], targets: Targets | None = None
+    ) -> Targets | list[Targets]:
         net = self.detector
         features = OrderedDict((name, x.float()) for name, x in net.backbone(maps).items())
         images = _image_list(features["0"], size)
@@ -224,7 +220,7 @@ def _image_list(like: torch.Tensor, size: tuple[int, int]) -> ImageList:
     return ImageList(like.new_empty(()).expand(batch, 3, *size), [size] * batch)
 
 
-def _rows(targets: dict[str, torch.Tensor], first_label: int) -> list[dict[str, torch.Tensor]]:
+def _rows(targets: Targets, first_label: int) -> list[Targets]:
     """Targets of a batch in torchvision's form, one dict per image, without padding."""
     rows = []
     for number, boxes in enumerate(targets["boxes"]):

@@ -9,11 +9,11 @@ Shapes: B images, maps (B, C, H, W), windows of T tokens (B·windows, T, C), N s
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp
+from timm.models.vision_transformer import Attention
 from torch import nn
 
 from toolkit.backbones.checkpoints import Checkpoint, fetch, fill, read_weights
@@ -41,27 +41,12 @@ def mambavision_t(num_classes: int, pretrained: bool = False, **sizes) -> MambaV
 
     `sizes` replace arguments of `MambaVision`, to build small instances with random weights.
     """
-    sizes = {
-        "stem_dim": 32,
-        "embed_dim": 80,
-        "depths": (1, 3, 8, 4),
-        "num_heads": (8, 16),
-        "window_sizes": (14, 7),
-        "d_state": 8,
-    } | sizes
     model = MambaVision(num_classes=num_classes, **sizes)
     if pretrained:
-        load_mambavision_weights(model, fetch(MAMBAVISION_T))
+        path = fetch(MAMBAVISION_T)
+        fill(model, read_weights(path), path)
     model.pretrained_cfg |= MAMBAVISION_T.config
     return model
-
-
-def load_mambavision_weights(model: MambaVision, path: Path) -> None:
-    """Fill everything but the head from the checkpoint file `path`.
-
-    Raises `InputError` for an unreadable file or one that does not fit.
-    """
-    fill(model, read_weights(path), path)
 
 
 class MambaVision(ScanClassifier):
@@ -82,12 +67,12 @@ class MambaVision(ScanClassifier):
     def __init__(
         self,
         num_classes: int,
-        stem_dim: int,
-        embed_dim: int,
-        depths: tuple[int, int, int, int],
-        num_heads: tuple[int, int],
-        window_sizes: tuple[int, int],
-        d_state: int,
+        stem_dim: int = 32,
+        embed_dim: int = 80,
+        depths: tuple[int, int, int, int] = (1, 3, 8, 4),
+        num_heads: tuple[int, int] = (8, 16),
+        window_sizes: tuple[int, int] = (14, 7),
+        d_state: int = 8,
         drop_path_rate: float = 0.0,
         img_size: int = 224,
     ):
@@ -194,7 +179,9 @@ class MixerStage(nn.Module):
         self.window = window
         mamba = math.ceil(len(drop_path_rates) / 2)
         self.blocks = nn.ModuleList(
-            MixerBlock(dim, MambaMixer(dim, d_state) if i < mamba else Attention(dim, heads), rate)
+            MixerBlock(
+                dim, MambaMixer(dim, d_state) if i < mamba else Attention(dim, heads, qkv_bias=True), rate
+            )
             for i, rate in enumerate(drop_path_rates)
         )
         self.downsample = nn.Identity() if last else Downsample(dim)
@@ -265,19 +252,3 @@ class MambaMixer(nn.Module):
         bias = self.dt_proj.bias
         y = selective_scan(x, *selection(x, self.x_proj, self.dt_proj, A), D=self.D, delta_bias=bias)
         return self.out_proj(torch.cat([y, z], dim=1).transpose(1, 2))
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention within windows: tokens (B, T, C) -> (B, T, C)."""
-
-    def __init__(self, dim: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        # (B, T, 3C) -> (3, B, heads, T, C/heads)
-        q, k, v = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(mixed.transpose(1, 2).flatten(2))

@@ -115,21 +115,10 @@ def backward(grad, u, dt, A, B, C, D, z, delta_bias, starts, delta_softplus, rev
     return grads
 
 
-def forward_workspace_bytes(u, dt, A, B, C, D, z, delta_bias, delta_softplus, reverse) -> int:
-    """Bytes that `forward` allocates besides its outputs."""
-    return _workspace_bytes(u, _buffer_sizes(u, A, gated=z is not None, backward=False))
-
-
-def backward_workspace_bytes(
-    grad, u, dt, A, B, C, D, z, delta_bias, starts, delta_softplus, reverse, trained
-) -> int:
-    """Bytes that `backward` allocates besides its outputs."""
-    return _workspace_bytes(u, _buffer_sizes(u, A, gated=z is not None, backward=True))
-
-
-def _workspace_bytes(u: torch.Tensor, sizes: dict[str, int]) -> int:
-    count = sum(sizes.values()) * compute_type(u).itemsize
-    return rounded(count)
+def workspace_bytes(u: torch.Tensor, A: torch.Tensor, gated: bool, trained=None) -> int:
+    """Bytes that `forward` allocates besides its outputs; with `trained`, `backward`."""
+    sizes = _buffer_sizes(u, A, gated=gated, backward=trained is not None)
+    return rounded(sum(sizes.values()) * compute_type(u).itemsize)
 
 
 def _buffer_sizes(u: torch.Tensor, A: torch.Tensor, *, gated: bool, backward: bool) -> dict[str, int]:

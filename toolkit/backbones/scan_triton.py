@@ -66,15 +66,12 @@ def backward(grad, u, dt, A, B, C, D, z, delta_bias, starts, delta_softplus, rev
     return du, ddt, dA, dB, dC, dD, dz, dbias
 
 
-def forward_workspace_bytes(u, dt, A, B, C, D, z, delta_bias, delta_softplus, reverse) -> int:
-    """Bytes that `forward` allocates besides its outputs: none."""
-    return 0
-
-
-def backward_workspace_bytes(
-    grad, u, dt, A, B, C, D, z, delta_bias, starts, delta_softplus, reverse, trained
-) -> int:
-    """Bytes that `backward` allocates besides its outputs: the parts, and the sum of one."""
+def workspace_bytes(u: torch.Tensor, A: torch.Tensor, gated: bool, trained=None) -> int:
+    """Bytes that `forward` allocates besides its outputs: none; with `trained`, `backward`: the parts and the
+    sum of one.
+    """
+    if trained is None:
+        return 0
     shapes = _part_shapes(u, A, trained)
     sums = [(u.shape[0], A.shape[1], u.shape[2])] + [A.shape] * ("dA" in shapes)
     counts = [math.prod(shape) for shape in shapes.values()] + [max(map(math.prod, sums))]

@@ -60,71 +60,54 @@ def _check_shapes(u, dt, A, B, C, D, z, delta_bias) -> None:
     batch, channels, length = u.shape
     if A.dim() != 2 or A.shape[0] != channels:
         raise InputError(f"A must be (channels, states) with {channels} channels; it is {tuple(A.shape)}.")
-    over_time, per_channel = (batch, channels, length), (channels,)
-    of_states = (batch, A.shape[1], length)
-    expected = {
-        "dt": (dt, "(batch, channels, L)", over_time),
-        "B": (B, "(batch, states, L)", of_states),
-        "C": (C, "(batch, states, L)", of_states),
-        "D": (D, "(channels,)", per_channel),
-        "z": (z, "(batch, channels, L)", over_time),
-        "delta_bias": (delta_bias, "(channels,)", per_channel),
-    }
-    for name, (tensor, axes, shape) in expected.items():
+    sizes = {"batch": batch, "channels": channels, "L": length, "states": A.shape[1]}
+    for name, tensor, axes in (
+        ("dt", dt, "batch, channels, L"),
+        ("B", B, "batch, states, L"),
+        ("C", C, "batch, states, L"),
+        ("D", D, "channels,"),
+        ("z", z, "batch, channels, L"),
+        ("delta_bias", delta_bias, "channels,"),
+    ):
+        shape = tuple(sizes[axis] for axis in axes.rstrip(",").split(", "))
         if tensor is not None and tuple(tensor.shape) != shape:
-            raise InputError(f"{name} must be {axes} = {shape}; it is {tuple(tensor.shape)}.")
+            raise InputError(f"{name} must be ({axes}) = {shape}; it is {tuple(tensor.shape)}.")
 
 
 # The two operators.
 
 
-@torch.library.custom_op("toolkit::selective_scan", mutates_args=())
-def _forward_operator(
-    u: torch.Tensor,
-    dt: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor | None,
-    z: torch.Tensor | None,
-    delta_bias: torch.Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _form(u.device).forward(u, dt, A, B, C, D, z, delta_bias, delta_softplus, reverse)
+_INPUTS = "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
+_OPTIONS = "bool delta_softplus, bool reverse"
+
+
+@torch.library.custom_op(
+    "toolkit::selective_scan", mutates_args=(), schema=f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)"
+)
+def _forward_operator(u, *rest):
+    """Compute y and the states at the chunk starts."""
+    return _form(u.device).forward(u, *rest)
 
 
 @_forward_operator.register_fake
-def _(u, dt, A, B, C, D, z, delta_bias, delta_softplus, reverse):
+def _(u, dt, A, *rest):
     return torch.empty_like(u), scan_torch.empty_states(u, A)
 
 
-@torch.library.custom_op("toolkit::selective_scan_backward", mutates_args=())
-def _backward_operator(
-    grad: torch.Tensor,
-    u: torch.Tensor,
-    dt: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor | None,
-    z: torch.Tensor | None,
-    delta_bias: torch.Tensor | None,
-    states: torch.Tensor,
-    delta_softplus: bool,
-    reverse: bool,
-    trained: list[bool],  # whether A, D and delta_bias need gradients
-) -> list[torch.Tensor]:
-    """Gradients of the eight tensors; empty for absent or untrained ones."""
-    form = _form(u.device)
-    return list(
-        form.backward(grad, u, dt, A, B, C, D, z, delta_bias, states, delta_softplus, reverse, trained)
-    )
+@torch.library.custom_op(
+    "toolkit::selective_scan_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, {_INPUTS}, Tensor states, {_OPTIONS}, bool[] trained) -> Tensor[]",
+)
+def _backward_operator(grad, *rest):
+    """Gradients of the eight tensors; empty for absent ones, and for A, D and delta_bias if not `trained`."""
+    return list(_form(grad.device).backward(grad, *rest))
 
 
 @_backward_operator.register_fake
-def _(grad, u, dt, A, B, C, D, z, delta_bias, states, delta_softplus, reverse, trained):
-    return list(scan_torch.empty_gradients(u, dt, A, B, C, D, z, delta_bias, trained))
+def _(grad, *rest):
+    *inputs, _states, _softplus, _reverse, trained = rest
+    return list(scan_torch.empty_gradients(*inputs, trained))
 
 
 def _keep(ctx, inputs, output) -> None:
@@ -144,19 +127,14 @@ def _differentiate(ctx, grad, _):
 _forward_operator.register_autograd(_differentiate, setup_context=_keep)
 
 
-def forward_workspace_bytes(u, dt, A, B, C, D, z, delta_bias, delta_softplus, reverse) -> int:
+def forward_workspace_bytes(u, dt, A, B, C, D, z, *rest) -> int:
     """Bytes that `toolkit::selective_scan` allocates besides its outputs; tensors may be fake."""
-    form = _form(u.device)
-    return form.forward_workspace_bytes(u, dt, A, B, C, D, z, delta_bias, delta_softplus, reverse)
+    return _form(u.device).workspace_bytes(u, A, z is not None)
 
 
-def backward_workspace_bytes(
-    grad, u, dt, A, B, C, D, z, delta_bias, states, delta_softplus, reverse, trained
-) -> int:
+def backward_workspace_bytes(grad, u, dt, A, B, C, D, z, *rest) -> int:
     """As `forward_workspace_bytes`, of `toolkit::selective_scan_backward`."""
-    return _form(u.device).backward_workspace_bytes(
-        grad, u, dt, A, B, C, D, z, delta_bias, states, delta_softplus, reverse, trained
-    )
+    return _form(u.device).workspace_bytes(u, A, z is not None, trained=rest[-1])
 
 
 register_workspace(torch.ops.toolkit.selective_scan.default, forward_workspace_bytes)

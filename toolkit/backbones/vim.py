@@ -39,7 +39,6 @@ def vim_small(num_classes: int, pretrained: bool = False, **sizes) -> VisionMamb
 
     `sizes` replace arguments of `VisionMamba`, to build small instances with random weights.
     """
-    sizes = {"img_size": 224, "patch_size": 16, "embed_dim": 384, "depth": 24, "d_state": 16} | sizes
     model = VisionMamba(num_classes=num_classes, **sizes)
     if pretrained:
         load_vim_weights(model, fetch(VIM_SMALL), VIM_SMALL.sha256)
@@ -125,11 +124,11 @@ class VisionMamba(ScanClassifier):
     def __init__(
         self,
         num_classes: int,
-        img_size: int | tuple[int, int],
-        patch_size: int,
-        embed_dim: int,
-        depth: int,
-        d_state: int,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        embed_dim: int = 384,
+        depth: int = 24,
+        d_state: int = 16,
         drop_path_rate: float = 0.0,
     ):
         super().__init__()

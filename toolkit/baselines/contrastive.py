@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from toolkit.baselines import hub
+from toolkit.backbones.checkpoints import opening
 from toolkit.baselines.prepared import peak_bytes_of
+from toolkit.baselines.registry import WITHOUT_HUB
 from toolkit.budget import tensors_of
 from toolkit.errors import InputError
 from toolkit.measure import Meter, Window
@@ -49,7 +50,7 @@ def load(source: str, *, dtype: torch.dtype) -> ContrastiveModel:
         architecture, tag = source, None
     else:
         architecture, _, tag = source.partition(":")
-    with hub.opening(source):
+    with opening(source, WITHOUT_HUB):
         tokenizer = open_clip.get_tokenizer(architecture)  # first, as it is small: SigLIP's is on the hub
         model, preprocess = open_clip.create_model_from_pretrained(architecture, tag)
     scale = model.logit_scale.detach().exp().squeeze()

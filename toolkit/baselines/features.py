@@ -16,10 +16,11 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from toolkit.backbones import build_backbone, data_config
-from toolkit.baselines import hub
+from toolkit.backbones.checkpoints import opening
 from toolkit.baselines.architectures import resize
 from toolkit.baselines.prepared import peak_bytes_of
 from toolkit.baselines.probes import GRID_BLOCKS, Probe
+from toolkit.baselines.registry import WITHOUT_HUB
 from toolkit.budget import tensors_of
 from toolkit.cache import kept_rows
 from toolkit.datasets import Policy, loader
@@ -109,7 +110,7 @@ def extractor(source: str, *, dtype: torch.dtype = torch.float32, image_size: in
     model.
     """
     if source.startswith(_LOCAL):
-        with hub.opening(source):
+        with opening(source, WITHOUT_HUB):
             model = timm.create_model(source, pretrained=True, num_classes=1)
     else:
         model = build_backbone(source, num_classes=1, pretrained=True)
@@ -176,16 +177,12 @@ def cache_key(
     extractor: FeatureExtractor, split_hash: str, policy: Policy, batch_size: int, layers: bool
 ) -> dict:
     """All that features depend on, and the batch size, which their memory depends on."""
+    # The configuration in a folder, whose architecture its name does not tell.
+    folder = extractor.source.removeprefix(_LOCAL) if extractor.source.startswith(_LOCAL) else ""
     return feature_key(weights_sha256(extractor.model), split_hash, extractor.data_config, policy) | {
         "source": extractor.source,
-        "config": _config_sha256(extractor.source),
+        "config": sha256_of(Path(folder) / "config.json") if folder else None,
         "features": "layers" if layers else "pooled",
         "batch_size": batch_size,
         "dtype": str(extractor.dtype),
     }
-
-
-def _config_sha256(source: str) -> str | None:
-    """Digest of the configuration in a folder, whose architecture its name does not tell."""
-    local = source.startswith(_LOCAL)
-    return sha256_of(Path(source.removeprefix(_LOCAL)) / "config.json") if local else None

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from toolkit.baselines import hub
+from toolkit.backbones.checkpoints import opening
+from toolkit.baselines.registry import WITHOUT_HUB
 from toolkit.errors import InputError
 from toolkit.methods.qlora import BLOCK_SIZES, quantise
 
@@ -82,7 +83,7 @@ def load(
     Raises `InputError` if the files cannot be loaded or hold a model with other conventions.
     """
     source = str(source)
-    with hub.opening(source):
+    with opening(source, WITHOUT_HUB):
         if KINDS[kind].style == "mobilevlm":
             # Here, because it imports transformers, which takes seconds.
             from toolkit.baselines.mobilevlm import load_mobilevlm

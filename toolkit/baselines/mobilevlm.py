@@ -33,7 +33,8 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from toolkit.baselines import hub
+from toolkit.backbones.checkpoints import opening
+from toolkit.baselines.registry import WITHOUT_HUB
 from toolkit.errors import InputError
 
 IMAGE_TOKENS = 144
@@ -235,7 +236,7 @@ def load_mobilevlm(
     checkpoint of MobileVLM (not V2) lacks the weights of the vision tower: they are those of the
     `mm_vision_tower` in config.json, with which it was trained.
 
-    Raises what its libraries raise for files that are missing or damaged (see `hub.opening`), and
+    Raises what its libraries raise for files that are missing or damaged (see `opening`), and
     `InputError` for files of another model.
     """
     folder = Path(source)
@@ -268,7 +269,7 @@ def load_mobilevlm(
 
 def _tower_weights(tower: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Weights of a published CLIP's vision tower under their names in checkpoints of MobileVLM V2."""
-    with hub.opening(f"the vision tower {tower}"):
+    with opening(f"the vision tower {tower}", WITHOUT_HUB):
         model, loading = CLIPVisionModel.from_pretrained(tower, dtype=dtype, output_loading_info=True)
     if loading["missing_keys"]:
         raise InputError(f"the vision tower {tower} lacks {min(loading['missing_keys'])}.")

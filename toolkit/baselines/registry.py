@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from toolkit.errors import check_name
 
+WITHOUT_HUB = "name a folder that holds all of them"  # of the files of a baseline
 # The protocols of each family; the first is the default.
 PROTOCOLS = {
     "contrastive": ("zero_shot",),
@@ -19,6 +20,13 @@ FOUR_BIT_FORMS = ("nf4", "nf4_pruned")
 FORMS = ("fp32", "bf16", "fp16", *FOUR_BIT_FORMS)
 
 
+_REVISIONS = {
+    "mtgv/MobileVLM-3B": "28487faeb9b8bf8872e14f4859fbdda477803091",
+    "mtgv/MobileVLM_V2-1.7B": "302257f0645a235b757dfe379ddb083a0b3d140f",
+    "mtgv/MobileVLM_V2-3B": "9b2d5168505fffdb51470d9c88cdb656ff9338c4",
+}
+
+
 @dataclass(frozen=True)
 class Baseline:
     """A foundation model that is evaluated, not fine-tuned."""
@@ -28,8 +36,12 @@ class Baseline:
     source: str  # contrastive: open_clip's ARCHITECTURE:TAG; features: a backbone; generative: hub repository
     license: str
     kind: str = ""  # generative: idefics3 | smolvlm | paligemma | paligemma2 | mobilevlm | mobilevlm_v2
-    revision: str | None = None  # commit of the hub repository; None: the newest
     gated: bool = False  # the hub asks for consent to the licence first
+
+    @property
+    def revision(self) -> str | None:
+        """The commit of the hub repository; None: the newest."""
+        return _REVISIONS.get(self.source)
 
     @property
     def protocols(self) -> tuple[str, ...]:
@@ -74,30 +86,9 @@ BASELINES: dict[str, Baseline] = {
         Baseline("paligemma", "generative", "google/paligemma-3b-mix-224", kind="paligemma", **_GEMMA),
         Baseline("paligemma2", "generative", "google/paligemma2-3b-mix-224", kind="paligemma2", **_GEMMA),
         Baseline("mobilevlm_1.7b", "generative", "mtgv/MobileVLM-1.7B", "apache-2.0", "mobilevlm"),
-        Baseline(
-            "mobilevlm_3b",
-            "generative",
-            "mtgv/MobileVLM-3B",
-            "apache-2.0",
-            "mobilevlm",
-            revision="28487faeb9b8bf8872e14f4859fbdda477803091",
-        ),
-        Baseline(
-            "mobilevlm_v2_1.7b",
-            "generative",
-            "mtgv/MobileVLM_V2-1.7B",
-            "apache-2.0",
-            "mobilevlm_v2",
-            revision="302257f0645a235b757dfe379ddb083a0b3d140f",
-        ),
-        Baseline(
-            "mobilevlm_v2_3b",
-            "generative",
-            "mtgv/MobileVLM_V2-3B",
-            "apache-2.0",
-            "mobilevlm_v2",
-            revision="9b2d5168505fffdb51470d9c88cdb656ff9338c4",
-        ),
+        Baseline("mobilevlm_3b", "generative", "mtgv/MobileVLM-3B", "apache-2.0", "mobilevlm"),
+        Baseline("mobilevlm_v2_1.7b", "generative", "mtgv/MobileVLM_V2-1.7B", "apache-2.0", "mobilevlm_v2"),
+        Baseline("mobilevlm_v2_3b", "generative", "mtgv/MobileVLM_V2-3B", "apache-2.0", "mobilevlm_v2"),
     )
 }
 
