@@ -213,7 +213,7 @@ def test_batch_sizes_reach_beyond_the_largest_card(explorer, tmp_path, monkeypat
 
 
 def test_images_that_fit_are_interpolated_from_the_peaks(explorer, monkeypatch):
-    peaks = [(1, 3.0e9), (11, 5.0e9), (20, 5.9e9)]
+    peaks = [(1, 3.0e9), (11, 5.0e9), (20, 5.9e9), (60, 9.9e9)]
     frame = pd.DataFrame([("none", *row) for row in peaks], columns=["strategy", "images", "peak_bytes"])
     monkeypatch.setattr(Explorer, "batch_sizes", lambda self: frame)
     assert list(explorer.images_that_fit().loc["none"]) == [0, 6, 21, 41]

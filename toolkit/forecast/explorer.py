@@ -197,7 +197,10 @@ class Explorer:
         """
         return pd.DataFrame(
             {
-                strategy: {f"{mark // 10**9} GB": _images_within(mark, rows) for mark in CARDS_BYTES}
+                strategy: {
+                    f"{card // 10**9} GB": int(np.interp(card, rows.peak_bytes, rows.images, left=0))
+                    for card in CARDS_BYTES
+                }
                 for strategy, rows in self.batch_sizes().groupby("strategy", sort=False)
             }
         ).T
@@ -258,13 +261,3 @@ def _row(experiment: Experiment, forecast: Forecast) -> dict:
     shown = ("budget_bytes", "peak_bytes", "recompute_pct", "step_seconds", "micro_batch_size")
     figures = {name: getattr(forecast, name) for name in shown}
     return {"strategy": experiment.checkpointing} | figures | {"within_budget": forecast.fits}
-
-
-def _images_within(budget_bytes: int, rows: pd.DataFrame) -> int:
-    """Images in one pass within a budget, by linear interpolation of the peaks of one strategy."""
-    images, peaks = rows.images.to_numpy(), rows.peak_bytes.to_numpy()
-    if budget_bytes < peaks[0]:
-        return 0
-    place = min(np.searchsorted(peaks, budget_bytes), len(peaks) - 1)
-    growth = (peaks[place] - peaks[place - 1]) / (images[place] - images[place - 1])
-    return int(images[place] + (budget_bytes - peaks[place]) / growth)

@@ -65,8 +65,12 @@ def why_no_score(kind: str, accuracy_pct: float | None, **costs) -> str | None:
     return None
 
 
-# Three formulas are called SAM (Sustainable Accuracy Metric), each with its own unit of energy.
-SAM_VERSIONS = ("cifar100_vits16_repro/legacy", "cifar100_vits16_repro/src", "VideoClassificationTest")
+# Three formulas are called SAM (Sustainable Accuracy Metric), each with its own unit of energy, in joules.
+SAM_VERSIONS = {
+    "cifar100_vits16_repro/legacy": 3600.0,
+    "cifar100_vits16_repro/src": 1.0,
+    "VideoClassificationTest": 1e-3,
+}
 
 
 def sam(version: str, accuracy: float, joules: float | None, exponent: float = 1.0) -> float | None:
@@ -82,13 +86,11 @@ def sam(version: str, accuracy: float, joules: float | None, exponent: float = 1
     check_name("SAM version", version, SAM_VERSIONS)
     if joules is None or joules <= 0:
         return None
-    unit_joules = dict(zip(SAM_VERSIONS, (3600.0, 1.0, 1e-3)))[version]
-    log_energy = math.log10(joules / unit_joules)
-    if log_energy == 0:
+    log_energy = math.log10(joules / SAM_VERSIONS[version])
+    is_src = version == "cifar100_vits16_repro/src"
+    if log_energy == 0 or (is_src and log_energy < 0):  # a root of a negative number for most exponents
         return None
-    if version == "cifar100_vits16_repro/src":
-        if log_energy < 0:
-            return None  # a root of a negative number for most exponents
+    if is_src:
         return accuracy**exponent / log_energy**exponent
     return exponent * accuracy**exponent / log_energy
 

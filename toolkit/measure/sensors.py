@@ -51,7 +51,7 @@ class Nvml:
         self._call(pynvml.nvmlInit)
         self._handle = self._call(pynvml.nvmlDeviceGetHandleByUUID, uuid)
         self.uuid = uuid
-        self.name = _text(self._call(pynvml.nvmlDeviceGetName, self._handle))
+        self.name = self._call(pynvml.nvmlDeviceGetName, self._handle)
         self.simulated = "simulated" in self.name.lower()  # the name of the simulated library in tests
         try:
             self._instant_watts()
@@ -102,7 +102,7 @@ class Nvml:
 
     def driver_version(self) -> str:
         """Version of the NVIDIA driver, on which the meaning of a power reading depends."""
-        return _text(self._call(self._nvml.nvmlSystemGetDriverVersion))
+        return self._call(self._nvml.nvmlSystemGetDriverVersion)
 
 
 PACKAGE_WATTS = 1000  # no CPU package takes more
@@ -149,7 +149,3 @@ class Rapl:
         self._microjoules += -1 if was_reset else gained
         self._last_microjoules, self._last_seconds = now, seconds
         return self._microjoules / 1e6
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value
