@@ -250,7 +250,7 @@ def _sweep(given: argparse.Namespace) -> int:
 
 def _finish(experiments: list[Parameters], given: argparse.Namespace, figures: Path | None = None) -> int:
     """Run, compare and report; `figures`: a folder for the figures of these experiments, if any."""
-    from toolkit.analysis import compare
+    from toolkit.analysis import compare, plain_table
     from toolkit.batch.report import write_report
     from toolkit.batch.sweep import run_experiments
     from toolkit.training.record import load_records
@@ -260,7 +260,7 @@ def _finish(experiments: list[Parameters], given: argparse.Namespace, figures: P
     ids = [experiment.id for experiment in experiments]
     records = load_records(runs)
     records = records[records.experiment_id.isin(ids)]
-    print(compare(records).to_string(index=False))
+    print(plain_table(compare(records)))
     figures = figures.resolve() if figures and (records.status == "ok").any() else None
     print(f"report   {write_report(runs, runs / 'report.html', figures, ids)}")
     if figures:
@@ -322,11 +322,11 @@ def _report(given: argparse.Namespace) -> int:
 
 
 def _ranking(given: argparse.Namespace) -> int:
-    from toolkit.analysis import as_text, ranking_table, write_ranking
+    from toolkit.analysis import as_text, plain_table, ranking_table, write_ranking
 
     runs = given.runs.resolve()
     table = write_ranking(runs, (given.output or runs / "ranking.md").resolve())
-    print(as_text(ranking_table(table)).to_string(index=False))
+    print(plain_table(as_text(ranking_table(table))))
     return 0
 
 

@@ -257,6 +257,31 @@ def test_names_stay_text_in_every_format(tmp_path):
     assert len(lines) == len(HOSTILE) + 2 and all(line.replace(r"\|", "").count("|") == 4 for line in lines)
 
 
+def test_tables_are_ready_to_print(records, tmp_path):
+    means = analysis.means(records)
+    page = BeautifulSoup(analysis.show(means, "Means.").to_html(), "html.parser")
+    heads = [head.get_text() for head in page.thead.find_all("th")]
+    assert heads[:2] == ["method", "checkpointing"] and "test score (%)" not in heads
+    caption = "Means. In all rows: dataset digits, backbone demo_vit, environment E1, budget 16.0 MiB, n 3."
+    assert page.caption.get_text().strip() == f"{caption} Not measured: energy (J)."
+    analysis.write_table(means, tmp_path / "table", caption="Means.", label="tab:means")
+    latex = (tmp_path / "table.tex").read_text()
+    assert (
+        r"\toprule" in latex and r"\caption{Means. In all rows: dataset digits, backbone demo\_vit" in latex
+    )
+    assert r"\label{tab:means}" in latex and r"\bfseries 93.00 ± 4.85" in latex
+    assert r"\bfseries 92.00" not in latex and r"\bfseries 12.00 ± 0.00" in latex
+    assert repr(float(means.adapt_seconds_half_width[0])) in (tmp_path / "table.csv").read_text()
+
+
+def test_one_quantity_by_strategy(records, tmp_path):
+    table = analysis.by_strategy(analysis.means(records), "peak_bytes")
+    assert table.method.tolist() == ["lora", "full"]
+    assert table[["none", "threshold"]].to_numpy().tolist() == [["20.00 ± 0.00", "12.00 ± 0.00"]] * 2
+    analysis.write_table(table, tmp_path / "table")
+    assert r"method & none & threshold \\" in (tmp_path / "table.tex").read_text()
+
+
 def test_equal_records_give_equal_tables(runs, tmp_path):
     for name in ("first", "second"):
         analysis.write_table(analysis.means(analysis.read(runs)[0]), tmp_path / name)

@@ -1,5 +1,8 @@
 """Images with truth and prediction: colours, boxes and legends are those of the data."""
 
+import itertools
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -59,6 +62,18 @@ def test_detection_draws_true_boxes_and_confident_ones():
         for axes in figure.axes
     ]
     assert drawn == [[], [[0.5, 1.5, 4.5, 6.5]], [[0.5, 0.5, 4.5, 6.5]], [], [], []]
+
+
+@pytest.mark.parametrize("count", [3, 6, 10, 100])
+def test_names_along_a_confusion_matrix_do_not_touch(count):
+    labels = torch.arange(count)
+    outcome = SimpleNamespace(labels=labels, predictions=labels)
+    figure = plots.confusion_matrix(outcome, [f"a long class name {n}" for n in range(count)])
+    figure.canvas.draw()
+    axes = figure.axes[0]
+    for names in (axes.get_xticklabels(), axes.get_yticklabels()):
+        boxes = [name.get_window_extent() for name in names]
+        assert len(boxes) == count and not any(a.overlaps(b) for a, b in itertools.pairwise(boxes))
 
 
 def test_a_legend_of_many_classes_is_cut():

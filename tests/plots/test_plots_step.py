@@ -42,6 +42,11 @@ def test_one_step_has_its_budget_and_peak():
     assert levels == {"budget": 4, "peak of all steps": 3}
 
 
+def test_a_budget_far_above_the_memory_is_named_at_the_edge():
+    (axes,) = plots.memory_over_step(trace(("forward", [1, 2])), 2**40).axes
+    assert axes.get_ylim()[1] < 3 and "budget 1,024.00 GiB" in axes.texts[0].get_text()
+
+
 def picture(budget: int, kept: int) -> StepPicture:
     blocks = (
         BlockUse("blocks.0", "keep", kept * MIB, 0.0, 1),

@@ -15,13 +15,14 @@ from toolkit.analysis.results import (
     environments,
     failures,
     missing,
+    overview,
     read,
     runs_of,
     validation_losses,
     what_ran,
 )
 from toolkit.analysis.statistics import COSTS, adaptation, differences, mean_and_interval, means, standing
-from toolkit.analysis.tables import as_text, show, write_table
+from toolkit.analysis.tables import as_text, by_strategy, plain_table, show, write_table
 
 __all__ = [
     "COSTS",
@@ -29,6 +30,7 @@ __all__ = [
     "as_text",
     "best_learning_rates",
     "budgets",
+    "by_strategy",
     "compare",
     "data_sets",
     "differences",
@@ -39,6 +41,8 @@ __all__ = [
     "mean_and_interval",
     "means",
     "missing",
+    "overview",
+    "plain_table",
     "ranking",
     "ranking_table",
     "read",

@@ -93,7 +93,7 @@ def write_ranking(runs: Path, output: Path) -> pd.DataFrame:
         raise InputError(
             f"no run below {runs} ended with a result: run `python -m toolkit sweep --preset edge` first."
         )
-    write_table(table, Path(output).with_suffix(""), ranking_table(table))
+    write_table(table, Path(output).with_suffix(""), ranking_table(table), label="tab:ranking")
     return table
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
+from pandas.io.formats.style import Styler
 
 from toolkit.analysis.statistics import (
     COSTS,
@@ -23,13 +24,13 @@ from toolkit.analysis.statistics import (
     with_environments,
 )
 from toolkit.analysis.statistics import change as changed
-from toolkit.analysis.tables import as_text
+from toolkit.analysis.tables import as_text, show
 from toolkit.errors import InputError
 from toolkit.experiment import Experiment
 from toolkit.files import RUNS
 from toolkit.measure.quantities import QUANTITIES
 from toolkit.methods import METHODS
-from toolkit.training.record import FILE_NAME, FINISHED, load_curves, load_records
+from toolkit.training.record import FILE_NAME, FINISHED, RunRecord, load_curves, load_records
 
 REFERENCES = {"method": {"method": "full"}, "checkpointing": {"checkpointing": "none"}}
 
@@ -160,6 +161,17 @@ def missing(records: pd.DataFrame) -> pd.DataFrame:
         counts.update((name, why) for name, why in reasons.items() if name in names)
     rows = [(QUANTITIES[name].label, why, runs) for (name, why), runs in sorted(counts.items())]
     return pd.DataFrame(rows, columns=["figure", "missing because", "runs"])
+
+
+def overview(record: RunRecord) -> Styler:
+    """The figures of one run by their names for people; below, what was not measured and why."""
+    table = record.overview()
+    table["figure"] = [QUANTITIES[name].label if name in QUANTITIES else name for name in table.index]
+    missing = table[table["missing because"] != ""]
+    reasons = missing.groupby("missing because", sort=False)["figure"].agg(", ".join)
+    caption = " ".join(f"No {figures}: {reason}." for reason, figures in reasons.items())
+    measured = table[(table.value != "–") & (table["missing because"] == "")]
+    return show(measured[["figure", "value"]], caption)
 
 
 def effects(records: pd.DataFrame, of: str) -> pd.DataFrame:

@@ -32,6 +32,9 @@ SHOWN = ["dataset", "backbone", "method", "checkpointing"]
 SCORES = [f"test_{task.metric}" for task in TASKS.values()]
 COSTS = {"memory": "peak_bytes", "time": "adapt_seconds", "energy": "adapt_joules"}  # columns of `adaptation`
 register(Quantity("score_pct", "test score", "%", better="more"))  # of the data set's task, see `adaptation`
+register(
+    Quantity("recompute_pct", "recomputed share of the forward pass", "%", 1, "less", "no step was traced")
+)
 FIGURES = ["mean", "half_width", "n", "p"]  # of `differences`
 # What environments may differ in, as people say it: these change scores or bytes, ...
 OF_RESULTS = {
@@ -112,7 +115,8 @@ def adaptation(records: pd.DataFrame) -> pd.DataFrame:
 
     For a fine-tuned model these are training's, with the time and energy of computing cached features.  For a
     baseline they are those before the first test image (text classifier, features and probe, choice of a
-    scoring rule), and the highest peak of all.  `score_pct` is the test score of the data set's task.
+    scoring rule), and the highest peak of all.  `score_pct` is the test score of the data set's task,
+    `recompute_pct` the FLOPs computed twice in per cent of the forward pass's.
     """
     records = with_environments(records)
     baseline = records.phase == "inference"
@@ -121,11 +125,13 @@ def adaptation(records: pd.DataFrame) -> pd.DataFrame:
     train_seconds = numbers(records, "train_seconds") + features_seconds
     train_joules = numbers(records, "train_energy_joules") + features_joules
     highest = np.fmax(numbers(records, "prepare_peak_bytes"), numbers(records, "test_peak_bytes"))
+    forward, recompute = (numbers(records, f"{phase}_flops_per_image") for phase in ("forward", "recompute"))
     score = pd.Series(np.nan, index=records.index)
     for name in SCORES:
         score = score.fillna(numbers(records, name))
     return records.assign(
         score_pct=score,
+        recompute_pct=100 * recompute / forward.where(forward > 0),
         peak_bytes=numbers(records, "train_peak_bytes").where(~baseline, highest),
         adapt_seconds=train_seconds.where(~baseline, numbers(records, "prepare_seconds")),
         adapt_joules=train_joules.where(~baseline, numbers(records, "prepare_joules")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -167,14 +168,19 @@ def _draw_boxes(panel: Axes, found: dict, classes: Sequence[str], colours: dict[
 @styled
 def confusion_matrix(evaluation: Evaluation, classes: list[str]) -> Figure:
     """True against predicted class on the evaluated split; rows sum to 1, less answers that name no class."""
-    side = 5 if len(classes) <= 10 else 7
-    figure, axes = plt.subplots(figsize=(side + 1, side), layout="constrained")
+    count = len(classes)
+    side = min(max(5, 0.35 * count), 14)
+    figure, axes = plt.subplots(figsize=(side + 1.5, side), layout="constrained")
+    fontsize = min(10, 58 * side / count)  # 72 points are an inch: names do not touch
     pairs = pd.crosstab(evaluation.labels.numpy(), evaluation.predictions.numpy(), normalize="index")
-    names = False if len(classes) > 20 else [plain(name) for name in classes]
+    names = [plain(textwrap.shorten(name, 24, placeholder="…")) for name in classes]
     sns.heatmap(
         pairs.reindex(index=range(len(classes)), columns=range(len(classes)), fill_value=0.0),
-        vmin=0, vmax=1, cmap="Blues", square=True, annot=len(classes) <= 10, fmt=".2f",
-        annot_kws={"fontsize": 8}, xticklabels=names, yticklabels=names, ax=axes,
+        vmin=0, vmax=1, cmap="Blues", square=True, annot=count <= 10, fmt=".2f",
+        annot_kws={"fontsize": 8}, xticklabels=names, yticklabels=names, ax=axes, cbar_kws={"shrink": 0.7},
     )  # fmt: skip
+    axes.tick_params(labelsize=fontsize)
+    axes.tick_params(axis="x", rotation=90 if max(map(len, names)) * count > 40 else 0)
+    axes.tick_params(axis="y", rotation=0)
     axes.set(xlabel="predicted", ylabel="true")
     return figure

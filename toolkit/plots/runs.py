@@ -19,6 +19,7 @@ from toolkit.measure.scores import pareto_rank
 from toolkit.methods import METHODS
 from toolkit.plots.style import (
     BASELINE_MARKER,
+    budget_at_edge,
     grid_of,
     legend_outside,
     method_colour,
@@ -107,6 +108,7 @@ def _draw_against(axes: Axes, means: pd.DataFrame, cost: str, score: str) -> Non
         )
     for row in front.to_dict("records"):
         text = f"{row['method']} ({row['variant']})" if row.get("variant") else row["method"]
+        text = row["checkpointing"] if score == "recompute_pct" else text
         position = {"xytext": (5, 6), "textcoords": "offset points", "fontsize": 8}
         axes.annotate(plain(text), (row["x"], row[score]), **position)
     _limit(axes, frame, means, cost, score)
@@ -115,9 +117,12 @@ def _draw_against(axes: Axes, means: pd.DataFrame, cost: str, score: str) -> Non
 
 def _limit(axes: Axes, frame: pd.DataFrame, means: pd.DataFrame, cost: str, score: str) -> None:
     """Set the limits, and draw the budget if it is one for all and near the data; it would dwarf them."""
-    budgets = means.budget_bytes.unique() / QUANTITIES[cost].scale if "budget_bytes" in means else []
+    budgets = means.budget_bytes.astype(float).unique() if "budget_bytes" in means else np.array([])
+    budgets = budgets / QUANTITIES[cost].scale
     if cost == COSTS["memory"] and len(budgets) == 1 and budgets[0] < 3 * frame.x.max():
         axes.axvline(budgets[0], color="black", linestyle="--", linewidth=1, label="budget")
+    elif cost == COSTS["memory"] and len(budgets) == 1 and np.isfinite(budgets[0]):
+        budget_at_edge(axes, budgets[0] * QUANTITIES[cost].scale, along="x")
     low, high = frame[score].min(), frame[score].max()
     margin = max(0.15 * (high - low), (5 - (high - low)) / 2)  # at least 5 points: less is mostly chance
     axes.set_ylim(low - margin, high + margin)
@@ -136,7 +141,8 @@ def front_of(means: pd.DataFrame, cost: str, score: str = "score_pct") -> pd.Ser
     known = means[[score, cost]].notna().all(axis=1)
     on_front = pd.Series(False, index=means.index)
     if known.any():
-        on_front[known] = pareto_rank(means.loc[known, score], means.loc[known, [cost]]) == 1
+        sign = -1 if QUANTITIES[score].better == "less" else 1
+        on_front[known] = pareto_rank(sign * means.loc[known, score], means.loc[known, [cost]]) == 1
     return on_front
 
 

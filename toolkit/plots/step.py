@@ -18,9 +18,10 @@ from PIL import Image
 
 from toolkit.budget import STRATEGIES
 from toolkit.forecast.explorer import StepPicture, kinds_of
-from toolkit.plots.style import grid_of, legend_outside, plain, styled
+from toolkit.plots.style import budget_at_edge, grid_of, legend_outside, plain, styled
 
 MIB = 2**20
+FAR = 3  # times the highest memory: a budget beyond it would dwarf the data
 PHASES = ("forward", "backward", "optimizer")  # recomputation is a part of backward
 
 
@@ -45,9 +46,12 @@ def memory_over_step(
         )
         if len(traces) == 1:
             axes.fill_between(share, mib, step="post", alpha=0.3, linewidth=0, color=colour)
+    highest = max(max(segment["bytes"], default=0) for trace in traces.values() for segment in trace)
     for name, size, style in (("budget", budget_bytes, "--"), ("peak of all steps", peak_bytes, ":")):
-        if size is not None:
+        if size is not None and size < FAR * highest:
             axes.axhline(size / MIB, color="black", linestyle=style, linewidth=1, label=name)
+        elif size is not None:
+            budget_at_edge(axes, size)
     for border in range(1, len(PHASES)):
         axes.axvline(border, color="0.3", linewidth=0.8)
     axes.set_xticks([place + 0.5 for place in range(len(PHASES))], PHASES)
@@ -139,9 +143,13 @@ class StepFigure:
 
 
 def _draw_budget(axes: Axes, line, budget: float, highest: float) -> None:
-    """Show the budget if it is near the memory; otherwise it would dwarf the data."""
-    near = budget < 3 * highest
+    """Show the budget as a line if it is near the memory, otherwise as text."""
+    near = budget < FAR * highest
     line.set(ydata=[budget, budget], visible=near)
+    for text in list(axes.texts):
+        text.remove()
+    if not near:
+        budget_at_edge(axes, budget * MIB)
     axes.set_ylim(0, 1.05 * max(highest, budget if near else 0))
 
 

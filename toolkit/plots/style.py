@@ -15,11 +15,17 @@ from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
+from toolkit.budget import format_bytes
 from toolkit.methods import METHODS
 
 THEME = sns.axes_style("whitegrid") | sns.plotting_context("notebook")
 THEME |= {"axes.prop_cycle": cycler(color=sns.color_palette("colorblind"))}
 BASELINE_MARKER = "P"
+# Unlike each other in hue or lightness
+METHOD_COLOURS = (
+    "#1873aa", "#ff9f00", "#107064", "#d00000", "#d96bd0", "#701028", "#db9fb5", "#949494", "#b9ab46",
+    "#56b4e9", "#23235c", "#b97146", "#ff0080", "#3d6eff", "#400080",
+)  # fmt: skip
 
 
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
@@ -50,7 +56,7 @@ def method_colour(method: str) -> tuple[float, float, float]:
     """The colour of a method, the same in every figure; grey for other names, such as baselines."""
     if method not in METHODS:
         return (0.35, 0.35, 0.35)
-    palette = [*sns.color_palette("colorblind"), *sns.color_palette("dark")]
+    palette = sns.color_palette(METHOD_COLOURS)
     return palette[list(METHODS).index(method) % len(palette)]
 
 
@@ -73,12 +79,24 @@ def note(text: str) -> Figure:
     return figure
 
 
-def save(figure: Figure, name: str, folder: Path) -> Path:
-    """Write `figure` to `folder` as `name`.png."""
-    path = Path(folder) / f"{name}.png"
+def save(figure: Figure, name: str, folder: Path, ending: str = ".png") -> Path:
+    """Write `figure` to `folder` as `name` with the ending .png, .svg or .pdf; equal figures, equal files."""
+    path = Path(folder) / f"{name}{ending}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, bbox_inches="tight", metadata={"Software": None})
+    undated = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        figure.savefig(path, dpi=120, bbox_inches="tight", metadata=undated[ending])
     return path
+
+
+def budget_at_edge(axes: Axes, budget_bytes: float, along: str = "y") -> None:
+    """Name a budget that is so far beyond the data that drawing it would make them invisible."""
+    x, y, arrow = (0.99, 0.97, "↑") if along == "y" else (0.99, 0.03, "→")
+    text = f"budget {format_bytes(budget_bytes)} {arrow}"
+    axes.text(
+        x, y, text, ha="right", va="top" if along == "y" else "bottom", transform=axes.transAxes,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8},
+    )  # fmt: skip
 
 
 def png(figure: Figure) -> bytes:

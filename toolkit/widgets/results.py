@@ -142,8 +142,7 @@ class ResultsBrowser(ipywidgets.VBox):
         record = RunRecord(**json.loads((folder / FILE_NAME).read_text()))
         error = record.run["error"]
         title = f"{folder}: {record.run['status']}" + (f", {error}" if error else "")
-        overview = record.overview().reset_index().to_html(index=False)
-        self.details.value = f"<p>{html.escape(title)}</p>{overview}"
+        self.details.value = f"<p>{html.escape(title)}</p>{analysis.overview(record).to_html()}"
         history, trace = record.curves.get("history"), record.curves.get("memory_trace_bytes")
         if history:
             self.curves.value, self.curves.layout.display = png(plots.learning_curves(history)), None
