@@ -126,6 +126,9 @@ class _Wrapped:
 
     forward = _Descriptor()
 
+    def __init_subclass__(cls):
+        """Keep the subclass from classes that register or change theirs, as layers of transformers do."""
+
     def __reduce_ex__(self, protocol):
         """The module without its wrappings and their class."""
         make, args, *rest = super().__reduce_ex__(protocol)
