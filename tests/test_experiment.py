@@ -35,7 +35,7 @@ def test_every_parameter_and_option_is_part_of_the_identity():
         "dataset": "textures", "backbone": "vit_small", "pretrained": False, "method": "full",
         "checkpointing": "static", "budget": "1GB", "options": {"rank": 4}, "batch_norm": "updated",
         "epochs": 1, "batch_size": 8, "micro_batch_size": 4, "lr": 0.5, "weight_decay": 0.0,
-        "warmup_fraction": 0.0, "precision": "bf16", "seed": 1,
+        "warmup_fraction": 0.0, "precision": "bf16", "seed": 1, "resolution": 64,
     }  # fmt: skip
     assert set(changed) == set(toolkit.Experiment().to_dict()) - {"device", "head", "feature_cache"}
     ids = {toolkit.Experiment(**{name: value}).id for name, value in changed.items()}

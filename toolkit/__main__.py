@@ -1,7 +1,8 @@
 """The command line: `python -m toolkit`, or `toolkit` where the package is installed.
 
 `run` and `sweep` do experiments in batch, `plan` and `baselines` tell beforehand what they take (without a
-GPU and without weights), `report` and `ranking` show the results.
+GPU and without weights), `report` and `ranking` show the results; `predict`, `export` and `push` use the
+model of a finished run.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
     parser.add_argument("--plugin", metavar="MODULE", help=text)  # `_load_plugins` has taken it out
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (function, add_flags, text) in COMMANDS.items():
-        usage = f"toolkit {name} [flags]"
+        takes = {"predict": "FOLDER IMAGES ... ", "export": "FOLDER ", "push": "FOLDER REPO "}.get(name, "")
+        usage = f"toolkit {name} {takes}[flags]"
         added = commands.add_parser(name, help=text, description=f"{text}.", usage=usage, allow_abbrev=False)
         added.set_defaults(command=function)
         if name in arguments[:1]:
@@ -152,6 +154,26 @@ def _add_where_flags(command: argparse.ArgumentParser) -> None:
     where.add_argument("--workers", type=int, metavar="COUNT", help=text)
     text = "run on the workers of this dask scheduler"
     where.add_argument("--scheduler", default="", metavar="ADDRESS", help=text)
+
+
+def _add_folder(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", type=Path, metavar="FOLDER", help="`model` in the folder of a run")
+
+
+def _add_predict_flags(predict: argparse.ArgumentParser) -> None:
+    _add_folder(predict)
+    predict.add_argument("pictures", nargs="+", metavar="IMAGES", help="files, or folders of pictures")
+    predict.add_argument("--csv", action="store_true", help="comma-separated values instead of a table")
+
+
+def _add_export_flags(export: argparse.ArgumentParser) -> None:
+    _add_folder(export)
+    export.add_argument("--format", default="onnx", help="onnx | torch-export; default: onnx")
+
+
+def _add_push_flags(push: argparse.ArgumentParser) -> None:
+    _add_folder(push)
+    push.add_argument("repository", metavar="REPO", help="such as NAME/flowers; private if it is new")
 
 
 def _add_experiment_flags(command: argparse.ArgumentParser, **settings: object) -> None:
@@ -311,6 +333,32 @@ def _baselines(given: argparse.Namespace) -> int:
     return 0
 
 
+def _predict(given: argparse.Namespace) -> int:
+    from toolkit.model.saved import load_model
+
+    table = load_model(given.folder).predict(given.pictures)
+    if given.csv:
+        print(table.to_csv(index=False), end="")
+    else:
+        shown = table.dropna(axis="columns", how="all")
+        print(shown.to_string(index=False, na_rep="–", float_format="{:.3f}".format))
+    return 0
+
+
+def _export(given: argparse.Namespace) -> int:
+    from toolkit.model.export import export_model
+
+    print(export_model(given.folder, given.format))
+    return 0
+
+
+def _push(given: argparse.Namespace) -> int:
+    from toolkit.model.export import push_model
+
+    print(push_model(given.folder, given.repository))
+    return 0
+
+
 def _report(given: argparse.Namespace) -> int:
     from toolkit.batch.report import write_report
 
@@ -335,6 +383,9 @@ COMMANDS = {
     "sweep": (_sweep, _add_sweep_flags, "run the experiments of a sweep file or preset"),
     "plan": (_plan, _add_plan_flags, "show what one training step takes, and how it fits the budget"),
     "baselines": (_baselines, _add_baselines_flags, "show what evaluating each foundation model takes"),
+    "predict": (_predict, _add_predict_flags, "name the classes of pictures by a saved model"),
+    "export": (_export, _add_export_flags, "write a saved model as one file for other programs"),
+    "push": (_push, _add_push_flags, "copy a saved model to the Hugging Face hub"),
     "report": (_report, _add_report_flags, "write one HTML file about all runs, and its tables"),
     "ranking": (_ranking, _add_ranking_flags, "rank finished runs by accuracy, as CSV, Markdown and LaTeX"),
 }  # fmt: skip

@@ -116,6 +116,7 @@ class Experiment(Parameters):
     head: str = option("", "head of dense tasks: fpn | upernet | retinanet | faster_rcnn | mask_rcnn")
     backbone: str = option("demo_vit", "demo_vit | vit_small | tiny_vit | ..., any timm name, or small:NAME")
     pretrained: bool = option(True, "start from pretrained weights: true | false")
+    resolution: int = option(0, "side of the images in pixels; 0: the backbone's own", between=(0, 4096))
     method: str = option("lora", " | ".join(METHODS))
     options: dict = dataclasses.field(default_factory=dict)  # of the method and the strategy
     checkpointing: str = option("planned", " | ".join(STRATEGIES))

@@ -150,7 +150,7 @@ def test_layers_that_a_model_lacks_are_refused(hub, name):
 
 def test_sizes_that_do_not_divide_into_patches_are_refused(hub):
     for size in (60, 0):
-        with pytest.raises(InputError, match=f"patches of 14 pixels: set image_size to .* instead of {size}"):
+        with pytest.raises(InputError, match=f"patches of 14 pixels: .* instead of {size}"):
             extractor(hub["dinov2"], image_size=size)
 
 

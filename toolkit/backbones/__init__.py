@@ -8,22 +8,30 @@ QLoRA stores in 4 bit, `four_bit_targets`: regular expressions that match whole 
 from __future__ import annotations
 
 import functools
+import itertools
+import warnings
 
 import timm
 import timm.data
+import torch
 from timm.layers import to_2tuple
 from torch import nn
 
 from toolkit.backbones import demo
-from toolkit.backbones.checkpoints import opening
+from toolkit.backbones.checkpoints import RANDOM_WEIGHTS, opening
 from toolkit.backbones.mambavision import mambavision_t
+from toolkit.backbones.packaged import PACKAGED
 from toolkit.backbones.vim import vim_small
-from toolkit.errors import InputError, check_name
+from toolkit.errors import InputError, check_name, one_line
 
 # Short names of the models in the project's tables; any other timm name works too.
 TIMM_NAMES = {
     "vit_small": "vit_small_patch16_224.augreg_in21k_ft_in1k",
     "tiny_vit": "tiny_vit_21m_224.dist_in22k_ft_in1k",
+    # timm's models of these names pad otherwise than the weights were trained for
+    "efficientnet_lite0": "tf_efficientnet_lite0",
+    "efficientnet_lite2": "tf_efficientnet_lite2",
+    "mobilenet_v2": "mobilenetv2_100",
 }
 # Models that timm lacks.
 OWN = {
@@ -82,9 +90,10 @@ def build_backbone(name: str, num_classes: int, pretrained: bool = True, **sizes
     """Build a classifier for `num_classes` classes on the backbone `name`.
 
     `small:vit_small` and the like are small instances with random weights, see `small_instance`.
-    If `pretrained`, the demo backbones load their weights from this repository, all others from the Hugging
-    Face hub.  The head is new and random: seed torch before.  Only the source models `demo_cnn_digits` and
-    `demo_cnn_textures` have a trained one, for 10 and 15 classes.
+    If `pretrained`, the demo backbones load their weights from this repository, those of `packaged` from an
+    installed package, all others from the Hugging Face hub.  The head is new and random: seed torch before.
+    Only the source models `demo_cnn_digits` and `demo_cnn_textures` have a trained one, for 10 and 15
+    classes, and packaged weights with a head for 1,000.
     `sizes` (`depth`, `embed_dim`, `img_size`, ...) are arguments of the model's class, to build small
     instances with random weights.
 
@@ -117,16 +126,46 @@ def build_backbone(name: str, num_classes: int, pretrained: bool = True, **sizes
 def _build_timm(name: str, num_classes: int, pretrained: bool, **sizes: object) -> nn.Module:
     timm_name = TIMM_NAMES.get(name, name)
     create = functools.partial(timm.create_model, timm_name, num_classes=num_classes, **sizes)
-    if pretrained:
-        with opening(f"the pretrained weights of {name!r} ({timm_name})"):
+    packaged = PACKAGED.get(timm_name)
+    if pretrained and not (packaged and packaged.path):
+        otherwise = f"`{packaged.pip}`, or {RANDOM_WEIGHTS}" if packaged else RANDOM_WEIGHTS
+        with opening(f"the pretrained weights of {name!r} ({timm_name})", otherwise):
             return create(pretrained=True)
     try:
         model = create()
     except (OSError, RuntimeError) as error:
         raise InputError(f"timm cannot build {timm_name!r}: {error}") from error
+    if pretrained:
+        packaged.load(model)
     if "img_size" in sizes:
         model.pretrained_cfg = model.pretrained_cfg | {"input_size": (3, *to_2tuple(sizes["img_size"]))}
     return model
+
+
+def resize(model: nn.Module, name: str, pixels: int) -> None:
+    """Make the backbone `name` take square images of `pixels` a side; position embeddings are interpolated.
+
+    Raises `InputError` for a size that it cannot take.
+    """
+    problem = f"{name!r} cannot take images of {pixels} x {pixels} pixels"
+    if not hasattr(model, "set_input_size") and model.pretrained_cfg.get("fixed_input_size"):
+        raise InputError(f"{problem}, only its own size; set the resolution to 0.")
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1,))[0]
+    if not pixels or pixels % patch:  # timm leaves out the rest of the image without a word
+        raise InputError(
+            f"{name!r} cuts images into patches of {patch} pixels: choose a resolution that is a multiple of "
+            f"that instead of {pixels}."
+        )
+    try:
+        if hasattr(model, "set_input_size"):
+            with warnings.catch_warnings(action="ignore"):  # about how timm interpolates tables of positions
+                model.set_input_size(img_size=pixels)
+        tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+        state = {key: torch.empty_like(tensor, device="meta") for key, tensor in tensors}
+        torch.func.functional_call(model, state, torch.empty(2, 3, pixels, pixels, device="meta"))
+    except (AssertionError, RuntimeError, ValueError, ZeroDivisionError) as error:
+        raise InputError(f"{problem} ({one_line(error)}); choose another resolution.") from error
+    model.pretrained_cfg = model.pretrained_cfg | {"input_size": (3, pixels, pixels)}
 
 
 def small_instance(name: str, num_classes: int) -> nn.Module:

@@ -16,9 +16,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import safetensors.torch
+import timm
 from timm.models.efficientnet import EfficientNet, decode_arch_def
-from timm.models.swin_transformer import SwinTransformer
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from toolkit.backbones.checkpoints import fill, head_parameters, read_weights
@@ -64,7 +63,9 @@ def build_demo(name: str, num_classes: int, pretrained: bool) -> nn.Module:
             "new head."
         )
     model = {"demo_vit": _vit, "demo_swin": _swin}.get(name, _cnn)(num_classes)
-    model.pretrained_cfg = DATA_CONFIG
+    known = getattr(model, "pretrained_cfg", {})
+    of_timm = {key: known[key] for key in ("architecture", "first_conv", "classifier") if key in known}
+    model.pretrained_cfg = of_timm | DATA_CONFIG | {"license": "apache-2.0"}
     if pretrained:
         load_demo_weights(model, DATA / f"{name}.safetensors", SHA256[name], head=with_head)
     return model
@@ -72,9 +73,10 @@ def build_demo(name: str, num_classes: int, pretrained: bool) -> nn.Module:
 
 def _vit(num_classes: int) -> nn.Module:
     """32 px images in patches of 8, four blocks of width 96: 0.47 M parameters."""
-    return VisionTransformer(
-        img_size=32, patch_size=8, embed_dim=96, depth=4, num_heads=3, num_classes=num_classes
-    )
+    return timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=32, patch_size=8, embed_dim=96, depth=4, num_heads=3, num_classes=num_classes,
+    )  # fmt: skip
 
 
 def _cnn(num_classes: int) -> nn.Module:
@@ -92,7 +94,8 @@ def _swin(num_classes: int) -> nn.Module:
     Windows are 4 x 4 px, on the last map 2 x 2: no more than a map has at 32 px, so that the tables of
     relative positions stay as they are when `set_input_size` makes the images larger.
     """
-    model = SwinTransformer(
+    model = timm.create_model(
+        "swin_tiny_patch4_window7_224",
         img_size=32,
         patch_size=2,
         embed_dim=24,

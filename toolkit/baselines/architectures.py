@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from toolkit.backbones import OWN, build_backbone
+from toolkit.backbones import OWN, build_backbone, resize
 from toolkit.baselines.registry import Baseline, baseline_named
-from toolkit.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -66,7 +65,7 @@ def architecture(name: str, image_size: int = FEATURES_PX) -> nn.Module:
     with torch.device("meta"):
         if baseline.family == "features":
             model = build_backbone(baseline.source, 0, pretrained=False)
-            resize(baseline.source, model, image_size)
+            resize_features(baseline.source, model, image_size)
         elif baseline.family == "contrastive":
             model = _contrastive(baseline)
         else:
@@ -74,21 +73,10 @@ def architecture(name: str, image_size: int = FEATURES_PX) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def resize(source: str, model: nn.Module, image_size: int) -> None:
-    """Make a vision transformer of timm take images of `image_size` pixels a side; others keep their size.
-
-    Raises `InputError` for a size that does not divide into patches.
-    """
-    if source in OWN or not hasattr(model, "set_input_size") or not hasattr(model, "patch_embed"):
-        return
-    patch = model.patch_embed.patch_size[0]
-    if image_size < patch or image_size % patch:
-        raise InputError(
-            f"{source!r} cuts images into patches of {patch} pixels: set image_size to a multiple of that "
-            f"instead of {image_size}."
-        )
-    model.set_input_size(img_size=image_size)  # position embeddings are interpolated, as on loading
-    model.pretrained_cfg = model.pretrained_cfg | {"input_size": (3, image_size, image_size)}
+def resize_features(source: str, model: nn.Module, image_size: int) -> None:
+    """Make a vision transformer of timm take images of `image_size` pixels a side; others keep their size."""
+    if source not in OWN and hasattr(model, "set_input_size"):
+        resize(model, source, image_size)
 
 
 def _contrastive(baseline: Baseline) -> nn.Module:

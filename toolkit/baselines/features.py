@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from toolkit.backbones import build_backbone, data_config
 from toolkit.backbones.checkpoints import opening
-from toolkit.baselines.architectures import resize
+from toolkit.baselines.architectures import resize_features
 from toolkit.baselines.prepared import peak_bytes_of
 from toolkit.baselines.probes import GRID_BLOCKS, Probe
 from toolkit.baselines.registry import WITHOUT_HUB
@@ -115,7 +115,7 @@ def extractor(source: str, *, dtype: torch.dtype = torch.float32, image_size: in
     else:
         model = build_backbone(source, num_classes=1, pretrained=True)
     model.reset_classifier(0)
-    resize(source, model, image_size)
+    resize_features(source, model, image_size)
     return FeatureExtractor(source, model, dtype)
 
 

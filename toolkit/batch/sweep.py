@@ -93,7 +93,7 @@ def check_runnable(experiments: Iterable[Parameters], runs: Path = RUNS) -> dict
             form_and_batch(e, class_names(data[e.dataset]))
         else:
             options = tuple(sorted(e.method_options.items()))
-            alike[e.dataset, e.head, e.backbone, e.pretrained, e.method, options].append(e)
+            alike[e.dataset, e.head, e.backbone, e.pretrained, e.resolution, e.method, options].append(e)
     for group in alike.values():
         splits = data[group[0].dataset]
         model = build_model(group[0], len(splits.classes))

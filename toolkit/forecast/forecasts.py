@@ -145,7 +145,7 @@ class TrainingStep:
         return made_by() | {
             "backbone": e.backbone,
             "head": e.head,
-            "pixels": find_dataset(e.dataset).image_pixels,
+            "pixels": e.resolution or find_dataset(e.dataset).image_pixels,
             "cached_features": bool(e.feature_cache),
             "method": e.method,
             **e.method_options,

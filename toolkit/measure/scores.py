@@ -8,6 +8,7 @@ NetScore family, all 20·log10(accuracy² / cost), accuracy in per cent:
 | NS-E | (seconds · watts)^1/8 | arXiv 2607.02158, as two public codebases quote it |
 | NS-M | (peak memory)^1/8, in MiB | same |
 | NS# | (peak memory · seconds · watts)^1/8 | same |
+| NS-D | (size of the file · seconds of one image)^1/8 | ours, NS# of a deployed model without power |
 
 A decibel scale has no zero: with GiB instead of MiB, NS-M is 7.53 higher.  Therefore units are in the names
 of the arguments, and every published score needs its phase (training or inference).
@@ -29,6 +30,7 @@ NETSCORES: dict[str, dict[str, float]] = {
     "NS-E": {"seconds": 1 / 8, "watts": 1 / 8},
     "NS-M": {"peak_mib": 1 / 8},
     "NS#": {"peak_mib": 1 / 8, "seconds": 1 / 8, "watts": 1 / 8},
+    "NS-D": {"peak_mib": 1 / 8, "seconds": 1 / 8},
 }
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from toolkit.errors import InputError, Options, option
 from toolkit.methods.adapted_weight import show_adapted_weight
-from toolkit.methods.lean import is_packed
+from toolkit.methods.lean import is_packed, unpacked_weight
 from toolkit.methods.registry import NOT_TRIED, SCRIPTS, rates, register, searched
 from toolkit.methods.targets import Targets, narrow_layers, targets_of
 
@@ -80,15 +81,27 @@ def merge(model: nn.Module) -> nn.Module:
     return merged
 
 
+def unpack(model: nn.Module) -> nn.Module:
+    """`model` with plain layers in the place of those packed in 4 bits; it is modified in place."""
+    for name, layer in list(model.named_modules()):
+        if is_packed(layer):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, _unpacked(layer, unpacked_weight(layer)))
+    return model
+
+
 def _merged(layer: nn.Module) -> nn.Module:
     """The layer below an adapter, with the adapter's update in its weight."""
     base = layer.get_base_layer()
     if not is_packed(base):
         layer.merge()
         return base
-    plain = nn.Linear(base.in_features, base.out_features, base.bias is not None, device="meta")
-    plain.weight = nn.Parameter(layer.weight.detach(), requires_grad=False)  # the adapted one
-    plain.bias = base.bias
+    return _unpacked(base, layer.weight.detach())  # the adapted one
+
+
+def _unpacked(packed: nn.Module, weight: torch.Tensor) -> nn.Linear:
+    plain = nn.Linear(packed.in_features, packed.out_features, packed.bias is not None, device="meta")
+    plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), packed.bias
     return plain
 
 

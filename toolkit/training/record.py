@@ -366,15 +366,13 @@ def read_record(path: Path) -> dict:
             raise InputError(f"schema version {version!r}; this toolkit reads {READABLE}")
         for group in GROUPS:
             record[group].items()  # raises for what is not a dict
-        if version != SCHEMA_VERSION and phase == "training":
+        if phase == "training":  # parameters may have come since, at the values that they had before
             record["config"] = _completed(upgrade(record["config"]))
             record["run"]["experiment_id"] = identity(record["config"])
         elif version != SCHEMA_VERSION:
             record["config"]["budget"] = int(record["config"]["budget"])
             own = {name: value for name, value in record["config"].items() if name not in DISPLAYED}
             record["run"]["experiment_id"] = identity(own)
-        elif phase == "training":
-            record["config"] = _completed(record["config"])
     except InputError:
         raise
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:

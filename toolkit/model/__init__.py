@@ -6,7 +6,7 @@ import torch
 from timm.utils import random_seed
 from torch import nn
 
-from toolkit.backbones import build_backbone
+from toolkit.backbones import build_backbone, data_config, resize
 from toolkit.backbones.dense import build_dense
 from toolkit.budget import format_bytes, tensors_of
 from toolkit.datasets import find_dataset
@@ -35,14 +35,23 @@ def build_model(experiment: Experiment, num_classes: int, pretrained: bool | Non
 
     `pretrained`: as the experiment says if None.  Raises `InputError` for a model that cannot be built.
     """
-    if pretrained is None:
-        pretrained = experiment.pretrained
-    if not experiment.head:
-        return build_backbone(experiment.backbone, num_classes, pretrained)
-    return build_dense(
-        experiment.backbone, experiment.head, num_classes, pretrained, experiment.task,
-        image_size=find_dataset(experiment.dataset).image_pixels,
-    )  # fmt: skip
+    e = experiment
+    pixels = e.resolution or find_dataset(e.dataset).image_pixels
+    pretrained = e.pretrained if pretrained is None else pretrained
+    return build_network(e.backbone, e.head, e.task, num_classes, pretrained, pixels)
+
+
+def build_network(
+    backbone: str, head: str, task: str, num_classes: int, pretrained: bool, pixels: int | None
+) -> nn.Module:
+    """A classifier, or with a `head` a dense model, for square images of `pixels` a side; None or 0: the
+    backbone's own size."""
+    if head:
+        return build_dense(backbone, head, num_classes, pretrained, task, image_size=pixels or None)
+    model = build_backbone(backbone, num_classes, pretrained)
+    if pixels and (3, pixels, pixels) != tuple(data_config(model)["input_size"]):
+        resize(model, backbone, pixels)
+    return model
 
 
 def optimizer_of(model: nn.Module, experiment: Experiment) -> torch.optim.Optimizer:
