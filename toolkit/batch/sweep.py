@@ -28,6 +28,7 @@ from toolkit.baselines.experiment import BaselineExperiment
 from toolkit.baselines.memory_estimate import form_and_batch
 from toolkit.baselines.prompts import class_names
 from toolkit.batch import cluster
+from toolkit.batch.warm_kernels import WarmKernelManager
 from toolkit.budget import find_blocks
 from toolkit.datasets import Splits, load_dataset
 from toolkit.errors import InputError, check_name, one_line
@@ -251,4 +252,5 @@ def execute_notebook(name: str, output: Path, parameters: dict) -> None:
         papermill.execute_notebook(
             str(notebook), path, parameters=parameters, kernel_name="python3", cwd=str(NOTEBOOKS),
             progress_bar=False, extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
+            kernel_manager_class=WarmKernelManager,
         )  # fmt: skip
