@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from toolkit.baselines.experiment import BaselineExperiment
-from toolkit.batch.dry_run import dry_run, summary
+from toolkit.batch.dry_run import CPU_RATIO, START_SECONDS, dry_run, summary
 from toolkit.batch.sweep import check_runnable
 from toolkit.datasets import load_dataset
 from toolkit.errors import InputError
@@ -58,20 +58,21 @@ def test_time_is_estimated_from_other_seeds_then_by_scale(tmp_path, kept):
     assert list(before.estimate_from[:4]) == ["planner"] * 4
     assert not before.finished.any() and list(before.name) == [e.name for e in asked]
     assert before.seconds[4:].isna().all() and "no such run is finished" in before.estimate_from[4]
-    assert before.seconds[2] == pytest.approx(5 * -(-1077 // 4) * forecast(none, 10, kept).step_seconds)
-    assert "at least" in summary(before) and "left with one worker" not in summary(before)
+    steps = 5 * -(-1077 // 4)
+    training = [steps * forecast(e, 10, kept).step_seconds for e in (EXPERIMENT, none)]
+    assert before.seconds[2] == pytest.approx(START_SECONDS + CPU_RATIO * training[1])
+    assert "roughly" in summary(before) and "left with one worker" not in summary(before)
 
-    planned = forecast(EXPERIMENT, 10, kept).step_seconds
     for seed, seconds in ((7, 20.0), (8, 30.0), (9, 40.0)):
-        _finish(replace(EXPERIMENT, seed=seed), runs, seconds, train_seconds=100 * planned, steps=5)
-    _finish(EXPERIMENT, runs, 30.0, train_seconds=100 * planned, steps=5)
+        _finish(replace(EXPERIMENT, seed=seed), runs, seconds, train_seconds=18.0)
+    _finish(EXPERIMENT, runs, 30.0, train_seconds=18.0)
     _finish(replace(baseline, image_size=64), runs, 99.0)  # another baseline run
     after = dry_run(asked, runs, kept)
     assert list(after.finished) == [True, False, False, False, False]
     assert list(after.estimate_from[:4]) == ["finished runs"] * 2 + ["scaled planner"] * 2
     assert after.seconds[1] == 30
-    scale = 30 / before.seconds[0]  # of the finished runs that the sweep names
-    assert after.seconds[3] == pytest.approx(scale * before.seconds[3])
+    ratio = 18 / training[0]  # of the finished runs that the sweep names; the rest, 12 s, is no training
+    assert after.seconds[2] == pytest.approx(12 + ratio * training[1])
     _finish(baseline, runs, 12.0)
     assert dry_run(asked, runs, kept).seconds[4] == 12
     words = summary(after)
@@ -115,7 +116,8 @@ def test_refused_runs_are_named(tmp_path, kept, monkeypatch):
     monkeypatch.setattr(MODULE, "load_dataset", no_download)
     e = replace(EXPERIMENT, dataset="dtd", checkpointing="none", epochs=1)
     row = dry_run([e], tmp_path, kept).iloc[0]
-    assert row.seconds == pytest.approx(470 * forecast(e, 47, kept).step_seconds)
+    training = 470 * forecast(e, 47, kept).step_seconds
+    assert row.seconds == pytest.approx(START_SECONDS + CPU_RATIO * training)
     assert dry_run([], tmp_path, kept).empty and summary(dry_run([], tmp_path, kept)) == "0 runs, 0 finished"
 
 
@@ -142,7 +144,7 @@ def test_batches_are_no_larger_than_the_data(tmp_path, monkeypatch, few_digits, 
     found = forecast(replace(e, batch_size=96, micro_batch_size=96), 10, kept)
     row = dry_run([e], tmp_path, kept).iloc[0]
     assert row.predicted_peak_bytes == found.peak_bytes
-    assert row.seconds == pytest.approx(5 * found.step_seconds)
+    assert row.seconds == pytest.approx(START_SECONDS + CPU_RATIO * 5 * found.step_seconds)
 
 
 def test_the_summary_counts_runs_that_exceed_their_budget(tmp_path, kept):

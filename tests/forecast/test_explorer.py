@@ -20,13 +20,14 @@ from papermill.iorw import read_yaml_file
 import toolkit
 from toolkit import cache as explorer_cache
 from toolkit import plots
-from toolkit.budget import STRATEGIES, plan
+from toolkit.budget import STRATEGIES, format_bytes, plan
 from toolkit.errors import InputError
 from toolkit.experiment import Experiment
 from toolkit.files import NOTEBOOKS
 from toolkit.forecast import explorer as explorer_module
 from toolkit.forecast import forecasts as forecast_module
-from toolkit.forecast.explorer import Explorer
+from toolkit.forecast.explorer import FRAGMENTED, Explorer
+from toolkit.forecast.forecasts import classes_of
 from toolkit.methods import Hooks, set_train_mode
 from toolkit.training.step import held_bytes
 from toolkit.widgets import BudgetExplorer
@@ -65,6 +66,20 @@ def test_the_range_is_feasible_and_tight(explorer):
     assert explorer.plan(low).fits
     with pytest.raises(InputError, match="cannot be held"):
         explorer.plan(int(0.99 * low))
+
+
+def test_one_sentence_says_whether_a_card_holds_the_step(explorer, monkeypatch):
+    monkeypatch.setattr(explorer_module, "_context_bytes", lambda: (2**20, "measured"))
+    low, high = explorer.range()
+
+    def card(budget: float) -> str:
+        return f"{int(2**20 + budget / (1 - FRAGMENTED))} B"
+
+    assert "as it is: it takes" in explorer.on_card(card(1.01 * high))
+    between = explorer.on_card(card((low + high) / 2))
+    assert "by computing" in between and f"Budget: {format_bytes((low + high) / 2)}." in between
+    assert "does not hold" in explorer.on_card(card(0.9 * low)) and "1.0 MiB are the CUDA context" in between
+    assert classes_of("digits") == 10 and classes_of("cifar100") == 100
 
 
 def test_stops_are_logarithmic(explorer):

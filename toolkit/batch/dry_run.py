@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from statistics import median
 
+import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
 from toolkit.baselines.experiment import BaselineExperiment
 from toolkit.baselines.memory_estimate import form_and_batch
 from toolkit.baselines.prompts import class_names
+from toolkit.budget import format_bytes
 from toolkit.datasets import find_dataset, load_dataset
 from toolkit.errors import InputError, one_line
 from toolkit.experiment import Experiment, Parameters
@@ -26,6 +28,9 @@ from toolkit.files import RUNS
 from toolkit.forecast.forecasts import FORECASTS, Forecast, forecasts
 from toolkit.measure.environment import device_name
 from toolkit.training.record import FILE_NAME, finished_folder, is_finished, read_record
+
+START_SECONDS = 12.0  # of a run of `1_finetune`, besides its training
+CPU_RATIO = 18.0  # training time to the planner's estimate, which is for an assumed device: 13 to 25
 
 _STOPS = "stops the sweep"
 _NOT_RUN = ("refused", _STOPS)
@@ -43,18 +48,20 @@ def dry_run(experiments: Sequence[Parameters], runs: Path = RUNS, folder: Path =
     of the whole run, and what they are an `estimate_from`:
 
     - "finished runs": the median of those on this device that differ only in the seed;
-    - "scaled planner": the planner's estimate of all training steps, times the median ratio of finished runs
-      of this sweep to their own estimates;
-    - "planner": the estimate alone, without such runs.  On a CPU it is much too short: measured times are 13
-      to 25 times as long;
+    - "scaled planner": the planner's estimate of all training steps, times the median ratio of training in
+      finished runs of this sweep to their own estimates, and the median of what these runs took besides:
+      the start of a kernel, data, model, validation and test;
+    - "planner": the same with what was measured on two CPU cores, `START_SECONDS` and `CPU_RATIO`;
     - otherwise the reason why there is no number.
+
+    On a terminal, a line on stderr tells of each forecast as soon as it is made.
     """
     data = {name: _data_of(name) for name in dict.fromkeys(e.dataset for e in experiments)}
     there = {name: found for name, found in data.items() if not isinstance(found, str)}
     tuned = [e for e in experiments if isinstance(e, Experiment) and e.dataset in there]
     trained = [_as_trained(e, there[e.dataset].images) for e in tuned]
     classes = {name: len(found.classes) for name, found in there.items()}
-    predicted = dict(zip(tuned, forecasts(trained, classes, folder)))
+    predicted = dict(zip(tuned, forecasts(trained, classes, folder, _tell)))
     needs: dict = {}  # of baselines; those that differ in data or seed share one
     rows = []
     for e in tqdm(experiments, desc="runs", unit="run", leave=False):
@@ -93,8 +100,8 @@ def summary(frame: pd.DataFrame) -> str:
         parts.append(f"about {_duration(known.seconds.sum())} left with one worker ({counts})")
     guessed = left[left.estimate_from == "planner"]
     if len(guessed):
-        least = _duration(guessed.seconds.sum())
-        parts.append(f"at least {least} of training for {len(guessed)} that no finished run resembles")
+        about = _duration(guessed.seconds.sum())
+        parts.append(f"roughly {about} for {len(guessed)} that no finished run resembles")
     untimed = left[left.seconds.isna() & ~left.within_budget.isin(_NOT_RUN)]
     parts += [f"{n} without an estimate: {why}" for why, n in untimed.estimate_from.value_counts().items()]
     lines = ["; ".join(parts)]
@@ -161,26 +168,36 @@ def _baseline_row(e: BaselineExperiment, classes: list[str]) -> dict:
     return {"predicted_peak_bytes": peak_bytes, "within_budget": "yes", "reason": ""}
 
 
+def _tell(e: Experiment, found: Forecast) -> None:
+    if sys.stderr.isatty():
+        peak = (
+            found.reason if found.peak_bytes is None else f"predicted peak {format_bytes(found.peak_bytes)}"
+        )
+        tqdm.write(f"{e.describe()}: {peak}", file=sys.stderr)
+
+
 def _with_times(frame: pd.DataFrame, experiments: Sequence[Parameters], runs: Path) -> pd.DataFrame:
     """`frame`, whose `seconds` are the planner's, with the best estimate of each run."""
-    past: dict[str, list[float]] = {}  # seconds of finished runs by id of the experiment with seed 0
-    for e, seconds in _finished(runs):
+    past: dict[str, list[tuple[float, float]]] = {}  # seconds by id of the experiment with seed 0
+    for e, *seconds in _finished(runs):
         past.setdefault(replace(e, seed=0).id, []).append(seconds)
-    measured = [median(past.get(replace(e, seed=0).id, [math.nan])) for e in experiments]
-    measured = pd.Series(measured, frame.index, float)
-    scale = (measured / frame.seconds).median()
+    known = [np.median(past.get(replace(e, seed=0).id, [(math.nan,) * 2]), axis=0) for e in experiments]
+    known = pd.DataFrame(known, frame.index, ["whole", "training"], float)
+    ratio = (known.training / frame.seconds).median()
+    start = (known.whole - known.training)[frame.seconds.notna()].median()
     runs_at_all = ~frame.within_budget.isin(_NOT_RUN)
-    source = pd.Series("no such run is finished", frame.index).mask(frame.seconds.notna(), "planner")
-    if pd.notna(scale):
-        source = source.mask(frame.seconds.notna(), "scaled planner")
-        frame["seconds"] *= scale
-    source = source.mask(measured.notna(), "finished runs").where(runs_at_all, "refused")
-    seconds = measured.fillna(frame.seconds).where(runs_at_all)
+    source = pd.Series("no such run is finished", frame.index)
+    source = source.mask(frame.seconds.notna(), "planner" if math.isnan(ratio) else "scaled planner")
+    if math.isnan(ratio):
+        ratio = pd.Series([CPU_RATIO if e.device == "cpu" else 1.0 for e in experiments], frame.index, float)
+        start = START_SECONDS
+    source = source.mask(known.whole.notna(), "finished runs").where(runs_at_all, "refused")
+    seconds = known.whole.fillna(start + ratio * frame.seconds).where(runs_at_all)
     return frame.assign(seconds=seconds, estimate_from=source)
 
 
-def _finished(runs: Path) -> Iterator[tuple[Parameters, float]]:
-    """Experiment and seconds of each run on this device that papermill executed in one go, successfully."""
+def _finished(runs: Path) -> Iterator[tuple[Parameters, float, float]]:
+    """Experiment, seconds and training seconds of each run on this device that ended well in one go."""
     for path in sorted(runs.glob(f"*/{FILE_NAME}")):
         if not is_finished(path.parent):
             continue
@@ -190,9 +207,10 @@ def _finished(runs: Path) -> Iterator[tuple[Parameters, float]]:
             e = kind(**{field.name: record["config"][field.name] for field in fields(kind)})
             (notebook,) = path.parent.glob("*.ipynb")  # of whatever name that notebook had then
             seconds = json.loads(notebook.read_bytes())["metadata"]["papermill"]["duration"]
+            training = record["time"].get("train_seconds")
             here = record["env"]["device_name"] == device_name(e.device)
             whole = record["run"]["status"] == "ok" and not record["time"].get("resumes")
         except (OSError, ValueError, KeyError, TypeError):  # run by hand, or on a device that is not here
             continue
         if here and whole and seconds:
-            yield e, seconds
+            yield e, seconds, training or 0.0

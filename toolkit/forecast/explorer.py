@@ -6,6 +6,7 @@ is profiled only once.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shlex
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 import yaml
 from tqdm.auto import tqdm
 
@@ -23,9 +25,13 @@ from toolkit.cache import kept
 from toolkit.errors import InputError
 from toolkit.experiment import Experiment
 from toolkit.files import CACHE, NOTEBOOKS, write_atomically
-from toolkit.forecast.forecasts import Forecast, TrainingStep
+from toolkit.forecast.forecasts import Forecast, TrainingStep, classes_of
+from toolkit.measure import Nvml, SensorError
+from toolkit.measure.memory import context_bytes
 
 ANSWERS = CACHE / "explorer"
+CONTEXT_BYTES = 500 * 2**20  # of CUDA, where it cannot be measured
+FRAGMENTED = 0.05  # of what the context leaves
 STOPS = 40  # positions of the slider
 _MOMENTS = 1500  # resolution of a picture
 
@@ -87,7 +93,7 @@ def kinds_of(pictures: Sequence[StepPicture]) -> list[str]:
 
 
 class Explorer:
-    """All plans of one training step of `experiment` on images of `num_classes` classes.
+    """All plans of one training step of `experiment` on images of `num_classes` classes (0: of its data set).
 
     Weights are random and tensors fake: no download, and no memory except for the weights and one batch.  The
     experiment's own budget and checkpointing are ignored.  Budgets are bytes or text like "2GB", and hold
@@ -97,14 +103,14 @@ class Explorer:
 
     def __init__(self, experiment: Experiment, num_classes: int, folder: Path = ANSWERS):
         self.experiment = experiment.variant(checkpointing="planned")
-        self.num_classes, self.folder = num_classes, folder
+        self.num_classes, self.folder = num_classes or classes_of(experiment.dataset), folder
         # With the options that `experiment` has for its own strategy.
         self._by_rule = [
             experiment.variant(checkpointing=name)
             for name, strategy in STRATEGIES.items()
             if not strategy.plans
         ]
-        self._training = TrainingStep(self.experiment, num_classes)
+        self._training = TrainingStep(self.experiment, self.num_classes)
         self._answers: dict[int, tuple[pd.DataFrame, StepPicture]] = {}  # by budget
         self._range = tuple(self._kept("range", self._find_range))
         for stop in tqdm(self.stops, desc="budgets", unit="budget", leave=False):
@@ -120,6 +126,28 @@ class Explorer:
         low, high = self._range
         cards = [card for card in CARDS_BYTES if low <= card <= high]
         return sorted({*map(int, np.ceil(np.geomspace(low, high, STOPS))), *cards})
+
+    def on_card(self, card: int | str) -> str:
+        """Whether a card with this much memory holds the step, in a sentence, with the budget to choose.
+
+        A GPU that is here tells the bytes of its context; otherwise `CONTEXT_BYTES` are assumed.  A part of
+        the rest, `FRAGMENTED`, is left to the allocator.
+        """
+        context, source = _context_bytes()
+        left = int((parse_bytes(card) - context) * (1 - FRAGMENTED))
+        low, high = self._range
+        e = self.experiment
+        step = f"{e.method} on {e.backbone} in batches of {e.batch_size} with {self.num_classes} classes"
+        takes = (
+            f"it takes {format_bytes(high)} without checkpointing and at least {format_bytes(low)} planned"
+        )
+        room = (
+            f"{format_bytes(context)} are the CUDA context ({source}), {FRAGMENTED:.0%} are for fragmentation"
+        )
+        if left < low:
+            return f"A card of {card} does not hold {step}: {takes}; {room}. Take smaller batches."
+        how = "as it is" if left >= high else f"by computing {self.plan(left).recompute_pct:.0f} % again"
+        return f"A card of {card} holds {step}, {how}: {takes}; {room}. Budget: {format_bytes(left)}."
 
     def plan(self, budget: int | str) -> Plan:
         """The fastest plan, in micro-batches where these are faster.  Raises `InputError` if nothing fits."""
@@ -254,6 +282,16 @@ class Explorer:
             "strategies": {e.checkpointing: asdict(e.strategy) for e in self._by_rule},
         }
         return kept(self.folder, question, lambda: {"found": make()})["found"]
+
+
+def _context_bytes() -> tuple[int, str]:
+    """Bytes of a CUDA context, and whether they are measured."""
+    device = torch.device("cuda")
+    with contextlib.suppress(SensorError):
+        if torch.cuda.is_available():
+            torch.zeros(1, device=device)  # makes the context
+            return context_bytes(Nvml.of(device), device), "measured"
+    return CONTEXT_BYTES, "assumed"
 
 
 def _row(experiment: Experiment, forecast: Forecast) -> dict:

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from toolkit.budget import Plan, Planner, format_bytes, parse_bytes
 from toolkit.budget.solver import Chain
 from toolkit.cache import digest, kept
-from toolkit.datasets import find_dataset
+from toolkit.datasets import find_dataset, load_dataset
 from toolkit.errors import InputError, one_line
 from toolkit.experiment import Experiment
 from toolkit.files import CACHE
@@ -105,10 +105,12 @@ def forecasts(
     experiments: Sequence[Experiment],
     num_classes_of: Callable[[str], int] | Mapping[str, int],
     folder: Path = FORECASTS,
+    tell: Callable[[Experiment, Forecast], None] = lambda experiment, found: None,
 ) -> list[Forecast]:
     """`forecast` of each, in order; `num_classes_of`: data set -> number of classes.
 
-    Experiments that differ in budget, strategy, seed or schedule only share one profile.
+    `tell` is called with each as soon as it is made.  Experiments that differ in budget, strategy, seed or
+    schedule only share one profile.
     """
     classes = num_classes_of.__getitem__ if isinstance(num_classes_of, Mapping) else num_classes_of
     by_step: dict[str, tuple[TrainingStep, list[int]]] = {}
@@ -122,6 +124,7 @@ def forecasts(
             for place in places:
                 bar.set_description(experiments[place].describe().split(",")[0], refresh=False)
                 found[place] = step.forecast(experiments[place], folder)
+                tell(experiments[place], found[place])
                 bar.update()
     return [found[place] for place in range(len(experiments))]
 
@@ -314,6 +317,12 @@ def what_fits(
                 rows.append((backbone, method, strategy, smallest, next(iter(holds), None), reason))
     frame = pd.DataFrame(rows, columns=["backbone", "method", "strategy", "smallest_bytes", "card", "reason"])
     return frame.astype({"smallest_bytes": "Int64", "card": pd.CategoricalDtype(cards, ordered=True)})
+
+
+def classes_of(dataset: str) -> int:
+    """The number of classes of a data set, without a download where it is published."""
+    entry = find_dataset(dataset)
+    return entry.classes if entry.train_images is not None else len(load_dataset(dataset).classes)
 
 
 def made_by() -> dict:

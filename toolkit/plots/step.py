@@ -213,8 +213,9 @@ def smallest_budgets(frame: pd.DataFrame) -> Figure:
     frame["card"] = card.where(frame.gigabytes.notna())
     methods, backbones = frame.method.nunique(), frame.backbone.nunique()
     strategies = list(dict.fromkeys(frame.strategy))
-    figure, (row,) = grid_of(1, len(strategies), 0.75 * methods, 1.1 + 0.55 * backbones, sharey=True)
-    for axes, strategy in zip(row, strategies):
+    size = (0.85 * methods + 0.5, 0.5 * backbones + 0.9)
+    figure, rows = grid_of(len(strategies), 1, *size, sharex=True)
+    for (axes,), strategy in zip(rows, strategies):
         table = frame[frame.strategy == strategy].set_index(["backbone", "method"])
         cells, places = table.gigabytes.unstack(sort=False), table.card.unstack(sort=False)
         texts = cells.map(lambda value: "–" if np.isnan(value) else f"{value:.2g}")
