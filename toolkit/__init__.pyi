@@ -8,7 +8,7 @@ from .errors import InputError
 from .experiment import Experiment
 from .forecast.explorer import Explorer
 from .forecast.forecasts import preview, what_fits
-from .forecast.step_memory import memory_table, step_memories
+from .forecast.step import memory_table, step_memories
 from .measure import Meter, flops
 from .measure.scores import netscore
 from .methods import adapt, summarize

@@ -9,6 +9,7 @@ Shapes: B images, maps (B, C, H, W), windows of T tokens (B·windows, T, C), N s
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +78,7 @@ class MambaVision(ScanClassifier):
         img_size: int = 224,
     ):
         super().__init__()
-        self.patch_embed = Stem(stem_dim, embed_dim)
+        self.patch_embed = stem(stem_dim, embed_dim)
         total = sum(depths)
         rates = iter([drop_path_rate * i / max(1, total - 1) for i in range(total)])
         dims = [embed_dim * 2**i for i in range(4)]
@@ -105,33 +106,23 @@ class MambaVision(ScanClassifier):
         return self.head(x.mean(dim=(2, 3)))
 
 
-class Stem(nn.Module):
+def stem(stem_dim: int, dim: int) -> nn.Module:
     """Two convolutions that halve height and width: (B, 3, H, W) -> (B, C, H/4, W/4)."""
-
-    def __init__(self, stem_dim: int, dim: int):
-        super().__init__()
-        self.conv_down = nn.Sequential(
-            nn.Conv2d(3, stem_dim, 3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(stem_dim, eps=1e-4),
-            nn.ReLU(),
-            nn.Conv2d(stem_dim, dim, 3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(dim, eps=1e-4),
-            nn.ReLU(),
-        )
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.conv_down(images)
+    layers = nn.Sequential(
+        nn.Conv2d(3, stem_dim, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(stem_dim, eps=1e-4),
+        nn.ReLU(),
+        nn.Conv2d(stem_dim, dim, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(dim, eps=1e-4),
+        nn.ReLU(),
+    )
+    return nn.Sequential(OrderedDict(conv_down=layers))  # named as in the checkpoint
 
 
-class Downsample(nn.Module):
-    """Half the height and width, twice the channels."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.reduction = nn.Sequential(nn.Conv2d(dim, 2 * dim, 3, stride=2, padding=1, bias=False))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.reduction(x)
+def downsample(dim: int) -> nn.Module:
+    """A convolution to half the height and width, and twice the channels."""
+    convolution = nn.Conv2d(dim, 2 * dim, 3, stride=2, padding=1, bias=False)
+    return nn.Sequential(OrderedDict(reduction=nn.Sequential(convolution)))
 
 
 class ConvStage(nn.Module):
@@ -140,7 +131,7 @@ class ConvStage(nn.Module):
     def __init__(self, dim: int, drop_path_rates: list[float]):
         super().__init__()
         self.blocks = nn.ModuleList(ConvBlock(dim, rate) for rate in drop_path_rates)
-        self.downsample = Downsample(dim)
+        self.downsample = downsample(dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
@@ -184,7 +175,7 @@ class MixerStage(nn.Module):
             )
             for i, rate in enumerate(drop_path_rates)
         )
-        self.downsample = nn.Identity() if last else Downsample(dim)
+        self.downsample = nn.Identity() if last else downsample(dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         height, width = x.shape[2:]

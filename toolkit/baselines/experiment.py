@@ -70,7 +70,7 @@ class BaselineExperiment(Parameters):
 
     @property
     def weights_source(self) -> str:
-        """Where the family's loader finds the weights: in `source` if it is given."""
+        """The place where the family's loader finds the weights: `source` if it is given."""
         prefix = "" if self.family == "generative" else "local-dir:"
         return f"{prefix}{self.source}" if self.source else self.entry.source
 

@@ -1,4 +1,4 @@
-"""How much device memory evaluating a baseline takes, before anything is downloaded.
+"""An estimate of the device memory that evaluating a baseline takes, before anything is downloaded.
 
 Weights are counted on the architecture (see `architectures`); for the rest, the passes of an evaluation run
 on fake tensors, which have shapes and storages but no memory and no arithmetic, while `TensorMemory` records

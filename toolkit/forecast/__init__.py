@@ -1,1 +1,1 @@
-"""What an experiment will take, before it runs."""
+"""Forecasts of what an experiment will take, before it runs."""

@@ -1,4 +1,4 @@
-"""How a backbone is adapted: which parameters train, and what is added.
+"""Methods of adaptation: which parameters of a backbone train, and what is added to it.
 
 `adapt(model, "lora", rank=4)` returns the model to train, `summarize(model)` counts its parameters.  The
 classifier head trains under every method.  Each method is declared in a file of its own, see `registry`:

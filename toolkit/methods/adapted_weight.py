@@ -12,7 +12,7 @@ import functools
 import torch
 from torch import nn
 
-from toolkit.methods.lean import is_packed, unpacked_weight
+from toolkit.methods.lean import unpacked_weight
 
 
 def show_adapted_weight(layer: nn.Module) -> None:
@@ -46,7 +46,7 @@ def _scaled(tensor: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
 
 def _weight(layer: nn.Module) -> torch.Tensor:
     base = layer.get_base_layer()
-    weight = unpacked_weight(base) if is_packed(base) else base.weight
+    weight = unpacked_weight(base)
     for name in _active(layer):
         if hasattr(layer, "ia3_l"):
             weight = _scaled(weight, layer.ia3_l[name])

@@ -1,6 +1,6 @@
-"""Where batch norms get the mean and variance by which they normalise in training.
+"""The mean and variance by which batch norms normalise in training.
 
-From their running statistics, as the backbone brought them ("frozen"), or from the batch, which the running
+They are the running statistics, as the backbone brought them ("frozen"), or the batch's, which the running
 statistics then follow ("updated").  The statistics are not parameters, so no method trains them, but moving
 them alone adapts a network to shifted data, and small batches make them drift: so the choice is recorded with
 each run.

@@ -1,4 +1,4 @@
-"""Whether all that counts as trained gets a gradient: checked on fake tensors, where nothing is computed."""
+"""A check that all trained parameters get a gradient, on fake tensors, where nothing is computed."""
 
 from __future__ import annotations
 

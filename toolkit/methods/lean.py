@@ -122,8 +122,8 @@ def _update_of(layer: nn.Module, name: str) -> _Update | None:
 
 
 def unpacked_weight(layer: nn.Module) -> torch.Tensor:
-    """Weight (out, in) of a 4-bit layer, in its type before packing."""
-    return _unpacked(layer.weight.quant_state, layer.weight)
+    """Weight of a layer; of a 4-bit one (out, in), in its type before packing."""
+    return _unpacked(getattr(layer.weight, "quant_state", None), layer.weight)
 
 
 def _unpacked(state, weight: torch.Tensor) -> torch.Tensor:

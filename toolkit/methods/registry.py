@@ -1,4 +1,4 @@
-"""What a method declares about itself.
+"""The declaration of a method.
 
 One file declares one method (or one family): a function that adapts a model, a dataclass of options, learning
 rates, and where needed an optimizer and hooks into the training loop.  `register` makes it known everywhere:
@@ -43,7 +43,7 @@ class LearningRate:
 
 
 class Hooks:
-    """What a method does around the steps of training; nothing by default."""
+    """The actions of a method around the steps of training; none by default."""
 
     held_bytes = 0  # of tensors that the method holds besides the model and the optimizer's state
 
@@ -74,7 +74,7 @@ class Hooks:
         """Release what the optimizer holds of the model, for whoever trains the model next."""
 
     def state(self) -> dict | None:
-        """What an interrupted run needs to continue."""
+        """The state that an interrupted run needs to continue."""
 
     def load_state(self, state: dict | None) -> None:
         """Continue from `state()`."""

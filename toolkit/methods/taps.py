@@ -1,4 +1,4 @@
-"""Which features of a frozen backbone side networks read, and in what form.
+"""The features of a frozen backbone that side networks read, and their form.
 
 A tap is the output of one of the backbone's repeated blocks (`budget.find_blocks`), taken by a hook while
 `forward_features` runs.  The backbone's layout may be tokens (B, N, C), maps (B, C, H, W) as in CNNs, or

@@ -1,4 +1,4 @@
-"""Which layers of a backbone get adapters, and whether these layers can have them.
+"""The layers of a backbone that get adapters, and checks that they can have them.
 
 In a vision transformer: the linear layers in its blocks.  Where the blocks hold none, as in a CNN: all
 convolutions but the first, with those of squeeze-excite and downsampling.  A convolution with groups has few
