@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_iter, tree_map_only
 
+from toolkit.budget.integers import described
 from toolkit.budget.lean import LeanForms
 from toolkit.budget.memory import format_bytes, parse_bytes
 from toolkit.budget.plan import Plan, Planner, batch_size_of
@@ -326,14 +327,14 @@ def _without_memory(batch, device: torch.device):
     """`batch` as meta tensors, so that a planner that keeps it holds no memory on the device."""
     known: dict[int, torch.Tensor] = {}
 
-    def described(tensor: torch.Tensor) -> torch.Tensor:
+    def without(tensor: torch.Tensor) -> torch.Tensor:
         if type(tensor) is not torch.Tensor or tensor.device != device:
             return tensor
         if id(tensor) not in known:
-            known[id(tensor)] = torch.empty_like(tensor, device="meta", requires_grad=tensor.requires_grad)
+            known[id(tensor)] = described(tensor)
         return known[id(tensor)]
 
-    return tree_map_only(torch.Tensor, described, batch)
+    return tree_map_only(torch.Tensor, without, batch)
 
 
 def untracked_bytes(device: torch.device) -> int:

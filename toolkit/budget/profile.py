@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_iter, tree_map_only
 
+from toolkit.budget.integers import RealIntegers, with_values
 from toolkit.budget.memory import tensors_of
 from toolkit.budget.step import (
     autocast,
@@ -94,7 +95,8 @@ def profile(
     on fake tensors.
     """
     make_optimizer = optimizer_like(optimizer, model)
-    with on_fake_tensors(model, batch) as fake_batch:
+    with on_fake_tensors(model, batch) as fakes, RealIntegers():
+        fake_batch = with_values(fakes, batch)
         inputs, targets, accumulates = _first_samples(fake_batch, micro_batch_size)
         device = next(model.parameters()).device
         timeline = Timeline(device)
