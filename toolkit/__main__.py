@@ -8,12 +8,17 @@ model of a finished run.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import os
 import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
+
+from tqdm import tqdm
 
 import toolkit
 from toolkit.errors import InputError
@@ -60,6 +65,27 @@ def _load_plugins(arguments: list[str]) -> None:
             os.environ[variable] = separator.join(filter(None, (value, os.environ.get(variable))))
 
 
+# Flags of experiments by what they are about; all others are about training.
+_GROUPS = {
+    "data and model": ("dataset", "backbone", "pretrained", "head"),
+    "method": ("method", "batch_norm", "feature_cache"),
+    "memory": ("budget", "checkpointing", "micro_batch_size", "precision"),
+}
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Help with a line per flag: argparse's `VALUE [VALUE ...]` leaves no room for its meaning."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=28)
+        self._action_max_length = 28  # meanings begin in one column, in all groups
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        return (
+            f"{action.metavar} ..." if action.nargs == "+" else super()._format_args(action, default_metavar)
+        )
+
+
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are two lines: the nearest flag, and where to find the others."""
 
@@ -88,8 +114,10 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (function, add_flags, text) in COMMANDS.items():
         takes = {"predict": "FOLDER IMAGES ... ", "export": "FOLDER ", "push": "FOLDER REPO "}.get(name, "")
-        usage = f"toolkit {name} {takes}[flags]"
-        added = commands.add_parser(name, help=text, description=f"{text}.", usage=usage, allow_abbrev=False)
+        added = commands.add_parser(
+            name, help=text, description=f"{text}.", usage=f"toolkit {name} {takes}[flags]", allow_abbrev=False,
+            formatter_class=_Help,
+        )  # fmt: skip
         added.set_defaults(command=function)
         if name in arguments[:1]:
             add_flags(added)
@@ -124,7 +152,8 @@ def _add_sweep_flags(sweep: argparse.ArgumentParser) -> None:
 
 def _add_plan_flags(plan: argparse.ArgumentParser) -> None:
     _add_experiment_flags(plan)
-    plan.add_argument("--num-classes", type=int, default=100, metavar="COUNT", help="default: 100")
+    text = "to plan for, where no data set is named (default 100)"
+    plan.add_argument("--num-classes", type=int, metavar="INT", help=text)
     plan.add_argument("--figure", type=Path, metavar="FILE", help="also draw memory over the planned step")
 
 
@@ -177,30 +206,44 @@ def _add_push_flags(push: argparse.ArgumentParser) -> None:
 
 
 def _add_experiment_flags(command: argparse.ArgumentParser, **settings: object) -> None:
-    """A flag for each field of `Experiment` and each option of a method or strategy."""
+    """A flag for each field of `Experiment`, and for each option of a method or strategy, which the epilog
+    explains: one name may be an option of several, with a meaning in each."""
+    from toolkit.budget import STRATEGIES
     from toolkit.experiment import Experiment, option_fields
+    from toolkit.methods import METHODS
 
-    own = [field for field in fields(Experiment) if field.name != "options"]
-    _add_flags(command.add_argument_group("experiment"), own, **settings)
-    group = command.add_argument_group("options of methods and checkpointing strategies")
+    named = {name for names in _GROUPS.values() for name in names}
+    own = {field.name: field for field in fields(Experiment) if field.name != "options"}
+    for title, names in (_GROUPS | {"training": [name for name in own if name not in named]}).items():
+        _add_flags(command.add_argument_group(title), [own[name] for name in names], **settings)
     for declared in option_fields().values():
-        meanings: dict[str, list[str]] = {}  # methods may give one name different meanings
-        for owner, field in declared.items():
-            meanings.setdefault(_meaning(field), []).append(owner)
-        text = "; ".join(f"{', '.join(owners)}: {meaning}" for meaning, owners in meanings.items())
-        _add_flag(group, field, text, **settings)
+        _add_flag(command, next(iter(declared.values())), argparse.SUPPRESS, **settings)
+
+    explained = []
+    for flag, kinds in (
+        ("method", {n: m.options for n, m in METHODS.items()}),
+        ("checkpointing", STRATEGIES),
+    ):
+        for kind in dict.fromkeys(kinds.values()):
+            owners = ", ".join(name for name, other in kinds.items() if other is kind)
+            section = argparse.ArgumentParser(add_help=False, usage=argparse.SUPPRESS, formatter_class=_Help)
+            group = section.add_argument_group(f"options of --{flag} {owners}")
+            _add_flags(group, fields(kind), **settings)
+            explained.append(section.format_help())
+    command.epilog = "\n".join(filter(None, explained))
 
 
-def _add_flags(group: argparse._ArgumentGroup, parameters: list[Field], **settings: object) -> None:
+def _add_flags(group: argparse._ActionsContainer, parameters: Iterable[Field], **settings: object) -> None:
     for field in parameters:
-        _add_flag(group, field, _meaning(field), **settings)
+        _add_flag(group, field, _meaning(field).replace("%", "%%"), **settings)
 
 
-def _add_flag(group: argparse._ArgumentGroup, field: Field, text: str, **settings: object) -> None:
+def _add_flag(group: argparse._ActionsContainer, field: Field, text: str, **settings: object) -> None:
     convert = {"int": int, "float": float, "bool": _to_bool}.get(field.type, str)
+    shown = {"int": "INT", "float": "NUMBER", "bool": "BOOL", "Size": "SIZE"}.get(field.type, "NAME")
     group.add_argument(
-        f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, metavar="VALUE", type=convert,
-        help=text.replace("%", "%%"), **settings,
+        f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, metavar=shown, type=convert,
+        help=text, **settings,
     )  # fmt: skip
 
 
@@ -208,7 +251,8 @@ def _meaning(field: Field) -> str:
     """One line about a field: its text, its choices and its default."""
     choices = " | ".join(field.metadata.get("choices", ()))
     text = ", ".join(filter(None, (field.metadata.get("help"), choices)))
-    return text if field.default == "" else f"{text} (default {field.default})"
+    default = str(field.default).lower() if isinstance(field.default, bool) else field.default
+    return text if default == "" else f"{text} (default {default})"
 
 
 def _to_bool(text: str) -> bool:
@@ -300,21 +344,72 @@ def _plan(given: argparse.Namespace) -> int:
 
     values = _parameters(given, Experiment)
     (experiment,) = grid(**{name: [value] for name, value in values.items()})
-    step = TrainingStep(experiment, given.num_classes)
+    step = TrainingStep(experiment, _classes(given))
     if experiment.strategy.plans:
-        micro_batches = experiment.micro_batch_size or True
-        plan = step.planner.plan(experiment.budget_bytes, micro_batches=micro_batches)
+        with phases("building the model", "running a step on fakes", "choosing what to keep") as begin:
+            begin()
+            step.step  # noqa: B018
+            begin()
+            step.chain(experiment.batch_size)
+            begin()
+            plan = step.planner.plan(
+                experiment.budget_bytes, micro_batches=experiment.micro_batch_size or True
+            )
         print(plan.explain())
         if given.figure:
             _draw_plan(step, plan, given.figure)
         return 0
     if given.figure:
         raise InputError(f"--figure draws plans, and checkpointing {experiment.checkpointing!r} has none.")
-    found = step.forecast(experiment, FORECASTS)
+    with phases("running a step on fakes") as begin:
+        begin()
+        found = step.forecast(experiment, FORECASTS)
     if found.peak_bytes is None:
         raise InputError(found.reason)
     print(found.explain())
     return 0
+
+
+def _classes(given: argparse.Namespace) -> int:
+    """The number of classes to plan for: of the data set, if one is named."""
+    from toolkit.datasets import find_dataset, load_dataset
+
+    if not hasattr(given, "dataset"):
+        return 100 if given.num_classes is None else given.num_classes
+    if given.num_classes is not None:
+        raise InputError(
+            "--num-classes is for plans without data; --dataset counts its classes: leave one out."
+        )
+    return find_dataset(given.dataset).classes or len(load_dataset(given.dataset).classes)
+
+
+@contextlib.contextmanager
+def phases(*names: str, after: float = 2) -> Iterator[Callable[[], None]]:
+    """A bar in a terminal, `after` these seconds; the function that it yields begins the next phase."""
+    todo, ended = enumerate(names), threading.Event()
+    bar_format = "{desc} |{bar}| {n_fmt}/{total_fmt} [{elapsed}]"
+    # disable=None: no bar where it cannot move
+    with tqdm(total=len(names), leave=False, delay=after, disable=None, bar_format=bar_format) as bar:
+
+        def begin() -> None:
+            bar.n, name = next(todo)
+            bar.set_description_str(name, refresh=False)
+
+        def tick() -> None:
+            pause = after
+            while not ended.wait(pause):
+                bar.refresh()
+                pause = 0.5
+
+        ticking = threading.Thread(target=tick, daemon=True)
+        if not bar.disable:
+            ticking.start()
+        try:
+            yield begin
+        finally:
+            ended.set()
+            if ticking.is_alive():
+                ticking.join()
 
 
 def _draw_plan(step: TrainingStep, plan: Plan, path: Path) -> None:

@@ -14,6 +14,10 @@ _TYPES = {"str": str, "int": int, "float": float, "bool": bool}
 class InputError(ValueError):
     """Bad input.  The message names the input and the remedy; the command line exits with status 2."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows in place of a traceback: the message says what to do."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 def check_name(kind: str, name: str, valid: Iterable[str]) -> str:
     """Return `name` if it is one of `valid`; otherwise raise with the list and the nearest match."""

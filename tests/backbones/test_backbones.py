@@ -31,7 +31,7 @@ def test_unknown_backbone_names_the_nearest():
 
 
 def test_missing_hub_weights_are_an_input_error():
-    with pytest.raises(InputError, match=r"weights of 'vit_small'.*pretrained=False"):
+    with pytest.raises(InputError, match=r"weights of 'vit_small'.*HF_HUB_OFFLINE.*pretrained=False"):
         toolkit.build_backbone("vit_small", 10, pretrained=True)
 
 

@@ -1,6 +1,9 @@
 """Batch execution and the command line, on runs of one short epoch where a run is needed."""
 
+import io
 import json
+import sys
+import time
 
 import filelock
 import nbformat
@@ -8,14 +11,16 @@ import papermill
 import pytest
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
+from PIL import Image
 
 import toolkit
-from toolkit.__main__ import main
+from toolkit.__main__ import main, phases
 from toolkit.backbones import demo
 from toolkit.batch import sweep
 from toolkit.batch.sweep_file import presets
 from toolkit.errors import InputError
 from toolkit.files import NOTEBOOKS
+from toolkit.forecast.forecasts import TrainingStep
 from toolkit.training.loop import FitResult
 from toolkit.training.record import RunRecord, run_fields
 
@@ -229,8 +234,13 @@ def test_help_names_every_preset_and_what_each_option_means(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["run", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "galore: steps from one choice of the subspace to the next (default 50)" in text
-    assert "lora, dora, adalora, qlora: rank of the updates (default 8)" in text
+    assert "--gap INT ... steps from one choice of the subspace to the next (default 50)" in text
+    for owners, meaning in {
+        "lora, dora, adalora": "rank of the updates",
+        "lokr": "rank of the second",
+    }.items():
+        section = text.split(f"options of --method {owners}:")[1].split("options of")[0]
+        assert f"--rank INT ... {meaning}" in section
 
 
 def test_an_option_goes_to_the_methods_that_have_it():
@@ -245,6 +255,52 @@ def test_plan_predicts_a_step_by_either_kind_of_strategy(capsys):
     assert "predicted peak" in capsys.readouterr().out
     assert main(common) == 0
     assert "planned" in capsys.readouterr().out
+
+
+def test_plan_counts_the_classes_of_the_data_set(tmp_path, capsys, monkeypatch):
+    for kind in ("cat", "dog", "owl"):
+        (tmp_path / kind).mkdir()
+        for number in range(4):
+            Image.new("RGB", (32, 32), (number, 0, 0)).save(tmp_path / kind / f"{number}.png")
+    planned = []
+
+    def step(experiment, classes):
+        planned.append(classes)
+        return TrainingStep(experiment, classes)
+
+    monkeypatch.setattr("toolkit.forecast.forecasts.TrainingStep", step)
+    common = ["plan", "--method", "linear", "--batch-size", "4", "--checkpointing", "none"]
+    for data in (f"folder:{tmp_path}", "textures", "cifar100"):  # cifar100 is not there, its number is known
+        assert main([*common, "--dataset", data]) == 0
+    assert main([*common, "--num-classes", "7"]) == 0
+    assert main(common) == 0
+    assert planned == [3, 15, 100, 7, 100]
+    capsys.readouterr()
+    assert main([*common, "--dataset", "textures", "--num-classes", "7"]) == 2
+    assert "leave one out" in capsys.readouterr().err
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_long_planning_shows_its_phase_on_a_terminal_only(monkeypatch):
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    with phases("profiling", after=0) as begin:
+        begin()
+    assert sys.stderr.getvalue() == ""
+    monkeypatch.setattr("sys.stderr", Terminal())
+    with pytest.raises(InputError), phases("profiling", after=60) as begin:
+        begin()
+        raise InputError("long before the bar")
+    assert sys.stderr.getvalue() == ""
+    with phases("profiling", "solving", after=0) as begin:
+        begin()
+        begin()
+        while "solving" not in sys.stderr.getvalue():
+            time.sleep(0.01)
+    assert sys.stderr.getvalue().endswith(" \r")  # removed
 
 
 def test_the_version_is_that_of_the_package(capsys):

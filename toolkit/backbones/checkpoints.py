@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,12 +18,15 @@ import huggingface_hub
 import safetensors
 import safetensors.torch
 import torch
+from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from torch import nn
 
 from toolkit.errors import InputError, one_line, some
-from toolkit.files import sha256_of
+from toolkit.files import answers, sha256_of
 
 _WRAPPERS = ("state_dict", "model")  # keys under which training scripts store weights
+_NOT_CACHED = LocalEntryNotFoundError, OfflineModeIsEnabled
 RANDOM_WEIGHTS = "set pretrained=False for random weights"
 _PREFIXES = ("module.", "model.")  # of DistributedDataParallel and Hugging Face's wrappers
 
@@ -52,19 +56,38 @@ class Checkpoint:
 def opening(source: object, otherwise: str = RANDOM_WEIGHTS) -> Iterator[None]:
     """Raise `InputError` if the files of `source` cannot be fetched, are damaged or of another kind.
 
-    Any exception becomes that error: libraries raise many types for such files, and their messages tell a
-    missing network from a missing consent, name or revision.  `otherwise`: what to do without a network.
+    A hub that does not answer is not asked again and again: inside, only its cache is used.  Any exception
+    becomes that error: libraries raise many types for such files, and their messages tell a missing consent
+    from a missing name or revision.  `otherwise`: what to do without a network.
     """
+    offline, logged = constants.HF_HUB_OFFLINE, logging.root.manager.disable
+    local = str(source).startswith("local-dir:") or Path(str(source)).is_dir()
+    silent = not (offline or local or answers(constants.ENDPOINT))
+    if silent:
+        constants.HF_HUB_OFFLINE = True
+        logging.disable(logging.ERROR)  # of every file that is tried
     try:
         yield
     except InputError:
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {one_line(error)}".rstrip(".")
+        if any(isinstance(one, _NOT_CACHED) for one in _chain(error)):
+            reason = f"{constants.ENDPOINT} cannot be reached" if silent else "HF_HUB_OFFLINE is set"
         raise InputError(
             f"{source} cannot be loaded ({reason}). Connect to the Hugging Face hub once, so that its files "
             f"are cached, or {otherwise}."
         ) from error
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+        logging.disable(logged)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def fetch(checkpoint: Checkpoint) -> Path:

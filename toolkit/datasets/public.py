@@ -15,6 +15,7 @@ from toolkit.datasets.embedded import TEXTURE_PROMPT
 from toolkit.datasets.image_files import Sample, from_files
 from toolkit.datasets.splits import Policy, Splits, in_memory, two_way
 from toolkit.errors import InputError
+from toolkit.files import answers
 
 
 def fetched(
@@ -30,6 +31,8 @@ def fetched(
     except (RuntimeError, OSError):  # torchvision: "Dataset not found or corrupted"; half unpacked
         pass
     try:
+        if not answers(url):
+            raise OSError("its server cannot be reached")
         return kind(root, **options, download=True)
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong checksum a RuntimeError
         raise InputError(
