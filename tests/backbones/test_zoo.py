@@ -2,11 +2,13 @@
 merging keeps the logits, and a step is planned.  `-m "long or not long"` runs them all."""
 
 import functools
+from collections import namedtuple
 
 import pytest
 import timm
 import torch
 import torchvision
+from short_runs import experiment
 
 import toolkit
 from toolkit.errors import InputError
@@ -168,3 +170,24 @@ def test_parameters_that_nothing_depends_on_do_not_count_as_trained():
     model, _ = build("test_vit", small=True)
     model.mask_token = torch.nn.Parameter(torch.zeros(8))
     assert "mask_token" not in toolkit.summarize(toolkit.adapt(model, "full")).names
+
+
+def test_auxiliary_heads_of_training_do_not_train(few_digits):
+    Outputs = namedtuple("Outputs", ["logits", "aux_logits"])
+
+    class Net(torch.nn.Module):  # as torchvision's GoogLeNet and Inception
+        def __init__(self):
+            super().__init__()
+            self.stem, self.conv = torch.nn.Conv2d(3, 8, 16, 16), torch.nn.Conv2d(8, 8, 3)
+            self.aux, self.fc = torch.nn.Linear(8, 10), torch.nn.Linear(8, 10)
+
+        def forward(self, x):
+            features = self.stem(x).relu()
+            logits = self.fc(self.conv(features).mean((2, 3)))
+            return Outputs(logits, self.aux(features.mean((2, 3)))) if self.training else logits
+
+    model = toolkit.adapt(Net(), "full")
+    before = model.aux.weight.clone()
+    result = toolkit.fit(model, few_digits, experiment(epochs=1, method="full", backbone="mine"))
+    assert result.status == "ok" and torch.equal(model.aux.weight, before)
+    assert not any(name.startswith("aux") for name in toolkit.summarize(model).names)

@@ -39,6 +39,9 @@ def test_one_folder_with_everything_that_people_have(photos, tmp_path):
     write_class(photos / "dog" / "puppies" / "brown", 2)
     write_class(photos / "Größe 图", 3)
     write_class(photos / "rare", 2)
+    old = photos / os.fsdecode(b"caf\xe9\n")  # from an archive without Unicode
+    write_class(old, 3)
+    (old / os.fsdecode(b"\xe9\n.jpg")).write_bytes(b"")
     write_class(photos / "linked")
     shutil.move(photos / "linked", tmp_path / "real")
     (photos / "linked").symlink_to(tmp_path / "real")
@@ -67,17 +70,20 @@ def test_one_folder_with_everything_that_people_have(photos, tmp_path):
 
     splits = load_dataset(f"folder:{photos}")
     counts = splits.counts()
-    assert splits.classes == list(counts.index) == ["Größe 图", "cat", "dog", "linked", "rare"]
-    assert counts.sum(axis=1).tolist() == [3, 14, 12, 10, 2]
+    expected = ["Größe 图", r"caf\udce9\n", "cat", "dog", "linked", "rare"]
+    assert splits.classes == list(counts.index) == expected
+    assert counts.sum(axis=1).tolist() == [3, 3, 14, 12, 10, 2]
     assert counts.loc["rare"].tolist() == [2, 0, 0] and (counts.drop("rare") > 0).all(axis=None)
     real = [os.path.realpath(file) for file in files_of(splits)]
-    assert len(set(real)) == len(real) == 41
+    assert len(set(real)) == len(real) == 44
     assert sorted(line.split(":")[0] for line in splits.broken) == [
+        r"caf\udce9\n/\udce9\n.jpg",
         "cat/phone.HEIC",
         "stray.png",
         "void/text.JPG",
     ]
     text = splits.summary()
+    assert text.encode() and len(text.splitlines()) == 1 + 8 + 4
     assert str(splits) in text and all(line in text for line in splits.broken)
     assert "without a readable image of their own: 'again', 'empty', 'void'" in str(splits)
     assert "fewer than 3 images, all kept in training: 'rare'" in str(splits)

@@ -1,5 +1,7 @@
 """Pictures of every kind come out as a person sees them."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
@@ -72,7 +74,7 @@ def test_colours_are_those_of_the_picture_in_any_format_and_mode(tmp_path, name,
     assert difference(found, PIXELS) < 6 and is_picture(tmp_path / name)
 
 
-@pytest.mark.parametrize("suffix", ["gif", "png", "webp", "tif"])
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp", "tif", "mpo"])
 def test_the_first_frame_of_an_animation_is_the_picture(tmp_path, suffix):
     black = Image.new("RGB", COLOURED.size)
     found = decoded(tmp_path / f"a.{suffix}", COLOURED, save_all=True, append_images=[black, black])
@@ -105,6 +107,14 @@ def test_greys_that_fill_no_usual_range_are_scaled_by_their_own(tmp_path, values
     expected = (values - values.min().astype(float)) / np.ptp(values.astype(float)) * 255
     assert difference(found, expected[..., None]) < 0.6
     assert "scaled" in decode(tmp_path / "a.tif").info
+
+
+@pytest.mark.parametrize(
+    "negative", [65535 - GREY * np.uint16(257), 1 - GREY / np.float32(255)], ids=["16 bits", "float"]
+)
+def test_greys_whose_zero_is_white_are_not_seen_as_negatives(tmp_path, negative):
+    found = decoded(tmp_path / "a.tif", Image.fromarray(negative), tiffinfo={262: 0})
+    assert difference(found, GREY[..., None]) < 0.6
 
 
 def test_single_greys_and_values_that_are_not_finite_are_read(tmp_path):
@@ -157,10 +167,16 @@ def test_huge_jpegs_are_read_at_a_fraction_of_their_size_and_other_pictures_refu
 
 
 def test_what_is_not_a_picture_is_said_with_what_reads_it(tmp_path):
-    for name, reason in (("a.png", "format that can be read$"), ("a.HEIC", "install pillow-heif")):
-        (tmp_path / name).write_bytes(b"nothing")
+    for name, reason in (
+        ("a.png", "format that can be read$"), ("a.HEIC", "install pillow-heif"), ("a.DNG", "develop it"),
+    ):  # fmt: skip
+        COLOURED.save(tmp_path / name, "TIFF")  # the thumbnail in front of raw data
+        if name != "a.DNG":
+            (tmp_path / name).write_bytes(b"nothing")
         assert is_picture(tmp_path / name)
         with pytest.raises(ValueError, match=reason):
             decode(tmp_path / name)
     (tmp_path / "notes.txt").write_text("nothing")
     assert not is_picture(tmp_path / "notes.txt")
+    os.mkfifo(tmp_path / "pipe.png")
+    assert not is_picture(tmp_path / "pipe.png")

@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from toolkit import cache
-from toolkit.datasets.pictures import decode, formats
+from toolkit.datasets.pictures import decode, formats, printable
 from toolkit.datasets.splits import Splits, Target, hash_target, two_way
 from toolkit.errors import InputError, one_line
 from toolkit.files import CACHE, sha256_of
@@ -95,7 +95,7 @@ def checked(
             raise InputError(f"{name}: the {split} split has readable images of fewer than two classes.")
         splits[split] = ImageFiles(good, read)
         hashes[split] = scan["hashes"].get(split) or _hash_labelled(root, good, scan["contents"])
-    reasons = [f"{file}: {reason}" for file, reason in broken.items()]
+    reasons = [printable(f"{file}: {reason}") for file, reason in broken.items()]
     notes = []
     if scan["scaled"]:
         count = f"{scan['scaled']:,} grey image" + "s" * (scan["scaled"] > 1)

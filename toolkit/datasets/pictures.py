@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION
 
 with contextlib.suppress(ImportError):  # optional: without it HEIC pictures are left out
     import pillow_heif
@@ -17,7 +18,9 @@ with contextlib.suppress(ImportError):  # optional: without it HEIC pictures are
 MAX_PIXELS = 40_000_000  # JPEGs are decoded at a fraction of their size beyond it, other pictures refused
 WHITE = 240  # mean brightness of visible pixels from which a transparent picture is composed on black
 HEIC = (".heic", ".heif", ".hif")
-OTHERS = (*HEIC, ".jxl", ".svg")  # pictures that Pillow alone does not read
+# Cameras' raw data: Pillow would read the thumbnail that some of them start with.
+RAW = (".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".rw2", ".srw")
+OTHERS = (*HEIC, *RAW, ".jxl", ".svg")  # pictures that Pillow alone does not read
 
 
 def formats() -> list[str]:
@@ -28,6 +31,8 @@ def formats() -> list[str]:
 
 def is_picture(path: Path) -> bool:
     """Whether a file is a picture by its name, or by its first bytes if the name does not say so."""
+    if path.exists() and not path.is_file():  # a pipe would keep whoever reads it waiting
+        return False
     if path.suffix.lower() in OTHERS or path.suffix.lower() in Image.registered_extensions():
         return True
     try:
@@ -35,6 +40,11 @@ def is_picture(path: Path) -> bool:
             return True
     except Exception:  # whatever other content leads to
         return False
+
+
+def printable(name: str) -> str:
+    """A file's name in one line: old archives leave bytes that are no text, people leave line breaks."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in name)
 
 
 def decode(path: Path) -> Image.Image:
@@ -45,6 +55,8 @@ def decode(path: Path) -> Image.Image:
 
     Raises whatever Pillow raises for damaged content, and `ValueError` for no picture or too large a one.
     """
+    if path.suffix.lower() in RAW:
+        raise ValueError("raw data of a camera; develop it to a JPEG or PNG")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about damaged metadata, and about sizes, which are checked here
         try:
@@ -99,6 +111,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if not low < high:  # a single grey, or none
         low, high = 0, 65535
     scaled = (values - low) / (high - low) * 255
+    if getattr(image, "tag_v2", {}).get(PHOTOMETRIC_INTERPRETATION) == 0:  # white; Pillow inverts 8 bits only
+        scaled = 255 - scaled
     return Image.fromarray(np.nan_to_num(scaled, nan=0.0).clip(0, 255).round().astype(np.uint8))
 
 

@@ -40,12 +40,17 @@ class Task:
         return (images, targets) if self.name == "detection" else images
 
 
-def _class_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits, labels)
+def _logits(outputs: Any) -> torch.Tensor:
+    """The logits (B, K) among outputs: in training torchvision's GoogLeNet returns auxiliary ones, too."""
+    return getattr(outputs, "logits", outputs)
 
 
-def _right_classes(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return (logits.detach().argmax(1) == labels).sum()
+def _class_loss(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(_logits(outputs), labels)
+
+
+def _right_classes(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+    return (_logits(outputs).detach().argmax(1) == labels).sum()
 
 
 def _pixel_loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:

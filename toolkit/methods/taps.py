@@ -33,6 +33,7 @@ from toolkit.budget.step import on_fake_tensors
 from toolkit.errors import InputError
 
 TOKENS, CHANNELS_FIRST, CHANNELS_LAST = "tokens", "channels first", "channels last"
+_INSTEAD = "choose method 'linear' or 'lora'."
 
 
 @dataclass(frozen=True)
@@ -157,13 +158,13 @@ class Survey:
         """
         for part in ("forward_features", "forward_head"):
             if not hasattr(model, part):
-                raise InputError(f"{type(model).__name__} has no {part}(), as timm's models have.")
+                raise InputError(f"{type(model).__name__} has no {part}(), as timm's models have; {_INSTEAD}")
         try:
             blocks = find_blocks(model)
         except InputError as error:
             raise InputError(
                 f"{type(model).__name__} is a backbone without taps: nothing in it repeats, so a side "
-                "network has no blocks to read; choose method 'linear' or 'lora'."
+                f"network has no blocks to read; {_INSTEAD}"
             ) from error
         channels, *own_image = data_config(model)["input_size"]
         image = image or tuple(own_image)
@@ -172,10 +173,10 @@ class Survey:
 
         def note(name: str, module: nn.Module, args: tuple, output: object) -> None:
             if name in ran:
-                raise InputError(f"{name} runs more than once for an image, so its features are ambiguous.")
+                raise InputError(f"{name} runs twice for an image, so it cannot be tapped; {_INSTEAD}")
             if not (args and isinstance(args[0], torch.Tensor) and isinstance(output, torch.Tensor)):
                 raise InputError(
-                    f"{name} does not map a tensor to a tensor, so its features cannot be tapped."
+                    f"{name} does not map a tensor to a tensor, so it cannot be tapped; {_INSTEAD}"
                 )
             ran[name] = Seen(name, args[0].shape, output.shape), output, output._version
 
@@ -188,7 +189,7 @@ class Survey:
                 model.forward_head(final)
         for name, (_, output, version) in ran.items():
             if output._version != version:
-                raise InputError(f"the output of {name} is changed in place later, so it cannot be tapped.")
+                raise InputError(f"the output of {name} changes in place, so it cannot be tapped; {_INSTEAD}")
         last = final.dim() == 4 and final.is_contiguous(memory_format=torch.channels_last)
         return cls(
             image,
