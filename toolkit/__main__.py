@@ -67,7 +67,7 @@ def _load_plugins(arguments: list[str]) -> None:
 
 # Flags of experiments by what they are about; all others are about training.
 _GROUPS = {
-    "data and model": ("dataset", "backbone", "pretrained", "head"),
+    "data and model": ("dataset", "backbone", "pretrained", "resolution", "head"),
     "method": ("method", "batch_norm", "feature_cache"),
     "memory": ("budget", "checkpointing", "micro_batch_size", "precision"),
 }
@@ -115,8 +115,8 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
     for name, (function, add_flags, text) in COMMANDS.items():
         takes = {"predict": "FOLDER IMAGES ... ", "export": "FOLDER ", "push": "FOLDER REPO "}.get(name, "")
         added = commands.add_parser(
-            name, help=text, description=f"{text}.", usage=f"toolkit {name} {takes}[flags]", allow_abbrev=False,
-            formatter_class=_Help,
+            name, usage=f"toolkit {name} {takes}[flags]", description=f"{text}.", help=text,
+            allow_abbrev=False, formatter_class=_Help,
         )  # fmt: skip
         added.set_defaults(command=function)
         if name in arguments[:1]:
