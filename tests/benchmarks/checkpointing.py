@@ -48,11 +48,12 @@ from torch import nn
 
 from toolkit import InputError
 from toolkit.budget import Checkpointing, TensorMemory, format_bytes, parse_bytes
+from toolkit.budget.fakes import on_fake_tensors
 from toolkit.budget.flops import FlopCounter
 from toolkit.budget.lean import LeanForms
 from toolkit.budget.plan import Plan, Planner
 from toolkit.budget.profile import Profile
-from toolkit.budget.step import autocast, on_fake_tensors, segmented
+from toolkit.budget.step import autocast, segmented
 from toolkit.budget.tape import Op, Tape, operator_name
 
 METHODS = ("full", "linear", "bitfit", "lora")

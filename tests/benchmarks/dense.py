@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 import toolkit
 from toolkit.backbones.dense import build_dense
-from toolkit.budget.step import optimizer_like
+from toolkit.budget.optimizers import optimizer_like
 from toolkit.datasets.tasks import IGNORED
 from toolkit.methods import adapt, set_train_mode, summarize
 

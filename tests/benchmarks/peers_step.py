@@ -19,8 +19,9 @@ from torch import nn
 
 from toolkit import adapt, build_backbone
 from toolkit.budget import TensorMemory, format_bytes
+from toolkit.budget.fakes import on_fake_tensors
 from toolkit.budget.flops import NORMS, FlopCounter
-from toolkit.budget.step import autocast, on_fake_tensors
+from toolkit.budget.step import autocast
 from toolkit.errors import check_name
 from toolkit.methods import set_train_mode
 

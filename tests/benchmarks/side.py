@@ -24,7 +24,7 @@ from torch import nn
 import toolkit
 from toolkit.backbones import data_config
 from toolkit.budget import TensorMemory, format_bytes, tensors_of
-from toolkit.budget.step import on_fake_tensors
+from toolkit.budget.fakes import on_fake_tensors
 from toolkit.measure.memory import KeptTensors
 from toolkit.methods import set_train_mode, summarize
 from toolkit.training.feature_cache import FeatureModel, layout_of

@@ -15,10 +15,12 @@ from torch import nn
 import toolkit
 from toolkit.budget import Checkpointing, TensorMemory, find_blocks, format_bytes, parse_bytes
 from toolkit.budget.checkpointing import find_segments
+from toolkit.budget.fakes import Others, on_fake_tensors
 from toolkit.budget.lean import LeanForms
 from toolkit.budget.memory import WORKSPACES
+from toolkit.budget.optimizers import optimizer_like
 from toolkit.budget.plan import Planner, plan
-from toolkit.budget.step import autocast, on_fake_tensors, optimizer_like, segmented
+from toolkit.budget.step import autocast, segmented
 from toolkit.budget.tape import Tape
 from toolkit.errors import InputError
 
@@ -112,7 +114,7 @@ def forward_loss(model, x, y, made, precision="fp32"):
 def measured_peak(model, batch, made=None, precision="fp32", optimizer="adamw", fake=True):
     """Peak bytes of the second step of training, on fake tensors or on real ones."""
     real = contextlib.nullcontext(batch)
-    with on_fake_tensors(model, batch) if fake else real as (x, y):
+    with on_fake_tensors(model, batch, Others(optimizer)) if fake else real as (x, y):
         memory = TensorMemory(CPU)
         memory.track([*model.parameters(), *model.buffers(), x, y])
         stepper = optimizer_like(optimizer, model)(model)

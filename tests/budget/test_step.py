@@ -6,7 +6,8 @@ from torch import nn
 
 from toolkit.budget import TensorMemory
 from toolkit.budget.flops import FlopCounter
-from toolkit.budget.step import make_state, optimizer_like, run_step
+from toolkit.budget.optimizers import make_state, optimizer_like
+from toolkit.budget.step import run_step
 
 BATCH = torch.randn(4, 8), torch.tensor([0, 1, 2, 1])
 

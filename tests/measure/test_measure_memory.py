@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from toolkit.budget import Checkpointing, TensorMemory, device_memory
-from toolkit.budget.step import on_fake_tensors, optimizer_like, run_step
+from toolkit.budget.fakes import on_fake_tensors
+from toolkit.budget.optimizers import optimizer_like
+from toolkit.budget.step import run_step
 from toolkit.measure.memory import MemoryTrace, memory_of_step
 from toolkit.methods.galore import GaLore
 

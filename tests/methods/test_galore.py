@@ -14,8 +14,8 @@ from torch import nn
 
 import toolkit
 from toolkit.budget import auto_checkpoint, plan
+from toolkit.budget.fakes import on_fake_tensors
 from toolkit.budget.memory import TensorMemory
-from toolkit.budget.step import on_fake_tensors
 from toolkit.errors import InputError
 from toolkit.forecast.forecasts import forecast
 from toolkit.measure.memory import memory_of_step

@@ -32,8 +32,8 @@ from toolkit.baselines.prompts import check_classes, question
 from toolkit.baselines.registry import BASELINES, FOUR_BIT_FORMS, baseline_named
 from toolkit.baselines.trie import LOGITS_BYTES
 from toolkit.budget import TensorMemory, format_bytes, parse_bytes, tensors_of
+from toolkit.budget.fakes import on_fake_tensors
 from toolkit.budget.memory import rounded
-from toolkit.budget.step import on_fake_tensors
 from toolkit.errors import InputError
 from toolkit.methods.qlora import BLOCK_SIZES
 

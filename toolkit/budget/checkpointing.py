@@ -7,13 +7,12 @@ makes it known by its name to `Experiment`, forecasts, the training loop and plo
 does not decide block by block, see `plan` and `auto`.
 
 Recomputation is torch's non-reentrant `checkpoint`: losses and gradients stay equal, with frozen parameters
-and under autocast.  Batch norms update their running statistics in the first pass only; torch alone would do
-it again in the second.
+and under autocast.  It starts from the buffers, attributes and random numbers of the first pass, and changes
+none of them; torch alone would update running statistics twice.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import warnings
@@ -25,6 +24,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from toolkit.budget.found import contents_of, random_states
 from toolkit.budget.memory import DeviceMemory
 from toolkit.budget.wrapping import Wrapping, own_class
 from toolkit.errors import InputError, Options, check_name, option
@@ -225,27 +225,64 @@ class Checkpointing:
 
 
 def _first_pass_and_recomputation(block: nn.Module):
-    return contextlib.nullcontext(), _running_statistics_kept(block)
+    start = _Start(block)
+    return start, _Recomputation(start)
 
 
-@contextlib.contextmanager
-def _running_statistics_kept(block: nn.Module):
-    """Batch norms normalise by the batch as before, but leave their running statistics alone.
+_STATISTICS = 2**15  # elements that a buffer of statistics may have
 
-    A momentum of 0 does that and, unlike `track_running_stats = False`, saves the same tensors for
-    backward, which `checkpoint` insists on.
+
+class _Start:
+    """The state that the first pass of a block starts from, as far as that pass changes it.
+
+    Buffers (statistics, spectral norms, observers), attributes, and random numbers of Python and numpy;
+    torch's own are `checkpoint`'s business.
     """
-    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-    updating = [norm for norm in norms if norm.training and norm.track_running_stats]
-    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in updating]
-    for norm in updating:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, (momentum, batches) in zip(updating, before):
-            norm.momentum = momentum
-            norm.num_batches_tracked.copy_(batches)
+
+    def __init__(self, block: nn.Module):
+        self.block = block
+
+    def __enter__(self) -> None:
+        self.contents = contents_of(self.block)
+        tensors = {id(v): v for part in self.contents for v in part.before if isinstance(v, torch.Tensor)}
+        self.tensors = [
+            (tensor, tensor._version, tensor.detach().clone())
+            for tensor in tensors.values()
+            if not isinstance(tensor, nn.Parameter) and not tensor.requires_grad and not tensor.is_inference()
+        ]
+        self.random = random_states()
+
+    def __exit__(self, *exc) -> None:
+        # The clones of what has not changed are freed here.  Small ones are kept: running statistics move
+        # without a new version.
+        self.moved = {
+            id(tensor): then
+            for tensor, version, then in self.tensors
+            if tensor._version != version or (then.is_floating_point() and then.numel() < _STATISTICS)
+        }
+        self.tensors = [tensor for tensor, *_ in self.tensors if id(tensor) in self.moved]  # keeps ids unique
+        self.contents = [part for part in self.contents if part.changed or self.moved.keys() & part.ids]
+        self.random = [state for state in self.random if state.changed]
+
+
+class _Recomputation:
+    """Runs a block from the state that its first pass started from, and leaves that of the present."""
+
+    def __init__(self, start: _Start):
+        self.start = start
+
+    def __enter__(self) -> None:
+        start = self.start
+        self.now = [(part, part.read()) for part in (*start.contents, *start.random)]
+        copies = {key: then.clone() for key, then in start.moved.items()}
+        for part in start.contents:
+            part.write([copies.get(id(value), value) for value in part.before])
+        for state in start.random:
+            state.write(state.before)
+
+    def __exit__(self, *exc) -> None:
+        for part, contents in self.now:
+            part.write(contents)
 
 
 def _warn_if_few(model: nn.Module, blocks: dict[str, nn.Module]) -> None:

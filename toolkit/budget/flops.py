@@ -27,7 +27,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from toolkit.budget.step import call, on_fake_tensors, split_batch, sum_of
+from toolkit.budget.fakes import on_fake_tensors, swept
+from toolkit.budget.step import call, split_batch, sum_of
 from toolkit.budget.tape import recomputing
 
 PHASES = ("forward", "backward", "recompute")
@@ -72,6 +73,7 @@ class Flops:
         return f"GFLOP: {', '.join(giga)}; forward {self.macs / 1e9:.3f} GMAC{missing}"
 
 
+@swept
 def flops(model: nn.Module, batch) -> Flops:
     """Count one training step of `model`, in its present mode, without computing anything.
 

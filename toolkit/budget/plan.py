@@ -11,12 +11,14 @@ from torch import nn
 from torch.utils._pytree import tree_iter
 
 from toolkit.budget.checkpointing import STRATEGIES, Checkpointing, find_segments
+from toolkit.budget.fakes import Others, on_fake_tensors, swept
 from toolkit.budget.flops import NORMS, FlopCounter
 from toolkit.budget.lean import LeanForms
 from toolkit.budget.memory import TensorMemory, format_bytes, parse_bytes, tensors_of
+from toolkit.budget.optimizers import Stepper, make_state, optimizer_like
 from toolkit.budget.profile import Profile, profile
 from toolkit.budget.solver import Chain, DeviceSpeed, Option, speed_of
-from toolkit.budget.step import make_state, on_fake_tensors, optimizer_like, run_step
+from toolkit.budget.step import run_step
 from toolkit.errors import InputError, check_name
 
 SLICES = 8  # number of slices of a block's batch, where slicing can help
@@ -217,8 +219,8 @@ class Planner:
     def plan(self, budget_bytes: int, reserve_bytes: int = 0, *, micro_batches: bool | int = False) -> Plan:
         """The fastest plan within the budget.  Raises `InputError` if there is none."""
         limit = budget_bytes - reserve_bytes
-        notes: list[str] = []
         whole = self.chain(self.batch_size, False)
+        notes = list(whole.profile.notes)
         coupled = whole.profile.batch_statistics
         if micro_batches is True or not micro_batches:
             best = self._best(self.batch_size, limit)
@@ -394,6 +396,7 @@ class ObservedStep:
     checkpointed: frozenset[str]  # names of blocks
     seen_bytes: tuple[int, ...]  # every number of allocated bytes that the strategy has read
     memory_bytes: tuple[int, ...]  # at every operator of the step
+    notes: tuple[str, ...] = ()
 
 
 class _Seen:
@@ -409,6 +412,7 @@ class _Seen:
         return self.bytes[-1]
 
 
+@swept
 def observe(
     model: nn.Module,
     batch,
@@ -425,12 +429,15 @@ def observe(
     The optimizer has its state already.  For the arguments see `plan` and `Checkpointing`.
     """
     make_optimizer = optimizer_like(optimizer, model)
-    with on_fake_tensors(model, batch) as fakes:
+    others = Others(optimizer, loss)
+    with on_fake_tensors(model, batch, others) as fakes:
         history: list[int] = []
         memory = TensorMemory(next(model.parameters()).device, history)
         memory.track(tensors_of(model))
         memory.track(leaf for leaf in tree_iter(fakes) if isinstance(leaf, torch.Tensor))
-        stepper, counter, seen = make_optimizer(model), FlopCounter(), _Seen(memory, extra_bytes)
+        memory.track(others.state)
+        stepper = Stepper(make_optimizer(model), model, others.state)
+        counter, seen = FlopCounter(), _Seen(memory, extra_bytes)
         checkpointing = Checkpointing(model, strategy, memory=seen, budget_bytes=budget_bytes)
         with memory, checkpointing:
             make_state(model, stepper)
@@ -442,7 +449,10 @@ def observe(
         for phase in ("forward", "recompute")
     )
     blocks = frozenset(checkpointing.checkpointed)
-    return ObservedStep(memory.peak_bytes, forward, recompute, blocks, tuple(seen.bytes), tuple(history))
+    notes = (stepper.note,) if stepper.note else ()
+    return ObservedStep(
+        memory.peak_bytes, forward, recompute, blocks, tuple(seen.bytes), tuple(history), notes
+    )
 
 
 def _plan_of_rule(
@@ -467,4 +477,5 @@ def _plan_of_rule(
         levels={
             name: "recompute all" if name in ran.checkpointed else "keep" for name in find_segments(model)
         },
+        notes=ran.notes,
     )

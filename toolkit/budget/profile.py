@@ -17,18 +17,13 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_iter, tree_map_only
 
+from toolkit.budget.fakes import Others, on_fake_tensors, swept
+from toolkit.budget.found import SHARED
 from toolkit.budget.integers import RealIntegers, with_values
 from toolkit.budget.memory import tensors_of
-from toolkit.budget.step import (
-    autocast,
-    call,
-    deposit_gradients,
-    loss_of,
-    on_fake_tensors,
-    optimizer_like,
-    segmented,
-    split_batch,
-)
+from toolkit.budget.optimizers import Stepper, deposit_gradients, optimizer_like
+from toolkit.budget.own_checkpoints import NOTE
+from toolkit.budget.step import autocast, call, loss_of, segmented, split_batch
 from toolkit.budget.timeline import BufferCost, OpCost, ProfilingTape, SavedCost, Timeline
 
 
@@ -52,7 +47,8 @@ class Profile:
     forward_end: int  # of the last forward pass
     optimizer_start: int
     fixed: dict[str, int]  # bytes by kind
-    inputs: dict[str, torch.Size]  # input shapes of blocks that map one tensor (batch, ...) to another
+    inputs: dict[str, torch.Size]  # of blocks that only map one tensor (batch, ...) to another: input shapes
+    notes: tuple[str, ...] = ()
 
     @property
     def batch_statistics(self) -> bool:
@@ -74,6 +70,7 @@ class Profile:
         return self.start_bytes + np.concatenate([[0], np.cumsum(self.deltas)])
 
 
+@swept
 def profile(
     model: nn.Module,
     batch,
@@ -95,7 +92,8 @@ def profile(
     on fake tensors.
     """
     make_optimizer = optimizer_like(optimizer, model)
-    with on_fake_tensors(model, batch) as fakes, RealIntegers():
+    others = Others(optimizer, loss)
+    with on_fake_tensors(model, batch, others) as fakes, RealIntegers():
         fake_batch = with_values(fakes, batch)
         inputs, targets, accumulates = _first_samples(fake_batch, micro_batch_size)
         device = next(model.parameters()).device
@@ -106,7 +104,8 @@ def profile(
         batch_bytes = timeline.allocated_bytes - weights_bytes
         trained = [p for p in model.parameters() if p.requires_grad]
         with timeline:
-            stepper = make_optimizer(model)
+            timeline.track(others.state)
+            stepper = Stepper(make_optimizer(model), model, others.state)
             deposit_gradients(trained)
             in_hooks = any(parameter.grad is None for parameter in trained)  # an optimizer took them
             stepper.step()
@@ -160,8 +159,16 @@ def profile(
             "optimizer": state_bytes,
             **({"other": held_bytes} if held_bytes else {}),
         },
-        inputs=tape.inputs,
+        inputs={name: shape for name, shape in tape.inputs.items() if _is_pure(blocks[name], others.effects)},
+        notes=tuple(filter(None, (stepper.note, NOTE if tape.own_checkpoints() else ""))),
     )
+
+
+def _is_pure(block: nn.Module, effects: set) -> bool:
+    """Whether calls of `block` change nothing but their output, and run nobody's hooks."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    parts = list(block.modules())
+    return not effects & {SHARED, *parts} and not any(getattr(m, kind) for m in parts for kind in hooks)
 
 
 def _first_samples(batch, count: int | None) -> tuple:

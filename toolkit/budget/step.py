@@ -1,36 +1,21 @@
-"""One training step: its parts, and how it runs (`run_step`).
-
-On fake tensors (`on_fake_tensors`) shapes and storages are those of a real step; nothing is computed.
-"""
+"""One training step: its parts, and how it runs (`run_step`)."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-    UnsupportedFakeTensorException,
-    unset_fake_temporarily,
-)
-from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils._pytree import tree_iter
 
 from toolkit.budget.wrapping import Wrapping
 from toolkit.errors import InputError, check_name
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-_OPTIMIZERS = {
-    "adamw": functools.partial(torch.optim.AdamW, fused=True),
-    "sgd": functools.partial(torch.optim.SGD, lr=1e-3, momentum=0.9, fused=True),
-}
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -89,59 +74,6 @@ def tensors_in(outputs) -> Iterator[torch.Tensor]:
             yield leaf
         elif dataclasses.is_dataclass(leaf):
             yield from tensors_in([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
-
-
-def optimizer_like(optimizer, model: nn.Module) -> Callable[[nn.Module], torch.optim.Optimizer]:
-    """A function that makes the same optimizer for the same model with other (fake) parameters.
-
-    `optimizer`: "adamw", "sgd", a function of the trained parameters, or an optimizer of `model`, whose
-    class and settings are copied.
-    """
-    if isinstance(optimizer, str):
-        optimizer = _OPTIMIZERS[check_name("optimizer", optimizer, _OPTIMIZERS)]
-    if not isinstance(optimizer, torch.optim.Optimizer):
-
-        def make_new(other: nn.Module) -> torch.optim.Optimizer:
-            with unset_fake_temporarily():  # constructors may compute tables
-                return optimizer([p for p in other.parameters() if p.requires_grad])
-
-        return make_new
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    foreign = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in names]
-    if foreign:
-        raise InputError(
-            f"the optimizer trains {len(foreign)} tensors that are not parameters of the model; make it from "
-            "model.parameters()."
-        )
-    accepted = inspect.signature(type(optimizer)).parameters
-    settings = {name: value for name, value in optimizer.defaults.items() if name in accepted}
-
-    def make(other: nn.Module) -> torch.optim.Optimizer:
-        parameters = dict(other.named_parameters())
-        groups = []
-        for group in optimizer.param_groups:
-            chosen = {name: value for name, value in group.items() if name in accepted}
-            on_cuda = any(p.device.type == "cuda" for p in group["params"])
-            if on_cuda and "foreach" in accepted and group.get("foreach") is None and not group.get("fused"):
-                chosen["foreach"] = True  # torch's default there, which it would not choose for fakes
-            groups.append({**chosen, "params": [parameters[names[id(p)]] for p in group["params"]]})
-        with unset_fake_temporarily():
-            return type(optimizer)(groups, **settings)
-
-    return make
-
-
-def deposit_gradients(parameters: Iterable[torch.Tensor]) -> None:
-    """Give each parameter a gradient of zeros by a backward pass, so that hooks of optimizers run."""
-    for parameter in parameters:
-        parameter.backward(torch.zeros_like(parameter))
-
-
-def make_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Let `optimizer` make its state, in a step on gradients of zeros."""
-    deposit_gradients(p for p in model.parameters() if p.requires_grad)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
 
 
 def run_step(
@@ -209,56 +141,3 @@ def run_block(name: str, ended: Callable, slices: int, forward: Callable, *args,
 def on_fakes() -> bool:
     """Whether operators run on fake tensors now."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
-
-
-@contextmanager
-def on_fake_tensors(model: nn.Module, batch) -> Iterator:
-    """Replace the parameters and buffers of `model` by fake ones inside the with statement.
-
-    Yields `batch` (any nest of tensors) as fakes.  Meta tensors represent tensors on the model's device, or
-    on the CPU if the whole model is meta because it is too large to allocate.  Parameters of a subclass
-    (4-bit weights) stay real.  Raises `InputError` if the model's path depends on values.
-    """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    on_meta: dict[int, torch.Tensor] = {}  # id of a meta tensor -> its fake
-    devices = (p.device for p in model.parameters() if not p.is_meta)
-    device = next(devices, torch.device("cpu"))
-
-    def fake(tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.is_meta:
-            return mode.from_tensor(tensor, static_shapes=True)
-        if id(tensor) not in on_meta:
-            with mode:
-                made = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
-            is_parameter = isinstance(tensor, nn.Parameter)
-            on_meta[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if is_parameter else made
-        return on_meta[id(tensor)]
-
-    modules = list(model.modules())
-    saved = [
-        (vars(m).copy(), {k: v.copy() for k, v in vars(m).items() if isinstance(v, dict)}) for m in modules
-    ]
-    try:
-        for module in modules:
-            for tensors in (module._parameters, module._buffers):
-                for name, tensor in tensors.items():
-                    if type(tensor) in (torch.Tensor, nn.Parameter):
-                        tensors[name] = fake(tensor)
-        with mode:
-            yield tree_map_only(torch.Tensor, fake, batch)
-    except (
-        DataDependentOutputException,
-        DynamicOutputShapeException,
-        UnsupportedFakeTensorException,
-    ) as error:
-        raise InputError(
-            f"{type(model).__name__} cannot run on fake tensors, its path depends on values ({error}); "
-            "measure a real step instead."
-        ) from error
-    finally:
-        for module, (attributes, dicts) in zip(modules, saved):
-            vars(module).clear()
-            vars(module).update(attributes)
-            for name, content in dicts.items():
-                vars(module)[name].clear()
-                vars(module)[name].update(content)

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from toolkit.budget.memory import StorageRef
+from toolkit.budget.own_checkpoints import own_checkpoints_off
 
 aten = torch.ops.aten
 
@@ -211,11 +212,14 @@ class Tape(TorchDispatchMode):
     def __enter__(self) -> Tape:
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
         self._hooks.__enter__()
+        self._plain = own_checkpoints_off()
+        self.own_checkpoints = self._plain.__enter__()
         return super().__enter__()
 
     def __exit__(self, *exc) -> None:
         super().__exit__(*exc)
         self._hooks.__exit__(*exc)
+        self._plain.__exit__(*exc)
         self._buffers.clear()  # from now on a buffer lives as long as a handle references it
         self._alive.clear()
 

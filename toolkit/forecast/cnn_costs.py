@@ -16,7 +16,8 @@ from dataclasses import dataclass, fields
 import pandas as pd
 
 from toolkit.budget import LeanForms
-from toolkit.budget.step import on_fake_tensors, optimizer_like
+from toolkit.budget.fakes import Others, on_fake_tensors
+from toolkit.budget.optimizers import optimizer_like
 from toolkit.errors import InputError
 from toolkit.experiment import Experiment
 from toolkit.forecast.step import step_of
@@ -107,7 +108,7 @@ def _count(experiment: Experiment, num_classes: int, image_size: int | None, lea
     ours, published, corrected = map(FlopCounter, ({}, PUBLISHED_COUNTER, CORRECTED_COUNTER))
     forms = LeanForms(step.model) if lean else None
     try:
-        with on_fake_tensors(step.model, (images, labels)) as batch:
+        with on_fake_tensors(step.model, (images, labels), Others(step.optimizer)) as batch:
             memory = memory_of_step(step.model, batch, step.loss, make_optimizer, ours, published, corrected)
     finally:
         if forms:

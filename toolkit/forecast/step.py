@@ -20,8 +20,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from toolkit.backbones import data_config
 from toolkit.budget import Strategy, device_memory, tensors_of
+from toolkit.budget.optimizers import make_state
 from toolkit.budget.plan import observe
-from toolkit.budget.step import make_state, run_step
+from toolkit.budget.step import run_step
 from toolkit.datasets import task_of
 from toolkit.experiment import Experiment
 from toolkit.measure.memory import KeptTensors, MemoryTrace

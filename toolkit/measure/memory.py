@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_iter
 from toolkit.budget import DeviceMemory, TensorMemory, find_blocks, tensors_of
 from toolkit.budget.flops import current_phase
 from toolkit.budget.memory import StorageRef
-from toolkit.budget.step import make_state, run_step
+from toolkit.budget.optimizers import make_state
+from toolkit.budget.step import run_step
 from toolkit.errors import InputError
 from toolkit.measure.sensors import GpuSensor, SensorError
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from toolkit.budget.step import on_fake_tensors
+from toolkit.budget.fakes import on_fake_tensors
 from toolkit.errors import InputError
 
 BATCH_NORMS = ("auto", "frozen", "updated")

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._pytree import tree_iter
 
 from toolkit.backbones import data_config
-from toolkit.budget.step import on_fake_tensors
+from toolkit.budget.fakes import on_fake_tensors, swept
 from toolkit.errors import InputError, one_line
 from toolkit.methods.batch_norms import set_train_mode
 
@@ -17,6 +17,7 @@ from toolkit.methods.batch_norms import set_train_mode
 _SIZES = (224, 32, 64, 28, 96, 128, 256, 384)
 
 
+@swept
 def check_gradients(model: nn.Module) -> str:
     """Freeze the trained parameters of an adapted `model` that its outputs do not depend on: mask tokens,
     auxiliary heads.

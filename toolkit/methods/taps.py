@@ -29,7 +29,7 @@ from torch import nn
 
 from toolkit.backbones import data_config
 from toolkit.budget import find_blocks
-from toolkit.budget.step import on_fake_tensors
+from toolkit.budget.fakes import on_fake_tensors
 from toolkit.errors import InputError
 
 TOKENS, CHANNELS_FIRST, CHANNELS_LAST = "tokens", "channels first", "channels last"

@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from toolkit.backbones import data_config
 from toolkit.budget import format_bytes
-from toolkit.budget.step import autocast, on_fake_tensors
+from toolkit.budget.fakes import on_fake_tensors
+from toolkit.budget.step import autocast
 from toolkit.cache import kept_rows
 from toolkit.datasets import Policy, Splits, batch_rows, loader
 from toolkit.errors import InputError, check_name
