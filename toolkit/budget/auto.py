@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 from toolkit.budget.integers import described
 from toolkit.budget.lean import LeanForms
 from toolkit.budget.memory import format_bytes, parse_bytes
-from toolkit.budget.plan import Plan, Planner, batch_size_of
+from toolkit.budget.plan import Plan, Planner, batch_size_of, check_trains
 from toolkit.budget.solver import Option
 from toolkit.budget.step import AUTOCAST, on_fakes, run_block, split_batch
 from toolkit.budget.tape import Op, Tape, operator_name
@@ -89,6 +89,7 @@ class AutoCheckpoint:
     ):
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
+        check_trains(model)
         _make_room(model)
         self.model = model
         self.budget_bytes, self.micro_batches = budget_bytes, micro_batches

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import logging
 import sys
 import types
 import warnings
@@ -33,6 +34,7 @@ from toolkit.budget.found import Found
 from toolkit.budget.memory import is_out_of_memory
 from toolkit.errors import InputError, one_line
 
+_LOG = logging.getLogger("torch._subclasses.fake_tensor")  # tells at length of what fails, besides raising
 _PLAIN = (torch.Tensor, nn.Parameter)
 _OPTIMIZER = "optimizer"
 _VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
@@ -77,12 +79,15 @@ def on_fake_tensors(model: nn.Module, batch, others: Others | None = None) -> It
         if type(tensor) in _PLAIN
     ]
     versions: list[int] = []
+    was_silent, _LOG.disabled = _LOG.disabled, True
     try:
         known = {id(tensor): fakes.of(tensor, exact=True) for *_, tensor in held}
         for value in found.owned_by(_OPTIMIZER):
             if type(value) in _PLAIN and id(value) not in known:
                 known[id(value)] = fakes.of(value, exact=True)
                 others.state.append(known[id(value)])
+        # The mode computes with single numbers on the CPU, even in place: counters of modules in lists.
+        known |= {id(t): fakes.of(t, exact=True) for t in found.tensors if _is_number(t)}
         for _, tensors, name, tensor in held:
             tensors[name] = known[id(tensor)]
         found.replace(known)
@@ -102,7 +107,12 @@ def on_fake_tensors(model: nn.Module, batch, others: Others | None = None) -> It
             if tensors[name] is not tensor:
                 tensors[name] = tensor
         others.state.clear()
+        _LOG.disabled = was_silent
         _MODES.append(weakref.ref(mode))
+
+
+def _is_number(tensor: torch.Tensor) -> bool:
+    return not tensor.dim() and tensor.device.type == "cpu" and not tensor.requires_grad
 
 
 class _Fakes:
@@ -124,7 +134,7 @@ class _Fakes:
                 )
             if isinstance(tensor, nn.Parameter):
                 fake = nn.Parameter(fake, tensor.requires_grad)
-        elif exact and not tensor.dim() and tensor.device.type == "cpu" and not tensor.requires_grad:
+        elif exact and _is_number(tensor):
             value = tensor.item()
             with self.mode:
                 fake = torch.tensor(value, dtype=tensor.dtype)
@@ -152,8 +162,8 @@ def refuse_unsuitable(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if "FullyShardedDataParallel" in (parent.__name__ for parent in type(module).__mro__):
             raise InputError(_SHARDED.format(name or kind))
-        weight = getattr(module, "weight", None)
-        if getattr(module, "sparse", False) is True and weight is not None and weight.requires_grad:
+        weight = dict(module._parameters.items()).get("weight")  # a parametrized one would be computed
+        if weight is not None and weight.requires_grad and getattr(module, "sparse", False) is True:
             raise InputError(
                 f"{name or kind} has sparse gradients, whose size depends on the values of the batch; make "
                 "it with sparse=False, or freeze it."

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_iter
 
 from toolkit.budget.checkpointing import STRATEGIES, Checkpointing, find_segments
-from toolkit.budget.fakes import Others, on_fake_tensors, swept
+from toolkit.budget.fakes import Others, on_fake_tensors, refuse_unsuitable, swept
 from toolkit.budget.flops import NORMS, FlopCounter
 from toolkit.budget.lean import LeanForms
 from toolkit.budget.memory import TensorMemory, format_bytes, parse_bytes, tensors_of
@@ -128,8 +128,7 @@ def plan(
     """
     check_name("checkpointing strategy", strategy, STRATEGIES)
     batch_size_of(batch)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise InputError(f"nothing of {type(model).__name__} trains: no parameter requires a gradient.")
+    check_trains(model)
     budget_bytes = parse_bytes(budget)
     reserve_bytes = parse_bytes(reserve) if reserve else 0
     if strategy != "planned":
@@ -331,6 +330,13 @@ class Planner:
             + (f", {format_bytes(reserve_bytes)} of it reserved" if reserve_bytes else "")
             + f" (fixed: {fixed}). Raise the budget, or try {'; or '.join(ways)}."
         )
+
+
+def check_trains(model: nn.Module) -> None:
+    """Raise `InputError` for models that cannot be planned, or have no parameter that requires a gradient."""
+    refuse_unsuitable(model)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InputError(f"nothing of {type(model).__name__} trains: no parameter requires a gradient.")
 
 
 def batch_size_of(batch) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 from torch import nn
 from torch.utils._pytree import tree_iter
@@ -66,18 +64,13 @@ def _one_pass(model: nn.Module, size: tuple[int, int, int]) -> tuple[set[str], s
     weight = next(p for p in model.parameters() if p.is_floating_point())
     images = torch.zeros(2, *size, dtype=weight.dtype, device=weight.device)
     uncalled = {name for name, _ in model.named_modules()}
-    log = logging.getLogger("torch._subclasses.fake_tensor")  # tells of shapes that do not fit, at length
-    before, log.disabled = log.disabled, True
-    try:
-        with on_fake_tensors(model, images) as fake:
-            set_train_mode(model)
-            for name, module in model.named_modules():
-                module.register_forward_pre_hook(lambda *_, name=name: uncalled.discard(name))
-            outputs = model(fake)
-            outputs = getattr(outputs, "logits", outputs)
-            values = [t.float().sum() for t in tree_iter(outputs) if isinstance(t, torch.Tensor)]
-            trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-            found = torch.autograd.grad(sum(values), list(trained.values()), allow_unused=True)
-    finally:
-        log.disabled = before
+    with on_fake_tensors(model, images) as fake:
+        set_train_mode(model)
+        for name, module in model.named_modules():
+            module.register_forward_pre_hook(lambda *_, name=name: uncalled.discard(name))
+        outputs = model(fake)
+        outputs = getattr(outputs, "logits", outputs)
+        values = [t.float().sum() for t in tree_iter(outputs) if isinstance(t, torch.Tensor)]
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        found = torch.autograd.grad(sum(values), list(trained.values()), allow_unused=True)
     return {name for name, gradient in zip(trained, found) if gradient is None}, uncalled
