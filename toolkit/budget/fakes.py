@@ -38,6 +38,7 @@ _LOG = logging.getLogger("torch._subclasses.fake_tensor")  # tells at length of 
 _PLAIN = (torch.Tensor, nn.Parameter)
 _OPTIMIZER = "optimizer"
 _VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
+_SMALL = 2**20  # elements
 _SHARDED = (
     "{} is sharded over processes, as FSDP does. Plan the model before it is wrapped, or use "
     "DistributedDataParallel, whose models are planned as they are."
@@ -86,8 +87,9 @@ def on_fake_tensors(model: nn.Module, batch, others: Others | None = None) -> It
             if type(value) in _PLAIN and id(value) not in known:
                 known[id(value)] = fakes.of(value, exact=True)
                 others.state.append(known[id(value)])
-        # The mode computes with single numbers on the CPU, even in place: counters of modules in lists.
-        known |= {id(t): fakes.of(t, exact=True) for t in found.tensors if _is_number(t)}
+        # Tensors of others may be changed in place for real: counters of modules in lists.
+        others_small = (t for t in found.tensors if id(t) not in known and t.numel() < _SMALL)
+        known |= {id(t): t.clone() for t in others_small if not (t.requires_grad or t.is_meta)}
         for _, tensors, name, tensor in held:
             tensors[name] = known[id(tensor)]
         found.replace(known)
