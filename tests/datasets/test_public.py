@@ -1,5 +1,6 @@
 """CIFAR and DTD through torchvision's readers."""
 
+import gzip
 import hashlib
 import pickle
 
@@ -8,7 +9,7 @@ import pytest
 import torchvision
 from pictures import write_image
 
-from toolkit.datasets import load_dataset
+from toolkit.datasets import load_dataset, public
 from toolkit.errors import InputError
 
 
@@ -76,3 +77,43 @@ def test_cifar_splits_validation_from_the_training_set(
     assert image.shape == (3, 32, 32)
     train = {image.tobytes() for image in splits.train.images}
     assert not train & {image.tobytes() for image in splits.val.images}
+
+
+def idx(values) -> bytes:
+    return bytes(16 if values.ndim == 3 else 8) + values.tobytes()
+
+
+@pytest.fixture
+def fashion(tmp_path, monkeypatch):
+    """6,000 and 2,000 images of noise in the form of Debian's package."""
+    rng = np.random.default_rng(0)
+    content = {}
+    for part, count in (("train", 6_000), ("t10k", 2_000)):
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        content[f"{part}-images-idx3-ubyte"] = idx(rng.integers(0, 255, (count, 28, 28), dtype=np.uint8))
+        content[f"{part}-labels-idx1-ubyte"] = idx(labels)
+    for name, data in content.items():
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(data, 1))
+    monkeypatch.setattr(public, "DEBIAN", tmp_path)
+    monkeypatch.setattr(
+        public,
+        "FASHION_SHA256",
+        {name: hashlib.sha256(content[name]).hexdigest() for name in public.FASHION_SHA256},
+    )
+    return tmp_path
+
+
+def test_fashion_mnist_is_read_from_debians_package(fashion):
+    splits = load_dataset("fashion_mnist")
+    assert [len(getattr(splits, split)) for split in ("train", "val", "test")] == [5_400, 600, 2_000]
+    image, label = splits.test[13]
+    assert image.shape == (3, 28, 28) and label == 3 and splits.classes[9] == "Ankle boot"
+    small = load_dataset("fashion_mnist_1000")
+    assert len(small.train) == len(small.test) == 1_000 and len(small.val) == 600
+    assert (small.counts()["test"] == 100).all()
+
+
+def test_fashion_mnist_of_other_content_is_refused(fashion):
+    (fashion / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(2_008)))
+    with pytest.raises(InputError, match=r"t10k-labels-idx1-ubyte.gz is not the file"):
+        load_dataset("fashion_mnist")

@@ -29,6 +29,7 @@ SMALL = {
     "4_side_and_dense": {
         "methods": "lora,losa", "batch_size": 8, "epochs": 1, "dense_methods": "e3va", "dense_epochs": 1,
     },
+    "on_your_photos": {"backbone": "demo_cnn", "resolution": 0, "budget": "32 MiB"},
     "5_small_devices": {"published_claims": False, "methods": "norm", "batch_sizes": "1"},
 }  # fmt: skip
 

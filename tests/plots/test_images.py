@@ -107,3 +107,17 @@ def test_examples_of_a_classification_set_are_a_row_for_each_class():
     last = [row for row in range(len(digits.train)) if digits.train[row][1] == 9][:3]
     for axes, row in zip(figure.axes[-3:], last):
         assert np.array_equal(shown(axes), digits.train[row][0].permute(1, 2, 0))
+
+
+def test_mistakes_are_the_most_certain_wrong_answers(few_digits):
+    labels = torch.from_numpy(few_digits.test.labels)
+    predictions = labels.clone()
+    predictions[[3, 5]] = (labels[[3, 5]] + 1) % 10
+    confidences = torch.full((len(labels),), 0.99)
+    confidences[[3, 5]] = torch.tensor([0.6, 0.9])
+    outcome = SimpleNamespace(predictions=predictions, labels=labels, confidences=confidences)
+    figure = plots.mistakes(outcome, few_digits)
+    titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
+    assert titles == [
+        f"{labels[row]}, not {predictions[row]} ({share} %)" for row, share in ((5, 90), (3, 60))
+    ]

@@ -29,6 +29,11 @@ def test_evaluate_by_hand(few_digits):
     expected = nn.functional.cross_entropy(torch.arange(10.0, 0.0, -1.0).expand(len(labels), -1), labels)
     assert evaluation.loss == pytest.approx(expected.item())
     assert evaluation.predictions.tolist() == [0] * len(labels)
+    assert evaluation.scores["balanced_pct"] == pytest.approx(100 / len(labels.unique()))
+    assert next(iter(evaluation.scores)) == "top1_pct"
+    table = evaluation.per_class(few_digits.classes)
+    assert table.accuracy_pct.to_dict()["0"] == 100 and table.accuracy_pct.sum() == 100
+    assert table.images.sum() == len(labels)
     assert evaluation.peak_bytes > 0
 
 

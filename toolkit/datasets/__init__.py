@@ -11,6 +11,7 @@ from toolkit.datasets import (  # noqa: F401  (each of them registers its data s
     coco,
     composed,
     corruptions,
+    elpv,
     embedded,
     folder,
     public,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import skimage.data
 from PIL import Image
@@ -52,6 +54,17 @@ def textures() -> Splits:
 def grey_photograph(name: str) -> np.ndarray:
     """A photograph of scikit-image as grey pixels, uint8 (H, W)."""
     return np.asarray(Image.fromarray(getattr(skimage.data, name)()).convert("L"))
+
+
+def write_photos(folder: Path, count: int = 16) -> None:
+    """Make a folder of photos to try things on: crops of scikit-image's photographs, a subfolder each."""
+    rng = np.random.default_rng(0)
+    for name in ("cat", "coffee", "retina", "rocket"):
+        photograph = getattr(skimage.data, name)()
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            y, x = (rng.integers(side - 160) for side in photograph.shape[:2])
+            Image.fromarray(photograph[y : y + 160, x : x + 160]).save(folder / name / f"{number:02}.jpg")
 
 
 def assign_tiles(rng: np.random.Generator, shape: tuple[int, int]) -> dict[str, np.ndarray]:

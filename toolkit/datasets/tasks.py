@@ -89,6 +89,9 @@ register_metric(
     Quantity("top5_pct", "top-5 accuracy", "%", better="more", missing=_ONE_CLASS),
     "classification", _among_highest(5),
 )  # fmt: skip
+register_metric(  # the mean over classes of the share of their images that are right
+    Quantity("balanced_pct", "balanced accuracy", "%", better="more"), "classification"
+)
 for _name, _label in (("miou_pct", "mean IoU"), ("pixel_accuracy_pct", "pixel accuracy")):
     register_metric(Quantity(_name, _label, "%", better="more", missing=_NOTHING), "segmentation")
 for _name, _label in (

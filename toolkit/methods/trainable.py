@@ -87,7 +87,14 @@ def norm(model: nn.Module, options: Options | None = None) -> nn.Module:
 register(
     "linear",
     linear,
-    searched(demo_vit=1e-2, demo_swin=1e-2, demo_cnn=5e-2, demo_cnn_digits=2e-2, demo_cnn_textures=1e-2)
+    searched(
+        demo_vit=1e-2,
+        demo_swin=1e-2,
+        demo_cnn=5e-2,
+        demo_cnn_digits=2e-2,
+        demo_cnn_textures=1e-2,
+        efficientnet_lite0=3e-2,
+    )
     | rates(NOT_TRIED, default=1e-3),
     frozen_features=True,
 )

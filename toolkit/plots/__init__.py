@@ -1,6 +1,6 @@
 """Figures: every function draws one and returns it; `save` writes it for the README or a report."""
 
-from toolkit.plots.images import confusion_matrix, examples, test_examples, test_pictures
+from toolkit.plots.images import confusion_matrix, examples, mistakes, predicted, test_examples, test_pictures
 from toolkit.plots.runs import (
     accuracy_against,
     costs_by_batch,
@@ -23,6 +23,8 @@ __all__ = [
     "learning_curves",
     "learning_rates",
     "memory_over_step",
+    "mistakes",
+    "predicted",
     "recompute_against_budget",
     "save",
     "smallest_budgets",

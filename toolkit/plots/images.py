@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,12 +15,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from torch import nn
+from torchvision.transforms.functional import pil_to_tensor
 
 from toolkit.backbones import data_config
 from toolkit.datasets import Splits, loader
+from toolkit.datasets.pictures import decode
 from toolkit.datasets.splits import labels_of
 from toolkit.datasets.tasks import IGNORED
-from toolkit.plots.style import plain, styled
+from toolkit.plots.style import note, plain, styled
 from toolkit.training.evaluation import Evaluation
 
 LEAST_SCORE = 0.5  # predicted boxes below it are not drawn
@@ -163,6 +166,40 @@ def _draw_boxes(panel: Axes, found: dict, classes: Sequence[str], colours: dict[
         panel.text(max(x1, 0) - 0.5, y1 - 0.5, text, fontsize=7, color="white", va="bottom", bbox=frame)
     left_out = int((scores < LEAST_SCORE).sum())
     panel.set_xlabel(f"{left_out} more below {LEAST_SCORE}" if left_out else "", fontsize=9)
+
+
+@styled
+def gallery(images: Sequence[torch.Tensor], titles: Sequence[str], columns: int = 4) -> Figure:
+    """`images`, each (3, H, W), under their titles; the unused places stay empty."""
+    rows = max(1, -(-len(images) // columns))
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(2 * columns, 2.4 * rows), layout="constrained", squeeze=False
+    )
+    for panel in axes.flat:
+        panel.set_axis_off()
+    for panel, image, title in zip(axes.flat, images, titles):
+        step = max(1, max(image.shape) // 256)  # whole photos would take the figure gigabytes
+        panel.imshow(image[:, ::step, ::step].permute(1, 2, 0))
+        panel.set_title(plain(textwrap.fill(title, 20)), fontsize=9)
+    return figure
+
+
+def mistakes(evaluation: Evaluation, splits: Splits, count: int = 8) -> Figure:
+    """The wrong answers of a test that the classifier was most certain of, the most certain first."""
+    wrong = torch.nonzero(evaluation.predictions != evaluation.labels).flatten()
+    worst = wrong[evaluation.confidences[wrong].argsort(descending=True)][:count].tolist()
+    titles = []
+    for row in worst:
+        true, found = (splits.classes[int(each[row])] for each in (evaluation.labels, evaluation.predictions))
+        titles.append(f"{true}, not {found} ({100 * evaluation.confidences[row]:.0f} %)")
+    return gallery([splits.test[row][0] for row in worst], titles) if worst else note("no mistake")
+
+
+def predicted(table: pd.DataFrame, count: int = 8) -> Figure:
+    """The first pictures of a table of `Predictor.predict`, made of files, with class and probability."""
+    shown = table.dropna(subset="class").head(count)
+    titles = [f"{row['class']} ({100 * row.probability:.0f} %)" for _, row in shown.iterrows()]
+    return gallery([pil_to_tensor(decode(Path(file))) for file in shown.image], titles)
 
 
 @styled

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import pandas as pd
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
@@ -38,6 +39,7 @@ class Evaluation:
     # Of classifiers only:
     predictions: torch.Tensor | None = None  # int64 (N,)
     labels: torch.Tensor | None = None  # int64 (N,)
+    confidences: torch.Tensor | None = None  # float (N,), probabilities of the predicted classes
 
     @property
     def seconds(self) -> float:
@@ -58,6 +60,13 @@ class Evaluation:
     def top5_pct(self) -> float | None:
         """Top-5 accuracy of a classifier; None if the model names one class only."""
         return self.scores["top5_pct"]
+
+    def per_class(self, classes: Sequence[str]) -> pd.DataFrame:
+        """Images and accuracy of each class of a classifier, the least accurate first."""
+        right = pd.Series((self.predictions == self.labels).numpy()).groupby(self.labels.numpy())
+        table = pd.DataFrame({"images": right.size(), "accuracy_pct": 100 * right.mean()})
+        table.index = pd.Index([classes[label] for label in table.index], name="class")
+        return table.sort_values("accuracy_pct")
 
     @property
     def fields(self) -> dict[str, float | None]:
@@ -110,7 +119,8 @@ def evaluate(
             means.update(outputs, targets)
             images_seen += _images_in(targets)
         fields = score.result()
-        scores = fields.pop("scores") | means.result()
+        scores = means.result() | fields.pop("scores")
+        scores = {task.metric: scores.pop(task.metric), **scores}  # the first one is that of histories
     return Evaluation(
         metric=task.metric,
         scores=scores,

@@ -52,10 +52,13 @@ class ClassScore:
         """The fields of an `Evaluation` that classifiers have."""
         scores, labels = torch.cat(self._scores).double(), torch.cat(self._labels)  # (N, classes), (N,)
         highest = scores.topk(min(5, scores.shape[1]), dim=1).indices  # as the metrics rank them
+        right = (highest[:, 0] == labels).double()
+        recalls = [right[labels == label].mean() for label in labels.unique()]
         return {
-            "scores": {},
+            "scores": {"balanced_pct": 100 * torch.stack(recalls).mean().item()},
             "loss": F.cross_entropy(scores, labels).item(),
             "predictions": highest[:, 0].clone(),
+            "confidences": scores.softmax(1).amax(1),
             "labels": labels,
         }
 
