@@ -1,9 +1,15 @@
 """The cache on disk: answers and rows are found again, and damaged or foreign ones are not used."""
 
+import json
+import os
+import warnings
+
 import numpy as np
 import pytest
 
-from toolkit.cache import digest, kept, kept_rows, read, write
+from toolkit.cache import kept, kept_rows
+from toolkit.errors import FileError
+from toolkit.files import digest
 
 QUESTION = {"what": "rows", "sizes": (1, 2)}
 
@@ -16,14 +22,32 @@ def test_an_answer_is_made_once(tmp_path):
     made = []
     for _ in range(2):
         assert kept(tmp_path, {"a": 1}, lambda: made.append(1) or {"b": 2}) == {"b": 2}
-    assert made == [1] and read(tmp_path, {"a": 2}) is None
+    assert made == [1]
 
 
-def test_an_answer_to_another_question_is_not_used(tmp_path):
-    write(tmp_path, {"a": 1}, {"b": 2}, {"x": np.arange(3)})
-    (tmp_path / f"{digest({'a': 1})}.npz").rename(tmp_path / f"{digest({'a': 2})}.npz")
-    with pytest.warns(UserWarning, match="answers another question"):
-        assert read(tmp_path, {"a": 2}) is None
+def test_damaged_and_foreign_answers_are_named_and_made_again(tmp_path):
+    """Any flipped bit, any truncation, another question's answer, and what is no JSON object."""
+    answer = {"text": "a", "number": 0.25, "list": [1, None, True]}
+    assert kept(tmp_path, {"a": 1}, lambda: answer) == answer
+    assert kept(tmp_path / "other", {"a": 2}, lambda: {"another": 1}) == {"another": 1}
+    (path,), (foreign,) = tmp_path.glob("*.json"), (tmp_path / "other").iterdir()
+    whole = path.read_bytes()
+    flipped = [bytes([*whole[:i], whole[i] ^ 1 << i % 8, *whole[i + 1 :]]) for i in range(len(whole))]
+    contents = [*flipped, *(whole[:i] for i in range(0, len(whole), 9)), foreign.read_bytes()]
+    contents += [b"null", b"3", b"[" * 100_000, b'{"a":' * 100_000, b"1" * 5000, b"\xff\xfe", b"{}"]
+    for content in contents:
+        path.write_bytes(content)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert kept(tmp_path, {"a": 1}, lambda: answer) == answer
+        same = content == whole or path.name not in "".join(str(w.message) for w in caught)
+        assert not same or json.loads(content) == json.loads(whole), content
+
+
+def test_a_pipe_in_place_of_an_answer_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / f"{digest({'a': 1})}.json")
+    with pytest.warns(UserWarning, match="not a regular file"):
+        assert kept(tmp_path, {"a": 1}, lambda: {"b": 2}) == {"b": 2}
 
 
 def test_rows_are_streamed_and_found_again(tmp_path):
@@ -34,7 +58,7 @@ def test_rows_are_streamed_and_found_again(tmp_path):
 
     for found in (False, True):
         records, answer, was_found = kept_rows(tmp_path, QUESTION, 3, make)
-        assert isinstance(records, np.memmap) and records["label"].tolist() == [1, 2, 3]
+        assert len(records) == 3 and records[[2, 0]]["label"].tolist() == [3, 1]
         assert answer == {"seconds": 4} and was_found == found
 
 
@@ -42,3 +66,23 @@ def test_a_wrong_number_of_rows_is_not_kept(tmp_path):
     with pytest.raises(ValueError, match="1 rows were made, not 3"):
         kept_rows(tmp_path, QUESTION, 3, lambda put: put(rows(1)) or {})
     assert not [*tmp_path.rglob("rows.*")]
+
+
+def test_rows_that_are_damaged_are_made_again_and_a_truncation_is_an_error(tmp_path):
+    def make(put):
+        put(rows(1, 2, 3))
+        return {"seconds": 4}
+
+    records, *_ = kept_rows(tmp_path, QUESTION, 3, make)
+    (path,) = tmp_path.glob("*/rows.npy")
+    os.truncate(path, path.stat().st_size - 1)
+    assert records[[0, 1]]["label"].tolist() == [1, 2]
+    with pytest.raises(FileError, match="truncated"):
+        records[[0, 2]]
+    for place in ("rows.npy", "meta.json"):
+        content = bytearray(path.with_name(place).read_bytes())
+        content[-20] ^= 1
+        path.with_name(place).write_bytes(content)
+        with pytest.warns(UserWarning, match="made again"):
+            assert kept_rows(tmp_path, QUESTION, 3, make)[1:] == ({"seconds": 4}, False)
+        assert kept_rows(tmp_path, QUESTION, 3, make)[2]

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, NoReturn
 from tqdm import tqdm
 
 import toolkit
-from toolkit.errors import InputError
-from toolkit.files import RUNS
+from toolkit.errors import InputError, check_name, printable
+from toolkit.files import CACHE, DOWNLOADS, RUNS
 
 # What a command needs is imported by the command: torch and pandas take seconds, and `--help` none of them.
 if TYPE_CHECKING:
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 all runs finished, 1 some failed, 2 bad input, 130 interrupted."""
+    """Exit status: 0 all runs finished, 1 some failed, 2 bad input, 130 interrupted (143: not by Ctrl-C)."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         _load_plugins(arguments)
@@ -41,9 +43,13 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except OSError as error:
+        name = printable(f"{error.filename}: ") if error.filename else ""
+        print(f"error: {name}{error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
         print("interrupted; the same command continues from here", file=sys.stderr)
-        return 130
+        return getattr(stop, "status", 130)
 
 
 def _load_plugins(arguments: list[str]) -> None:
@@ -171,6 +177,11 @@ def _add_ranking_flags(ranking: argparse.ArgumentParser) -> None:
     _add_runs_flag(ranking)
 
 
+def _add_clean_flags(clean: argparse.ArgumentParser) -> None:
+    text = "remove what is kept of these kinds: it is made again when it is needed"
+    clean.add_argument("--remove", nargs="+", default=[], metavar="KIND", help=text)
+
+
 def _add_runs_flag(command: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     output = command.add_argument_group("output")
     output.add_argument("--runs", type=Path, default=RUNS, metavar="FOLDER", help=f"default: {RUNS}")
@@ -183,6 +194,8 @@ def _add_where_flags(command: argparse.ArgumentParser) -> None:
     where.add_argument("--workers", type=int, metavar="COUNT", help=text)
     text = "run on the workers of this dask scheduler"
     where.add_argument("--scheduler", default="", metavar="ADDRESS", help=text)
+    text = "run again what ended so, as when another process held the memory: oom"
+    where.add_argument("--retry", nargs="+", choices=("oom",), default=(), metavar="STATUS", help=text)
 
 
 def _add_folder(command: argparse.ArgumentParser) -> None:
@@ -302,9 +315,11 @@ def _sweep(given: argparse.Namespace) -> int:
             {
                 "run": table["name"],
                 "finished": table.finished.map({True: "yes", False: ""}),
-                "predicted peak": table.predicted_peak_bytes.map(format_bytes, na_action="ignore"),
+                "predicted peak": table.predicted_peak_bytes.astype(object).map(
+                    format_bytes, na_action="ignore"
+                ),
                 "in budget": table.within_budget,
-                "seconds": table.seconds.map("{:.0f}".format, na_action="ignore"),
+                "seconds": table.seconds.astype(object).map("{:.0f}".format, na_action="ignore"),
                 "estimate from": table.estimate_from,
             }
         )
@@ -322,7 +337,8 @@ def _finish(experiments: list[Parameters], given: argparse.Namespace, figures: P
     from toolkit.training.record import load_records
 
     runs = given.runs.resolve()
-    failed = run_experiments(experiments, runs, workers=given.workers, scheduler=given.scheduler)
+    places = {"workers": given.workers, "scheduler": given.scheduler}
+    failed = run_experiments(experiments, runs, retry=given.retry, **places)
     ids = [experiment.id for experiment in experiments]
     records = load_records(runs)
     records = records[records.experiment_id.isin(ids)]
@@ -464,6 +480,22 @@ def _report(given: argparse.Namespace) -> int:
     return 0
 
 
+def _clean(given: argparse.Namespace) -> int:
+    from toolkit.budget import format_bytes
+    from toolkit.cache import MOST_BYTES, entries, trim
+
+    folders = [path for path in sorted(CACHE.glob("*")) if path.is_dir() and path != DOWNLOADS]
+    kinds = {path.name: path for path in folders}
+    for kind in given.remove:
+        freed = trim(kinds[check_name("kind of entry", kind, kinds)], most_bytes=0)
+        print(f"{kind}: {format_bytes(freed)} removed")
+    print(f"{CACHE}, at most {format_bytes(MOST_BYTES)} of each kind:")
+    for kind, path in kinds.items():
+        found = entries(path)
+        print(f"  {kind}: {len(found):,} entries, {format_bytes(sum(size for _, size in found.values()))}")
+    return 0
+
+
 def _ranking(given: argparse.Namespace) -> int:
     from toolkit.analysis import as_text, plain_table, ranking_table, write_ranking
 
@@ -483,6 +515,7 @@ COMMANDS = {
     "push": (_push, _add_push_flags, "copy a saved model to the Hugging Face hub"),
     "report": (_report, _add_report_flags, "write one HTML file about all runs, and its tables"),
     "ranking": (_ranking, _add_ranking_flags, "rank finished runs by accuracy, as CSV, Markdown and LaTeX"),
+    "clean": (_clean, _add_clean_flags, "show what the cache on disk holds, or remove it"),
 }  # fmt: skip
 
 

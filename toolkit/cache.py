@@ -1,87 +1,96 @@
-"""The cache on disk: small answers by their question, and rows of frozen features, mapped into memory.
+"""The cache on disk: small answers by their question, and rows of frozen features.
 
 Every entry is named after the hash of its question: a description, in what JSON has, of all that the answer
-depends on.  The question is stored with the answer, and an entry for another question is not used.  Damaged
-entries are made again, with a warning.  Nothing in here is ever removed or updated.
+depends on.  The question is stored with the answer, and so is a digest: an entry for another question is not
+used, and a damaged one is made again, with a warning.  Each kind of entry has a folder of limited size.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
+import contextlib
 import os
+import shutil
+import time
 import warnings
-import zipfile
-import zlib
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import filelock
 import numpy as np
 
-from toolkit.files import sha256_of, write_atomically
+from toolkit.errors import FileError
+from toolkit.files import digest, read_sealed, sha256_of, write_sealed
 
-_DAMAGED = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error)
-
-
-def digest(question: dict) -> str:
-    """Hex digest of a question, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------
-# Small answers: one `.npz` file each, a zip archive, whose checksums tell damage
-
-
-def read(folder: Path, question: dict) -> tuple[dict, dict[str, np.ndarray]] | None:
-    """The answer to `question` and its arrays; None if there is none, with a warning if it is damaged."""
-    path = Path(folder) / f"{digest(question)}.npz"
-    try:
-        with io.BytesIO(path.read_bytes()) as content, np.load(content, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        content = json.loads(arrays.pop("json").tobytes())
-        _check_question(content, question)
-        return content["answer"], arrays
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except _DAMAGED as error:
-        warnings.warn(f"{path} cannot be read and is made again: {error}", stacklevel=2)
-        return None
-
-
-def write(folder: Path, question: dict, answer: dict, arrays: dict[str, np.ndarray]) -> None:
-    """Keep `answer`, of what JSON has, and `arrays`, by names other than "json".
-
-    A folder that cannot be written to costs time in the next run, not this one's result: it is a warning.
-    """
-    content = json.dumps({"question": question, "answer": answer}).encode()
-    with io.BytesIO() as file:
-        np.savez_compressed(file, json=np.frombuffer(content, np.uint8), **arrays)
-        try:
-            write_atomically(Path(folder) / f"{digest(question)}.npz", file.getvalue())
-        except OSError as error:  # without the file's name: one warning, not one for each answer
-            warnings.warn(f"the answer is not kept in {folder}: {error.strerror or error}", stacklevel=2)
+MOST_BYTES = 20 * 10**9  # of each kind of entry
+IN_USE_SECONDS = 3600
+_DAMAGED = (OSError, ValueError, KeyError, RecursionError)
 
 
 def kept(folder: Path, question: dict, make: Callable[[], dict]) -> dict:
-    """The answer to `question` from `folder`; `make()`, kept for the next time, if it is not there."""
-    found = read(folder, question)
+    """The answer to `question` from `folder`; `make()`, of what JSON has, kept there for the next time.
+
+    A folder that cannot be written to costs time in the next run, not this one's result: it is a warning.
+    """
+    path = Path(folder) / f"{digest(question)}.json"
+    found = _read(path, question)
     if found is not None:
-        return found[0]
+        return found["answer"]
     answer = make()
-    write(folder, question, answer, {})
+    try:
+        write_sealed(path, {"question": question, "answer": answer})
+        if path.name.startswith("00"):  # not at each one of many
+            trim(path.parent)
+    except OSError as error:  # without the file's name: one warning, not one for each answer
+        warnings.warn(f"the answer is not kept in {folder}: {error.__cause__}", stacklevel=2)
     return answer
 
 
-# ---------------------------------------------------------------------------------------------------
-# Rows: a folder each, with the records in `rows.npy` and the answer in `meta.json`
+def _read(path: Path, question: dict) -> dict | None:
+    """The sealed content of `path`; None if there is none, with a warning if it cannot be used."""
+    try:
+        content = read_sealed(path)
+        if digest(content["question"]) != digest(question):
+            raise ValueError("it answers another question")
+        with contextlib.suppress(OSError):
+            os.utime(path)  # for `trim`
+        return content
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except _DAMAGED as error:
+        warnings.warn(f"{path} cannot be read and is made again: {error}", stacklevel=3)
+        return None
+
+
+class RowFile:
+    """Records in a file, read when they are asked for by a list of rows.
+
+    They are not mapped into memory: where a mapped file is truncated, the process dies.
+    """
+
+    def __init__(self, path: Path):
+        with open(path, "rb") as file:
+            np.lib.format.read_magic(file)
+            (self._count,), _, self.dtype = np.lib.format.read_array_header_1_0(file)
+            self._start, self._file = file.tell(), os.dup(file.fileno())
+        self._path = path
+        weakref.finalize(self, os.close, self._file)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, rows: Sequence[int]) -> np.ndarray:
+        size = self.dtype.itemsize
+        content = b"".join(os.pread(self._file, size, self._start + row * size) for row in rows)
+        if len(content) < len(rows) * size:
+            raise FileError(f"{self._path} was truncated while it was read; the next run makes it again.")
+        return np.frombuffer(content, self.dtype)
 
 
 def kept_rows(
     folder: Path, question: dict, count: int, make: Callable[[Callable[[np.ndarray], None]], dict]
-) -> tuple[np.ndarray, dict, bool]:
-    """`count` records mapped into memory, the answer kept with them, and whether both were found.
+) -> tuple[RowFile, dict, bool]:
+    """`count` records in a file, the answer kept with them, and whether both were found.
 
     `make(write)`: passes arrays of a structured type, in order, to `write`, and returns the answer, of what
     JSON has.  Of several processes that ask the same question one makes the rows and the others wait.
@@ -93,7 +102,8 @@ def kept_rows(
         found = answer is not None
         if not found:
             answer = _written(own, question, count, make)
-    return np.load(own / "rows.npy", mmap_mode="r", allow_pickle=False), answer, found
+            trim(own.parent)
+    return RowFile(own / "rows.npy"), answer, found
 
 
 def _written(folder: Path, question: dict, count: int, make: Callable) -> dict:
@@ -122,25 +132,47 @@ def _written(folder: Path, question: dict, count: int, make: Callable) -> dict:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    meta = {"question": question, "answer": answer, "sha256": sha256_of(folder / "rows.npy")}
-    write_atomically(folder / "meta.json", json.dumps(meta, indent=1).encode())
+    meta = {"question": question, "answer": answer, "rows_sha256": sha256_of(folder / "rows.npy")}
+    write_sealed(folder / "meta.json", meta)
     return answer
 
 
 def _whole(folder: Path, question: dict) -> dict | None:
     """The answer in `folder` if its rows are what was written; None, with a warning if they are damaged."""
-    try:
-        meta = json.loads((folder / "meta.json").read_bytes())
-        _check_question(meta, question)
-        if sha256_of(folder / "rows.npy") != meta["sha256"]:
-            raise ValueError("rows.npy is not what was written")
-        return meta["answer"]
-    except _DAMAGED as error:
-        if (folder / "meta.json").exists():
-            warnings.warn(f"{folder} cannot be read and is made again: {error}", stacklevel=3)
+    meta = _read(folder / "meta.json", question)
+    if meta is None:
         return None
+    with contextlib.suppress(OSError):
+        if sha256_of(folder / "rows.npy") == meta["rows_sha256"]:
+            return meta["answer"]
+    warnings.warn(f"{folder / 'rows.npy'} is damaged and is made again", stacklevel=3)
+    return None
 
 
-def _check_question(content: dict, question: dict) -> None:
-    if content["question"] != json.loads(json.dumps(question)):  # tuples are lists there
-        raise ValueError("it answers another question")
+def entries(folder: Path) -> dict[Path, tuple[float, int]]:
+    """Each entry in a folder of the cache, least recently used first: when that was, and its bytes."""
+    found = {}
+    for path in Path(folder).glob("*"):
+        files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+        with contextlib.suppress(FileNotFoundError):  # removed by another process
+            states = [file.stat() for file in files]
+            found[path] = (max((s.st_mtime for s in states), default=0.0), sum(s.st_size for s in states))
+    return dict(sorted(found.items(), key=lambda entry: entry[1]))
+
+
+def trim(folder: Path, most_bytes: int = MOST_BYTES) -> int:
+    """Remove the least recently used entries of `folder` until the others take `most_bytes`; returns bytes.
+
+    Entries in use stay, as does what is not an hour old: it may be being written.
+    """
+    found, freed = entries(folder), 0
+    total = sum(size for _, size in found.values())
+    for path, (used_at, size) in found.items():
+        if total - freed <= most_bytes:
+            break
+        if most_bytes and time.time() - used_at < IN_USE_SECONDS:
+            continue
+        with contextlib.suppress(OSError):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            freed += size
+    return freed

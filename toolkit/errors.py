@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,12 +12,25 @@ from pathlib import Path
 _TYPES = {"str": str, "int": int, "float": float, "bool": bool}
 
 
+def printable(text: str, breaks: bool = True) -> str:
+    """`text` with control characters, and bytes that are no text, as escapes; `breaks` of lines stay."""
+    return "".join(c if c.isprintable() or (breaks and c == "\n") else repr(c)[1:-1] for c in text)
+
+
 class InputError(ValueError):
     """Bad input.  The message names the input and the remedy; the command line exits with status 2."""
+
+    def __init__(self, message: str):
+        short = re.sub(r"\S{500,}", lambda word: f"{word[0][:99]}…{word[0][-99:]}", message)
+        super().__init__(printable(short))
 
     def _render_traceback_(self) -> list[str]:
         """What IPython shows in place of a traceback: the message says what to do."""
         return [f"{type(self).__name__}: {self}"]
+
+
+class FileError(InputError, OSError):
+    """A file that cannot be written, or is not what was written."""
 
 
 def check_name(kind: str, name: str, valid: Iterable[str]) -> str:
@@ -31,7 +45,7 @@ def check_name(kind: str, name: str, valid: Iterable[str]) -> str:
 
 def one_line(error: Exception) -> str:
     """The message of an error without line breaks; its type if it has no message."""
-    return " ".join(str(error).split()) or type(error).__name__
+    return printable(" ".join(str(error).split())) or type(error).__name__
 
 
 def some(names: Sequence[str]) -> str:

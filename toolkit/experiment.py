@@ -17,11 +17,12 @@ import torch
 
 from toolkit.budget import STRATEGIES, Strategy, format_bytes, parse_bytes
 from toolkit.datasets import find_dataset, task_of
-from toolkit.errors import InputError, Options, check_name, one_line, option
+from toolkit.errors import InputError, Options, check_name, one_line, option, printable
 from toolkit.methods import BATCH_NORMS, METHODS, check_statistics
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("fp32", "bf16", "fp16")
+MOST_PATH_BYTES = 4096
 Size = int | str  # bytes: a number, or text such as "2GB" or "1.5 GiB"; stored as a number
 
 
@@ -29,6 +30,22 @@ def identity(parameters: Mapping) -> str:
     """First 12 hex digits of the sha256 of the canonical JSON of all parameters of a run."""
     canonical = json.dumps(parameters, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def _resolved(folder: str) -> Path:
+    """The absolute path of a folder; raises `InputError` for what cannot be one."""
+    try:
+        if not folder or "\0" in folder or len(folder.encode()) > MOST_PATH_BYTES:
+            raise ValueError("no path")
+        return Path(folder).expanduser().resolve()
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # a loop of links, no text, ...
+        raise InputError(
+            f"dataset {'folder:' + folder[:100]!r} names no folder ({one_line(error)}); write folder:PATH."
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -48,8 +65,7 @@ class Parameters(Options):
         if self.device == "cuda" and not torch.cuda.is_available():
             raise InputError("device 'cuda': torch sees no CUDA device here; use device 'cpu' or 'auto'.")
         if self.dataset.startswith("folder:"):  # kernels start in another folder than the command line
-            path = Path(self.dataset.removeprefix("folder:")).expanduser().resolve()
-            self._set("dataset", f"folder:{path}")
+            self._set("dataset", f"folder:{_resolved(self.dataset.removeprefix('folder:'))}")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -270,7 +286,7 @@ class Experiment(Parameters):
 
     def describe(self) -> str:
         """One line for people."""
-        return (
+        return printable(
             f"{self.method} on {self.backbone}, {self.dataset}, checkpointing {self.checkpointing}, "
             f"budget {format_bytes(self.budget_bytes)}, {self.epochs} epochs of batch {self.batch_size}, "
             f"{self.precision} on {self.device}, seed {self.seed}"

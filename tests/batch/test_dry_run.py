@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from toolkit.__main__ import main
 from toolkit.baselines.experiment import BaselineExperiment
 from toolkit.batch.dry_run import CPU_RATIO, START_SECONDS, dry_run, summary
 from toolkit.batch.sweep import check_runnable
@@ -152,3 +153,12 @@ def test_the_summary_counts_runs_that_exceed_their_budget(tmp_path, kept):
     frame = dry_run([e], tmp_path, kept)
     assert list(frame.within_budget) == ["no"] and "above the budget" in frame.reason[0]
     assert "1 are predicted to exceed their budget" in summary(frame)
+
+
+def test_runs_that_cannot_be_forecast_show_why(tmp_path, capsys):
+    """Alone, too: a column without a number has no type of its own."""
+    file = tmp_path / "sweep.yaml"
+    file.write_text("runs: [{dataset: digit_scenes, checkpointing: none, method: linear, device: cpu}]")
+    assert main(["sweep", str(file), "--dry-run", "--runs", str(tmp_path / "runs")]) == 0
+    output = capsys.readouterr().out
+    assert "unknown" in output and "detect" in output.split("unknown")[1]

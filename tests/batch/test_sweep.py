@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import signal
+import subprocess
 import sys
 import time
 
@@ -16,13 +19,14 @@ from PIL import Image
 import toolkit
 from toolkit.__main__ import main, phases
 from toolkit.backbones import demo
-from toolkit.batch import sweep
+from toolkit.batch import kernels, report, sweep
 from toolkit.batch.sweep_file import presets
 from toolkit.errors import InputError
 from toolkit.files import NOTEBOOKS
 from toolkit.forecast.forecasts import TrainingStep
 from toolkit.training.loop import FitResult
 from toolkit.training.record import RunRecord, run_fields
+from toolkit.training.resume import Stopped
 
 
 def test_a_grid_is_the_product_of_its_lists():
@@ -77,6 +81,7 @@ def fake_run(monkeypatch, few_digits, demo_model):
                 record.save(output.parent)
 
         monkeypatch.setattr(sweep, "execute_notebook", execute)
+        monkeypatch.setattr(report, "execute_notebook", report.execute_notebook)  # the report's is real
         monkeypatch.setattr(sweep, "load_dataset", lambda name: few_digits)
         return calls
 
@@ -92,6 +97,51 @@ def test_finished_runs_are_skipped_and_unfinished_ones_repeated(fake_run, tmp_pa
     calls.clear()
     assert sweep.run_experiments(experiments, tmp_path) == []
     assert calls == [experiments[3].id]
+
+
+def test_runs_that_ended_out_of_memory_are_tried_again_if_asked_for(fake_run, tmp_path):
+    (experiment,) = sweep.grid(seed=[0])
+    calls = fake_run(lambda _: "oom")
+    for retry, times in (((), 1), ((), 1), (("oom",), 2)):
+        assert sweep.run_experiments([experiment], tmp_path, retry=retry) == []
+        assert len(calls) == times
+    fake_run(lambda _: None)  # a kernel that leaves no record of its own
+    assert sweep.run_experiments([experiment], tmp_path, retry=("oom",)) == [experiment]
+    fake_run(lambda _: "ok")
+    assert sweep.run_experiments([experiment], tmp_path) == []
+    assert toolkit.load_records(tmp_path).status.tolist() == ["ok"]
+
+
+@pytest.mark.parametrize("saved", ["interrupted", None])
+def test_a_signal_ends_a_sweep_after_its_run_and_keeps_what_is_saved(fake_run, tmp_path, saved, capsys):
+    def behaviour(experiment):
+        if saved:
+            RunRecord.of_failure(experiment, "at step 3", saved).save(
+                toolkit.run_folder(experiment, tmp_path)
+            )
+        raise Stopped(signal.SIGTERM)
+
+    calls = fake_run(behaviour)
+    arguments = ["run", "--method", "linear", "--seed", "0", "1", "--runs", str(tmp_path)]
+    assert main(arguments) == 143
+    assert len(calls) == 1 and "continues from here" in capsys.readouterr().err
+    records = toolkit.load_records(tmp_path)
+    assert records.status.tolist() == ["interrupted"]
+    assert records.error.tolist() == ["at step 3" if saved else "stopped by SIGTERM"]
+
+
+def test_signals_are_passed_on_to_kernels_and_waited_for():
+    """A process stands for the kernel: it ends well at SIGTERM, whatever the signal was."""
+    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)):
+        with pytest.raises(Stopped) as stopped, kernels.passing_on_signals():
+            (notebook,) = kernels._running
+            with subprocess.Popen(["sleep", "60"]) as process:
+                notebook.pid = process.pid
+                os.kill(os.getpid(), number)
+                assert process.wait() == -signal.SIGTERM
+            raise DeadKernelError("Kernel died")
+        assert stopped.value.status == status and not kernels._running
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_dead_kernel_is_a_failure_with_a_record_and_the_rest_goes_on(fake_run, tmp_path):

@@ -1,6 +1,7 @@
 """Sweep files: what they name, in which order, and what they refuse."""
 
 import itertools
+import os
 import warnings
 from collections import Counter
 
@@ -166,7 +167,18 @@ def test_a_repeated_experiment_runs_once(write):
         ("grid: {method: [lora}", "is not YAML.*line 1"),
         ("[" * 5000, "is not YAML"),
         ("!!python/object/apply:os.system ['touch pwned']", "is not YAML"),
-        ("grid: &again {method: [*again]}", "method must be str"),
+        ("grid: &again {method: [*again]}", "is not YAML.*'again' stands for nothing before it"),
+        ("grid: [&a [1, 1], " + "".join(f"&a [{'*a, ' * 9}], " for _ in range(9)) + "]", "100,000 values"),
+        (f"grid: {{seed: &a [1, 1], rank: &b [{'*a,' * 999}], lr: [{'*b,' * 999}]}}", "100,000 values"),
+        ("grid: {rank: !!int [0x1F]}", "the tag"),
+        ("grid: {rank: [!!int 1:30:59]}", "the tag"),
+        ("grid: {rank: [0x1F]}", "rank must be int, got '0x1F'"),
+        ("grid: {rank: [1:30]}", "rank must be int, got '1:30'"),
+        ("grid: {lr: [%s]}" % ("9" * 5000), "more than 30 characters"),
+        ("<<: {grid: {seed: [1]}}", "unknown key of the file '<<'"),
+        ("? [grid]\n: 3", "a key that is not a name"),
+        ("grid: {seed: [1]}\n---\nruns: 3", "several documents"),
+        ("grid: {%s: [1]}" % ("a" * 1000), "unknown key of grid 'aaaa.*aaa'.*Valid"),
         ("runs: [{}]", r"runs\[1\] is empty"),
         ("seeds: 0\nruns: [{method: lora}]", "seeds must be a count from 1 to 100,000 or a list, got 0"),
         ("seeds: true\nruns: [{method: lora}]", "seeds must be a count"),
@@ -267,3 +279,13 @@ def test_the_command_line_lists_a_sweep_and_starts_nothing(tmp_path, capsys):
     file.write_text("grid: {methodd: [lora]}\n")
     assert main(["sweep", str(file), "--dry-run"]) == 2
     assert "Did you mean 'method'" in capsys.readouterr().err
+
+
+def test_a_file_that_is_too_large_or_no_file_is_refused_at_once(tmp_path):
+    (tmp_path / "large.yaml").write_text("# " + "x" * 1_000_000)
+    with pytest.raises(InputError, match=r"1,000,002 bytes are more than 1,000,000"):
+        read_sweep(tmp_path / "large.yaml")
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for path in (tmp_path / "pipe.yaml", "/dev/zero", tmp_path):
+        with pytest.raises(InputError, match=r"cannot be read"):
+            read_sweep(path)

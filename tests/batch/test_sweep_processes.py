@@ -142,3 +142,26 @@ def test_thirty_kills_with_kernels_change_no_record(tmp_path, undisturbed, flags
 def test_two_workers_leave_the_records_that_one_leaves(tmp_path, undisturbed):
     assert sweep(tmp_path, "--workers", "2").wait() == 0
     assert_same(tmp_path, undisturbed)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("flags", [(), ("--workers", "2")])
+def test_ten_preemptions_with_kernels_change_no_record(tmp_path, undisturbed, flags):
+    """What SLURM sends before it kills: runs are saved, the sweep says 143, and the same command goes on."""
+    moments, stopped = random.Random(1), 0
+    while stopped < 10:
+        process = sweep(tmp_path, *flags)
+        try:
+            process.wait(moments.uniform(0.2, 0.6) * undisturbed.attrs["sweep_seconds"])
+        except subprocess.TimeoutExpired:
+            process.send_signal(moments.choice([signal.SIGTERM, signal.SIGUSR1]))
+            stopped += 1
+        status = process.wait()
+        assert status in (0, 143, -signal.SIGTERM, -signal.SIGUSR1)
+        if status == 143:
+            assert set(toolkit.load_records(tmp_path).status) <= {"ok", "interrupted"}
+        if status == 0:
+            assert_same(tmp_path, undisturbed)
+            tmp_path = tmp_path / "again"
+    assert sweep(tmp_path, *flags).wait() == 0
+    assert_same(tmp_path, undisturbed)

@@ -1,12 +1,17 @@
 """Images in files: your own folder, broken images, hashes."""
 
+import os
+
+import numpy as np
 import pytest
 import torch
 from pictures import CONFIG, write_image
 from PIL import Image
 from torch.utils.data import Subset
 
+import toolkit
 from toolkit.datasets import Policy, load_dataset, loader
+from toolkit.errors import FileError
 
 
 @pytest.fixture
@@ -73,6 +78,67 @@ def test_decompression_bomb_is_refused_before_it_is_decoded(photos):
     Image.new("1", (9000, 9000)).save(photos / "cat" / "bomb.png")
     splits = load_dataset(f"folder:{photos}")
     assert len(splits.broken) == 1 and "9000 x 9000 pixels" in splits.broken[0]
+
+
+def replaced(path, seed):
+    """Another picture of the same size and time."""
+    status = path.stat()
+    pixels = np.random.default_rng(seed).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path.with_suffix(".bmp"))
+    path.write_bytes(path.with_suffix(".bmp").read_bytes())
+    path.with_suffix(".bmp").unlink()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", ["replaced", "truncated", "deleted", "unreadable", "a pipe"])
+def test_images_that_change_after_the_check_are_named(tmp_path, change):
+    for label, name in enumerate(("cat", "dog")):
+        for number in range(10):
+            write_image(tmp_path / name / f"{number}.bmp", seed=100 * label + number)
+    splits = load_dataset(f"folder:{tmp_path}")
+    path = splits.train.samples[0][0]
+    if change == "replaced":
+        replaced(path.rename(path.with_suffix(".b")), 9)
+        path.with_suffix(".b").rename(path)
+    elif change == "truncated":
+        os.truncate(path, 100)
+    else:
+        path.unlink()
+        if change == "unreadable":
+            path.mkdir()
+        elif change == "a pipe":
+            os.mkfifo(path)
+    with pytest.raises(FileError, match=f"{path} has changed"):
+        splits.train[0]
+    batches = loader(splits.train, CONFIG, Policy(), batch_size=20, workers=0, skip_changed=True)
+    with pytest.warns(UserWarning, match=f"left out of a batch: {path}"):
+        ((images, labels),) = batches
+    assert len(images) == len(labels) == len(splits.train) - 1
+
+
+def test_a_run_stops_with_its_state_saved_where_an_image_has_changed(photos, tmp_path_factory, monkeypatch):
+    """And goes on when it is brought back, or without it."""
+    splits = load_dataset(f"folder:{photos}")
+    e = toolkit.Experiment(
+        dataset=f"folder:{photos}", method="linear", epochs=2, batch_size=5, budget="1GB", device="cpu",
+        checkpointing="none",
+    )  # fmt: skip
+
+    def fit(folder, **options):
+        toolkit.seed_everything(0)
+        model = toolkit.adapt(toolkit.build_backbone("demo_cnn", 2, False), "linear")
+        return toolkit.fit(model, splits, e, folder=folder, workers=0, **options)
+
+    expected, folder = fit(None), tmp_path_factory.mktemp("run")
+    path = splits.val.samples[0][0]
+    content = path.read_bytes()
+    path.write_bytes(b"gone")
+    result = fit(folder)
+    assert (result.status, result.steps) == ("interrupted", 3) and f"{path} has changed" in result.error
+    with pytest.warns(UserWarning, match="left out"):
+        assert fit(None, skip_changed=True).status == "ok"
+    path.write_bytes(content)
+    assert fit(folder).history == expected.history
 
 
 def test_changed_content_changes_the_hash(photos):

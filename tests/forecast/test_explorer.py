@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import shlex
@@ -18,7 +17,6 @@ from matplotlib import pyplot as plt
 from papermill.iorw import read_yaml_file
 
 import toolkit
-from toolkit import cache as explorer_cache
 from toolkit import plots
 from toolkit.budget import STRATEGIES, format_bytes, plan
 from toolkit.errors import InputError
@@ -174,27 +172,6 @@ def test_questions_hold_everything_that_answers_depend_on(explorer, monkeypatch)
     monkeypatch.setattr(forecast_module, "code_sha256", lambda: "other code")
     Explorer(EXPERIMENT, 10)
     assert len({json.dumps(question, sort_keys=True) for question in asked}) == len(asked) == 11
-
-
-def test_damaged_and_foreign_answers_are_named_and_not_used(tmp_path):
-    question, answer, arrays = {"asked": 1}, {"a": [1, 2.5]}, {"memory": np.arange(1000)}
-    assert explorer_cache.read(tmp_path, question) is None
-    explorer_cache.write(tmp_path, question, answer, arrays)
-    (path,) = tmp_path.iterdir()
-    kept, kept_arrays = explorer_cache.read(tmp_path, question)
-    assert kept == answer and (kept_arrays["memory"] == arrays["memory"]).all() and len(kept_arrays) == 1
-    whole = path.read_bytes()
-    flipped = bytearray(whole)
-    flipped[len(whole) // 2] ^= 255
-    with io.BytesIO() as file:
-        np.save(file, np.array([{"an": "object"}]), allow_pickle=True)
-        pickled = file.getvalue()
-    explorer_cache.write(tmp_path / "other", {"asked": 2}, answer, arrays)
-    (foreign,) = (tmp_path / "other").iterdir()
-    for content in (b"", b"text", whole[:-30], bytes(flipped), pickled, foreign.read_bytes()):
-        path.write_bytes(content)
-        with pytest.warns(UserWarning, match=path.name):
-            assert explorer_cache.read(tmp_path, question) is None
 
 
 def test_batch_sizes_are_peaks_of_such_steps(explorer, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from simulated_gpu import SimulatedGpu, VirtualClock, meter_of
 
 import toolkit
 from toolkit.errors import InputError
-from toolkit.training import resume
+from toolkit.training import loop, resume
 from toolkit.training.resume import Snapshots
 from toolkit.training.step import Steps
 
@@ -154,3 +154,88 @@ def test_interrupt_finishes_the_step_and_resumes(demo_model, few_digits, tmp_pat
     model = demo_model()
     assert toolkit.fit(model, few_digits, e, folder=tmp_path).status == "ok"
     assert same(weights(model), weights(reference))
+
+
+def signalled_at(monkeypatch, steps, number):
+    """Send a signal to this process before the step after `steps`."""
+    original = Steps.run
+
+    def step(self, images, targets, result):
+        if result.steps == steps:
+            os.kill(os.getpid(), number)
+        return original(self, images, targets, result)
+
+    monkeypatch.setattr(Steps, "run", step)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_preemption_saves_the_state_and_leaves_handlers_as_they_were(
+    demo_model, few_digits, tmp_path, monkeypatch, number
+):
+    """A user's handler gets the signal when the state is saved; the default one would end the process."""
+    e, reference, calls = experiment(epochs=2), demo_model(), []
+    toolkit.fit(reference, few_digits, e)
+    before = signal.signal(number, lambda *_: calls.append(Snapshots(tmp_path).newest()["result"]["steps"]))
+    try:
+        with monkeypatch.context() as patch:
+            signalled_at(patch, 3, number)
+            result = toolkit.fit(demo_model(), few_digits, e, folder=tmp_path, snapshot_seconds=1e9)
+    finally:
+        signal.signal(number, before)
+    assert (result.status, result.error) == ("interrupted", f"stopped by {number.name}")
+    assert calls == [4]
+    model = demo_model()
+    resumed = toolkit.fit(model, few_digits, e, folder=tmp_path)
+    assert (resumed.status, resumed.resumes) == ("ok", 1)
+    assert same(weights(model), weights(reference))
+
+
+def test_a_stop_in_the_middle_of_a_validation_repeats_the_validation(
+    demo_model, few_digits, tmp_path, monkeypatch
+):
+    e, reference = experiment(epochs=2, batch_size=16), demo_model()
+    expected = toolkit.fit(reference, few_digits, e)
+    original = loop.evaluate
+
+    def evaluate(model, batches, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(model, batches, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", evaluate)
+        result = toolkit.fit(demo_model(), few_digits, e, folder=tmp_path)
+    assert (result.status, result.steps, result.history) == ("interrupted", 6, [])
+    model = demo_model()
+    assert toolkit.fit(model, few_digits, e, folder=tmp_path).history == expected.history
+    assert same(weights(model), weights(reference))
+
+
+def test_a_signal_before_the_first_step_ends_the_run_at_once(demo_model, few_digits, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Steps, "track", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+        result = toolkit.fit(demo_model(), few_digits, experiment(), folder=tmp_path)
+    assert (result.status, result.steps) == ("interrupted", 0)
+
+
+@pytest.mark.parametrize(
+    ("save_seconds", "run_seconds", "most_lost"),
+    [(0.01, 20, 1.5), (0.01, 36_000, 5.1), (0.1, 600, 5.1), (10, 3_600, 61), (300, 36_000, 61)],
+)
+def test_no_more_than_a_minute_or_a_twentieth_is_ever_lost(
+    tmp_path, monkeypatch, save_seconds, run_seconds, most_lost
+):
+    """Steps of a hundredth of the run or half a second, on a clock of its own."""
+    now, steps = [0.0], 10_000 if run_seconds > 1_000 else 100
+    monkeypatch.setattr(resume.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(resume.torch, "save", lambda *_: now.__setitem__(0, now[0] + save_seconds))
+    for name in ("write_atomically", "write_sealed", "sha256_of"):
+        monkeypatch.setattr(resume, name, lambda *_: None)
+    snapshots, saved_at, gaps = Snapshots(tmp_path, 5.0, steps), None, []
+    for step in range(1, min(steps, 2_000)):
+        now[0] += run_seconds / steps
+        if snapshots.due(step):
+            if saved_at is not None:
+                gaps.append(now[0] - saved_at)
+            snapshots.save(step, {})
+            saved_at = now[0]
+    assert len(gaps) > 3 and max(gaps) <= most_lost + run_seconds / steps

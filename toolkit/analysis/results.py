@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections import Counter
 from collections.abc import Iterable
@@ -30,7 +29,14 @@ from toolkit.experiment import Experiment
 from toolkit.files import RUNS
 from toolkit.measure.quantities import QUANTITIES
 from toolkit.methods import METHODS
-from toolkit.training.record import FILE_NAME, FINISHED, RunRecord, load_curves, load_records
+from toolkit.training.record import (
+    FILE_NAME,
+    FINISHED,
+    RunRecord,
+    load_curves,
+    load_records,
+    read_record,
+)
 
 REFERENCES = {"method": {"method": "full"}, "checkpointing": {"checkpointing": "none"}}
 
@@ -157,7 +163,7 @@ def missing(records: pd.DataFrame) -> pd.DataFrame:
     ]
     counts: Counter = Counter()
     for folder in records.folder[records.status == "ok"] if len(records) else ():
-        reasons = json.loads(Path(folder, FILE_NAME).read_text()).get("missing", {})
+        reasons = read_record(Path(folder, FILE_NAME)).get("missing", {})
         counts.update((name, why) for name, why in reasons.items() if name in names)
     rows = [(QUANTITIES[name].label, why, runs) for (name, why), runs in sorted(counts.items())]
     return pd.DataFrame(rows, columns=["figure", "missing because", "runs"])

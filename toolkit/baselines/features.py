@@ -169,7 +169,7 @@ def features(
 
     key = cache_key(extractor, split_hash, policy, batch_size, layers) | {"device": device_name(device.type)}
     records, answer, found = kept_rows(cache_folder or CACHE / "features", key, len(split), make)
-    x, y = Rows(records, precision).__getitems__(slice(None))
+    x, y = Rows(records, precision, range(len(records))).__getitems__(range(len(records)))
     return Features(x, y, Window(**answer["window"]), answer["peak_bytes"], found)
 
 

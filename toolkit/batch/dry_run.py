@@ -34,6 +34,8 @@ CPU_RATIO = 18.0  # training time to the planner's estimate, which is for an ass
 
 _STOPS = "stops the sweep"
 _NOT_RUN = ("refused", _STOPS)
+# A run by hand, on a device that is not here, or whose notebook somebody has changed.
+_NOT_RUN_HERE = (OSError, ValueError, KeyError, TypeError, RecursionError)
 _COLUMNS = (
     "name", "what", "finished", "predicted_peak_bytes", "within_budget", "reason", "seconds", "estimate_from"
 )  # fmt: skip
@@ -105,7 +107,7 @@ def summary(frame: pd.DataFrame) -> str:
     untimed = left[left.seconds.isna() & ~left.within_budget.isin(_NOT_RUN)]
     parts += [f"{n} without an estimate: {why}" for why, n in untimed.estimate_from.value_counts().items()]
     lines = ["; ".join(parts)]
-    for rows in (stopping, refused):
+    for rows in (stopping, refused, left[left.within_budget == "unknown"]):
         for reason, group in rows.groupby("reason", sort=False):
             lines.append(f"  {', '.join(group['name'])}: {reason}")
     return "\n".join(lines)
@@ -206,11 +208,11 @@ def _finished(runs: Path) -> Iterator[tuple[Parameters, float, float]]:
             kind = BaselineExperiment if record["run"]["phase"] == BaselineExperiment.phase else Experiment
             e = kind(**{field.name: record["config"][field.name] for field in fields(kind)})
             (notebook,) = path.parent.glob("*.ipynb")  # of whatever name that notebook had then
-            seconds = json.loads(notebook.read_bytes())["metadata"]["papermill"]["duration"]
+            seconds = float(json.loads(notebook.read_bytes())["metadata"]["papermill"]["duration"] or 0)
             training = record["time"].get("train_seconds")
             here = record["env"]["device_name"] == device_name(e.device)
             whole = record["run"]["status"] == "ok" and not record["time"].get("resumes")
-        except (OSError, ValueError, KeyError, TypeError):  # run by hand, or on a device that is not here
+        except _NOT_RUN_HERE:
             continue
         if here and whole and seconds:
             yield e, seconds, training or 0.0

@@ -13,9 +13,10 @@ import logging
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import filelock
 import papermill
@@ -28,7 +29,7 @@ from toolkit.baselines.experiment import BaselineExperiment
 from toolkit.baselines.memory_estimate import form_and_batch
 from toolkit.baselines.prompts import class_names
 from toolkit.batch import cluster
-from toolkit.batch.warm_kernels import WarmKernelManager
+from toolkit.batch.kernels import passing_on_signals, stop_all
 from toolkit.budget import find_blocks
 from toolkit.datasets import Splits, load_dataset
 from toolkit.errors import InputError, check_name, one_line
@@ -39,7 +40,8 @@ from toolkit.model import build_model, check_fits_weights
 from toolkit.training import progress
 from toolkit.training.feature_cache import checked_size
 from toolkit.training.loop import batch_sizes
-from toolkit.training.record import RunRecord, finished_folder, run_folder
+from toolkit.training.record import RunRecord, finished_folder, run_folder, status_of
+from toolkit.training.resume import Stopped, stop_signals
 
 ATTEMPTS = 2
 TRANSIENT = (RuntimeError, TimeoutError)  # of jupyter_client and nbclient: a kernel died, or did not start
@@ -121,21 +123,42 @@ class Outcome:
 
     error: str | None = None
     busy: bool = False
+    signal: int | None = None  # that stopped it
 
 
 def run_experiments(
-    experiments: list[Parameters], runs: Path = RUNS, *, workers: int | None = None, scheduler: str = ""
+    experiments: list[Parameters],
+    runs: Path = RUNS,
+    *,
+    workers: int | None = None,
+    scheduler: str = "",
+    retry: Sequence[str] = (),
 ) -> list[Parameters]:
     """Run what has no finished record under `runs`, with one progress bar; return what failed.
 
     `workers`: experiments at a time on this machine (default: one per GPU; on the CPU one, so that a run that
     is timed has the machine to itself).  `scheduler`: the address of a dask scheduler, whose workers are used
-    instead.  A failure leaves a record with status `failed` and does not stop the others.  An experiment that
-    another process is running in the same folder is waited for at the end, and done here if that process gave
-    up.  Raises `InputError` before anything runs.
+    instead.  `retry`: of `RETRIED`, endings that do not count as finished.
+
+    A failure leaves a record with status `failed` and does not stop the others.  An experiment that another
+    process is running in the same folder is waited for at the end, and done here if that process gave up.
+    Ctrl-C, SIGTERM and SIGUSR1 are passed on: runs save their state and end as `interrupted`, then `Stopped`
+    is raised; a second Ctrl-C does not wait for them.  Raises `InputError` before anything runs.
     """
+    with stop_signals(_stop):
+        return _run_experiments(experiments, runs, workers, scheduler, retry)
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    raise Stopped(number)
+
+
+def _run_experiments(
+    experiments: list[Parameters], runs: Path, workers: int | None, scheduler: str, retry: Sequence[str]
+) -> list[Parameters]:
     data = check_runnable(experiments, runs)
-    one = functools.partial(run_one, runs=runs, hashes={name: d.hashes["train"] for name, d in data.items()})
+    hashes = {name: splits.hashes["train"] for name, splits in data.items()}
+    one = functools.partial(run_one, runs=runs, hashes=hashes, retry=retry)
     with (
         _cluster(experiments, runs, workers, scheduler) as client,
         tqdm(total=len(experiments), unit="run", dynamic_ncols=True) as bar,
@@ -151,19 +174,28 @@ def run_experiments(
                 yield experiment, run(experiment)
 
         failed, busy = [], []
-        for wait, todo in ((False, experiments), (True, busy)):
-            for experiment, outcome in outcomes(todo, wait):
-                folder = run_folder(experiment, runs)
-                if isinstance(outcome, Exception):  # of the cluster: `run_one` turns its own into outcomes
-                    outcome = Outcome(_fail(experiment, folder, _described(outcome)))
-                if outcome.busy:
-                    busy.append(experiment)
-                    continue
-                bar.update()
-                if outcome.error:
-                    failed.append(experiment)
-                    notebook = _notebook(experiment, folder)
-                    bar.write(f"failed: {experiment.describe()}: {outcome.error} (notebook: {notebook})")
+        try:
+            for wait, todo in ((False, experiments), (True, busy)):
+                for experiment, outcome in outcomes(todo, wait):
+                    folder = run_folder(experiment, runs)
+                    if isinstance(
+                        outcome, Exception
+                    ):  # of the cluster: `run_one` turns its own into outcomes
+                        outcome = Outcome(_fail(experiment, folder, _described(outcome)))
+                    if outcome.signal is not None:
+                        raise Stopped(outcome.signal)
+                    if outcome.busy:
+                        busy.append(experiment)
+                        continue
+                    bar.update()
+                    if outcome.error:
+                        failed.append(experiment)
+                        notebook = _notebook(experiment, folder)
+                        bar.write(f"failed: {experiment.describe()}: {outcome.error} (notebook: {notebook})")
+        except KeyboardInterrupt:
+            if client is not None:
+                client.run(stop_all)
+            raise
     return failed
 
 
@@ -179,7 +211,9 @@ def _cluster(
     return cluster.local_workers(workers) if workers != 1 else contextlib.nullcontext()
 
 
-def run_one(experiment: Parameters, *, runs: Path, hashes: dict[str, str], wait: bool) -> Outcome:
+def run_one(
+    experiment: Parameters, *, runs: Path, hashes: dict[str, str], wait: bool, retry: Sequence[str] = ()
+) -> Outcome:
     """Run one experiment unless it is finished; failures are outcomes, not exceptions.
 
     `hashes`: sha256 of the training data by data set; `wait`: for a process that is running it.
@@ -188,17 +222,25 @@ def run_one(experiment: Parameters, *, runs: Path, hashes: dict[str, str], wait:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(folder / ".sweep.lock", timeout=-1 if wait else 0):
-            return Outcome(_run(experiment, folder, runs, hashes[experiment.dataset]))
+            return Outcome(_run(experiment, folder, runs, hashes[experiment.dataset], retry))
     except filelock.Timeout:
         return Outcome(busy=True)
+    except Stopped as stop:
+        if status_of(folder) != "interrupted":  # it was not training yet, or not any more
+            RunRecord.of_failure(experiment, f"stopped by {stop}", "interrupted").save(folder)
+        return Outcome(signal=stop.signal)
     except OSError as error:  # the folder cannot be written, so neither can a record of the failure
         return Outcome(_described(error))
 
 
-def _run(experiment: Parameters, folder: Path, runs: Path, train_sha256: str) -> str | None:
+def _run(
+    experiment: Parameters, folder: Path, runs: Path, train_sha256: str, retry: Sequence[str]
+) -> str | None:
     """Run one experiment unless it is finished; return what went wrong."""
-    if finished_folder(experiment, runs, train_sha256):
+    if finished_folder(experiment, runs, train_sha256, retry):
         return None
+    if status_of(folder) in retry:
+        RunRecord.of_failure(experiment, "not finished when tried again", "interrupted").save(folder)
     parameters = {**experiment.to_dict(), "runs": str(runs)}
     for _ in range(ATTEMPTS):
         try:
@@ -248,9 +290,9 @@ def execute_notebook(name: str, output: Path, parameters: dict) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # silences the debugger of every kernel
     path = str(output).replace("{", "{{").replace("}", "}}")  # papermill fills {name} with parameters
-    with progress.batch():
+    with progress.batch(), passing_on_signals() as kernel:
         papermill.execute_notebook(
             str(notebook), path, parameters=parameters, kernel_name="python3", cwd=str(NOTEBOOKS),
             progress_bar=False, extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
-            kernel_manager_class=WarmKernelManager,
+            kernel_manager_class=kernel,
         )  # fmt: skip

@@ -25,7 +25,6 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from reprlib import repr as short
-from typing import ClassVar
 from warnings import warn
 
 import yaml
@@ -35,9 +34,12 @@ from toolkit.batch.sweep import check_options, product
 from toolkit.budget import parse_bytes
 from toolkit.errors import InputError, check_name, one_line
 from toolkit.experiment import Experiment, Parameters
+from toolkit.files import read_bounded
 
 PRESETS = Path(__file__).parent / "presets"
 MOST = 100_000  # experiments of a file: building more takes longer than a person waits to see a mistake
+MOST_EXCLUSIONS = 1_000
+MOST_BYTES, MOST_DEPTH, MOST_NODES, MOST_DIGITS = 1_000_000, 20, 100_000, 30  # of a file, and of a number
 
 _SECTION = ("common", "grid", "runs", "exclude")
 
@@ -81,42 +83,86 @@ def check_count(experiments: Sequence[Parameters], limit: int = 1000, yes: bool 
         )
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 in its core types, without repeated keys.
+_PLAIN = [  # what text without quotes means in YAML 1.2
+    (re.compile(r"~|null|Null|NULL|"), lambda text: None),
+    (re.compile(r"true|True|TRUE|false|False|FALSE"), lambda text: text[0] in "tT"),
+    (re.compile(r"[-+]?[0-9]+(_[0-9]+)*"), int),
+    (re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"), float),
+    (re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"), lambda text: float(text.replace(".", ""))),
+]
+
+
+class _Yaml:
+    """The content of a YAML file: mappings, lists, and YAML 1.2's core types.
 
     PyYAML's own YAML 1.1 reads `no` and `off` as false, 1e-3 as text and 2026-01-01 as a date, and keeps the
-    last of several equal keys without a word.
+    last of several equal keys without a word.  Files come from anywhere, so there are no tags, and whatever
+    could take time or memory out of proportion (depth, numbers, repetition by aliases) has a limit.
     """
 
-    yaml_implicit_resolvers: ClassVar[dict] = {}
+    def __init__(self, content: bytes):
+        self._events = yaml.parse(content, yaml.SafeLoader)
+        self._anchors: dict[str, tuple[object, int]] = {}  # values, and the nodes in them
+        self._nodes = 0  # aliases count as what they stand for
+        next(self._events)
+        first = next(self._events)
+        self.content = None if isinstance(first, yaml.StreamEndEvent) else self._value(next(self._events))
+        if self._nodes and not isinstance(next(self._events), yaml.DocumentEndEvent):
+            raise yaml.YAMLError("there is more behind the end")
+        self._check(next(self._events, first), "several documents", yaml.StreamEndEvent)
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark
-                )
-            seen.add(str(key.value))
-        return node
+    def _check(self, event: yaml.Event, problem: str, *right: type[yaml.Event]) -> None:
+        if not isinstance(event, right):
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
 
+    def _value(self, event: yaml.Event, depth: int = 0) -> object:
+        first = self._nodes
+        self._nodes += 1
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor not in self._anchors:
+                self._check(event, f"the alias {event.anchor!r} stands for nothing before it")
+            value, nodes = self._anchors[event.anchor]
+            self._nodes += nodes
+        if depth > MOST_DEPTH or self._nodes > MOST_NODES:
+            self._check(event, f"nested deeper than {MOST_DEPTH} or longer than {MOST_NODES:,} values")
+        if isinstance(event, yaml.AliasEvent):
+            return value
+        if event.tag not in (None, "!"):
+            self._check(event, f"the tag {event.tag!r}; leave it out")
+        if isinstance(event, yaml.ScalarEvent):
+            value = self._scalar(event)
+        elif isinstance(event, yaml.SequenceStartEvent):
+            value = []
+            while not isinstance(item := next(self._events), yaml.SequenceEndEvent):
+                value.append(self._value(item, depth + 1))
+        else:
+            value = {}
+            while not isinstance(key := next(self._events), yaml.MappingEndEvent):
+                self._check(key, "a key that is not a name", yaml.ScalarEvent)
+                if key.value in value:
+                    self._check(key, f"the key {short(key.value)} is there twice")
+                value[key.value] = self._value(next(self._events), depth + 1)
+        if event.anchor is not None:
+            self._anchors[event.anchor] = value, self._nodes - first
+        return value
 
-for _type, _pattern in (
-    ("null", r"~|null|Null|NULL|"),
-    ("bool", r"true|True|TRUE|false|False|FALSE"),
-    ("int", r"[-+]?[0-9][0-9_]*"),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_type}", re.compile(f"^(?:{_pattern})$"), None)
+    def _scalar(self, event: yaml.ScalarEvent) -> object:
+        if event.implicit[0]:  # not quoted
+            for pattern, convert in _PLAIN:
+                if pattern.fullmatch(event.value):
+                    if len(event.value) > MOST_DIGITS:
+                        self._check(event, f"a number of more than {MOST_DIGITS} characters")
+                    return convert(event.value)
+        return event.value
 
 
 def _load(path: Path) -> object:
     try:
-        return yaml.load(path.read_bytes(), Loader=_Loader)
-    except OSError as error:
-        raise InputError(f"cannot be read ({error.strerror}); give the path of a sweep file.") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        return _Yaml(read_bounded(path, MOST_BYTES)).content
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise InputError(f"cannot be read ({reason}); give the path of a sweep file.") from None
+    except yaml.YAMLError as error:
         raise InputError(f"is not YAML; correct it: {one_line(error)}.") from None
 
 
@@ -151,6 +197,10 @@ def _experiments(
         experiments |= dict.fromkeys(found)
     check_options({name for lists in products for name in lists}, experiments)
     exclusions = {where: _mapping(where, one, names) for where, one in _numbered(at, section, "exclude")}
+    if len(exclusions) > MOST_EXCLUSIONS:
+        raise InputError(
+            f"{at}exclude has {len(exclusions):,} items, more than {MOST_EXCLUSIONS:,}; join some."
+        )
     return _without(exclusions, list(experiments))
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import signal
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +20,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from toolkit.datasets.splits import Policy, Target
-from toolkit.errors import InputError
+from toolkit.errors import FileError, InputError
 
 MOST_STRETCHED = 8  # a longer side, relative to the other, is cropped before the image is resized
 
@@ -33,6 +35,7 @@ def loader(
     epoch: int = 0,
     first_batch: int = 0,
     workers: int | None = None,
+    skip_changed: bool = False,
 ) -> DataLoader:
     """Load batches `(images, targets)`: float (B, 3, H, W) as `config` says, and targets by the split's task.
 
@@ -47,18 +50,27 @@ def loader(
     image's augmentation from (seed, epoch, index): an image comes out the same in any worker process, and
     if the epoch is resumed at `first_batch`.
     `workers`: loading processes; None: one per core, up to four, if images are decoded or cropped.
+    `skip_changed`: leave out, with a warning, images whose files have changed since they were checked; a
+    batch of nothing else raises `FileError`, as each such image does without it.
     """
     if workers is None:
         slow = policy.crop_scale is not None or getattr(split, "decodes", False)
         workers = min(4, os.cpu_count() or 1) if slow else 0
     return DataLoader(
-        _Batches(split, config, policy, seed, epoch),
+        _Batches(split, config, policy, seed, epoch, skip_changed),
         sampler=batch_rows(len(split), batch_size, seed, epoch)[first_batch:],
         batch_size=None,  # an item is a batch already
         num_workers=workers,
+        worker_init_fn=_outlive_stop_signals,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # so that making an iterator does not draw from the global one
     )
+
+
+def _outlive_stop_signals(worker: int) -> None:
+    """Let only the main process act on the signals that a whole job gets; it ends this one by its queue."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def batch_rows(count: int, batch_size: int, seed: int | None, epoch: int) -> list[list[int]]:
@@ -73,8 +85,16 @@ def batch_rows(count: int, batch_size: int, seed: int | None, epoch: int) -> lis
 class _Batches(Dataset):
     """Batches, indexed by their rows.  Images of one size are transformed at once, as a stack."""
 
-    def __init__(self, split: Dataset, config: dict, policy: Policy, seed: int | None, epoch: int):
-        self.split, self.seed, self.epoch = split, seed, epoch
+    def __init__(
+        self,
+        split: Dataset,
+        config: dict,
+        policy: Policy,
+        seed: int | None,
+        epoch: int,
+        skip_changed: bool = False,
+    ):
+        self.split, self.seed, self.epoch, self.skip_changed = split, seed, epoch, skip_changed
         size = tuple(config["input_size"][1:])
         interpolation = v2.InterpolationMode(config["interpolation"])
         resize = functools.partial(v2.Resize, interpolation=interpolation, antialias=True)
@@ -94,8 +114,16 @@ class _Batches(Dataset):
             self.flipped = torch.zeros(len(split), dtype=torch.bool)
 
     def __getitem__(self, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor | dict[str, torch.Tensor]]:
-        images, targets = zip(*(self._sample(row) for row in rows))
-        flipped = self.flipped[rows]
+        samples = {}
+        for row in rows:
+            try:
+                samples[row] = self._sample(row)
+            except FileError as error:
+                if not self.skip_changed or (row == rows[-1] and not samples):
+                    raise
+                warnings.warn(f"left out of a batch: {error}", stacklevel=2)
+        images, targets = zip(*samples.values())
+        flipped = self.flipped[list(samples)]
         if not isinstance(targets[0], int):
             images, targets = self._dense(images, targets, flipped)
             return self.finish(images), targets

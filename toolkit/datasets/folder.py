@@ -8,9 +8,9 @@ from pathlib import Path
 
 from toolkit.datasets.catalog import Dataset, register_dataset
 from toolkit.datasets.image_files import checked, scanned
-from toolkit.datasets.pictures import is_picture, printable
+from toolkit.datasets.pictures import is_picture
 from toolkit.datasets.splits import LEAST_IMAGES, Policy, Splits, deal
-from toolkit.errors import InputError
+from toolkit.errors import InputError, printable
 
 SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -34,7 +34,9 @@ def folder(path: Path) -> Splits:
     folders = {part: _subfolders(top) for part, top in parts.items()}
     walk = _Walk([entry for entries in folders.values() for entry in entries])
     files = {
-        part: [(file, printable(entry.name)) for entry in entries for file in walk.pictures(entry)]
+        part: [
+            (file, printable(entry.name, breaks=False)) for entry in entries for file in walk.pictures(entry)
+        ]
         for part, entries in folders.items()
     }
     for top in parts.values():
@@ -51,7 +53,7 @@ def folder(path: Path) -> Splits:
         for kind in {kind for _, kind in pairs}:
             holders[kind].append(part)
     classes = sorted(holders)
-    every = {printable(entry.name) for entries in folders.values() for entry in entries}
+    every = {printable(entry.name, breaks=False) for entries in folders.values() for entry in entries}
     empty = _quoted(sorted(every - set(classes)))
     if len(classes) < 2:
         found = "only " + _quoted(classes) if classes else "none"

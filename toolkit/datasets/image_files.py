@@ -1,4 +1,4 @@
-"""Images in files: decoded on demand, checked and hashed once."""
+"""Images in files: checked and hashed once, decoded on demand if they are still the same."""
 
 from __future__ import annotations
 
@@ -14,21 +14,25 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from toolkit import cache
-from toolkit.datasets.pictures import decode, formats, printable
+from toolkit.datasets import pictures
 from toolkit.datasets.splits import Splits, Target, hash_target, two_way
-from toolkit.errors import InputError, one_line
-from toolkit.files import CACHE, sha256_of
+from toolkit.errors import FileError, InputError, one_line, printable
+from toolkit.files import CACHE, digest
 
 Sample = tuple[Path, object]  # an image's file, and its label or the source of its dense target
 
 
 class ImageFiles(torch.utils.data.Dataset):
-    """Images decoded on demand; `read` makes the target from the second part of a sample."""
+    """Images decoded on demand; `read` makes the target from the second part of a sample.
+
+    `digests`: of each sample, as `_digest_of` returns it.  A sample that is another one by now raises
+    `FileError`: nothing trains on other data under the hash of these.
+    """
 
     decodes = True
 
-    def __init__(self, samples: list[Sample], read: Callable[[object], Target] = int):
-        self.samples, self.read = samples, read
+    def __init__(self, samples: list[Sample], digests: list[str], read: Callable[[object], Target] = int):
+        self.samples, self.digests, self.read = samples, digests, read
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -40,7 +44,17 @@ class ImageFiles(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, Target]:
         path, source = self.samples[index]
-        return v2.functional.pil_to_tensor(decode(path)), self.read(source)
+        try:
+            content, target = pictures.read(path), self.read(source)
+            if _digest_of(content, target) != self.digests[index]:
+                raise ValueError("its content is another one")
+            return v2.functional.pil_to_tensor(pictures.decode(path, content)), target
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or one_line(error)
+            raise FileError(
+                f"{path} has changed since the data set was checked ({reason}); bring it back, or load the "
+                "data set again and start another run."
+            ) from error
 
 
 def from_files(
@@ -72,7 +86,7 @@ def scanned(
 ) -> dict:
     """Decode, check and hash every sample, once per unchanged list of files: see `_scan`."""
     listing = [(split, *_stamp(root, sample)) for split, pairs in samples.items() for sample in pairs]
-    key = [str(root.resolve()), stamp, listing, PIL.__version__, formats()]
+    key = [str(root.resolve()), stamp, listing, PIL.__version__, pictures.formats()]
     return remembered("pictures", key, lambda: _scan(root, samples, read, check))
 
 
@@ -93,9 +107,10 @@ def checked(
             raise InputError(f"dataset {name!r}: no image of the {split} split in {root} can be read{first}.")
         if read is int and len({label for _, label in good}) < 2:
             raise InputError(f"{name}: the {split} split has readable images of fewer than two classes.")
-        splits[split] = ImageFiles(good, read)
-        hashes[split] = scan["hashes"].get(split) or _hash_labelled(root, good, scan["contents"])
-    reasons = [printable(f"{file}: {reason}") for file, reason in broken.items()]
+        digests = [scan["contents"][str(file.relative_to(root))] for file, _ in good]
+        splits[split] = ImageFiles(good, digests, read)
+        hashes[split] = _hash_of(root, good, digests, labelled=read is int)
+    reasons = [printable(f"{file}: {reason}", breaks=False) for file, reason in broken.items()]
     notes = []
     if scan["scaled"]:
         count = f"{scan['scaled']:,} grey image" + "s" * (scan["scaled"] > 1)
@@ -115,14 +130,15 @@ def held_out(name: str, samples: list[Sample]) -> dict[str, list[Sample]]:
 
 def remembered(kind: str, key: object, make: Callable[[], dict | list]) -> dict | list:
     """Return what `make` returns, which is JSON, from the cache if the question is the same."""
-    return cache.kept(CACHE / "datasets", {"kind": kind, "key": cache.digest({"key": key})}, make)
+    return cache.kept(CACHE / "datasets", {"kind": kind, "key": digest(key)}, make)
 
 
-def size_and_time(file: Path) -> tuple[int, int]:
+def size_and_time(file: Path) -> tuple[int, ...]:
+    """What changes when a file does: its size, and the times of its content and of its entry."""
     if not os.access(file, os.R_OK):  # a dangling link, or not permitted: decoding reports it
-        return 0, 0
+        return (0,)
     status = file.stat()
-    return status.st_size, status.st_mtime_ns
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _stamp(root: Path, sample: Sample) -> list:
@@ -139,16 +155,15 @@ def _stamp(root: Path, sample: Sample) -> list:
 def _scan(root: Path, samples: dict[str, list[Sample]], read: Callable, check: Callable | None) -> dict:
     """Decode, check and hash every sample.
 
-    `{"broken": {file: reason}, "scaled": number of greys of more than 8 bits}`, with `"contents"`, the sha256
-    of each labelled file, or `"hashes"`, that of each split with dense targets.
+    `{"broken": {file: reason}, "scaled": number of greys of more than 8 bits, "contents": {file: digest}}`.
     """
-    contents, hashes, broken, scaled = {}, {}, {}, 0
+    contents, broken, scaled = {}, {}, 0
     for split, pairs in samples.items():
-        digest = hashlib.sha256()
         for path, source in tqdm(pairs, desc=f"checking {split} images", leave=False, disable=None):
             name = str(path.relative_to(root))
             try:
-                image, target = decode(path), read(source)
+                content = pictures.read(path)
+                image, target = pictures.decode(path, content), read(source)
             except InputError:
                 raise
             except Exception as error:  # damaged content leads decoders to errors of any type
@@ -157,20 +172,23 @@ def _scan(root: Path, samples: dict[str, list[Sample]], read: Callable, check: C
             scaled += "scaled" in image.info
             if check is not None:
                 check(path, source, v2.functional.pil_to_tensor(image), target)
-            content = sha256_of(path)
-            if isinstance(target, int):
-                contents[name] = content
-                continue
-            digest.update(json.dumps([name, content]).encode())
-            hash_target(digest, target)
-            hashes[split] = digest.hexdigest()
-    return {"broken": broken, "scaled": scaled, "contents": contents, "hashes": hashes}
+            contents[name] = _digest_of(content, target)
+    return {"broken": broken, "scaled": scaled, "contents": contents}
 
 
-def _hash_labelled(root: Path, samples: list[Sample], contents: dict[str, str]) -> str:
-    digest = hashlib.sha256()
-    for path, label in samples:
-        name = str(path.relative_to(root))
-        digest.update(json.dumps([name, int(label)]).encode())
-        digest.update(bytes.fromhex(contents[name]))
-    return digest.hexdigest()
+def _digest_of(content: bytes, target: Target) -> str:
+    """The sha256 of a file and its dense target, if there is one; labels are not part of it."""
+    found = hashlib.sha256(content)
+    if not isinstance(target, int):
+        hash_target(found, target)
+    return found.hexdigest()
+
+
+def _hash_of(root: Path, samples: list[Sample], digests: list[str], labelled: bool) -> str:
+    """The sha256 of a split: names, labels and contents."""
+    found = hashlib.sha256()
+    for (path, source), sample in zip(samples, digests):
+        label = [int(source)] if labelled else []
+        found.update(json.dumps([str(path.relative_to(root)), *label]).encode())
+        found.update(bytes.fromhex(sample))
+    return found.hexdigest()

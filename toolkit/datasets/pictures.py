@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import re
 import warnings
 from pathlib import Path
 
@@ -10,11 +12,16 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION
 
+from toolkit.files import read_bounded
+
 with contextlib.suppress(ImportError):  # optional: without it HEIC pictures are left out
     import pillow_heif
 
     pillow_heif.register_heif_opener()
 
+MOST_BYTES = 2**28  # of a file
+MOST_TEXT_BYTES = 2**24  # of one that is decoded as text, at a megapixel a second
+TEXTS = (b"P1", b"P2", b"P3", b"/* XPM", b"#define")  # beginnings of PNM, XPM and XBM
 MAX_PIXELS = 40_000_000  # JPEGs are decoded at a fraction of their size beyond it, other pictures refused
 WHITE = 240  # mean brightness of visible pixels from which a transparent picture is composed on black
 HEIC = (".heic", ".heif", ".hif")
@@ -42,13 +49,15 @@ def is_picture(path: Path) -> bool:
         return False
 
 
-def printable(name: str) -> str:
-    """A file's name in one line: old archives leave bytes that are no text, people leave line breaks."""
-    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in name)
+def read(path: Path) -> bytes:
+    """The content of a file; raises `ValueError` for a pipe, a device, or what is too large for a picture."""
+    return read_bounded(path, MOST_BYTES)
 
 
-def decode(path: Path) -> Image.Image:
+def decode(path: Path, content: bytes | None = None) -> Image.Image:
     """Return the picture in a file, the first one of several, as an upright RGB image.
+
+    `content`: of the file, if it has been read.
 
     Transparency is composed on white, or on black if what is visible is white.  Greys of more than 8 bits
     are scaled by their range, which sets `info["scaled"]`.
@@ -61,7 +70,7 @@ def decode(path: Path) -> Image.Image:
         warnings.simplefilter("ignore")  # about damaged metadata, and about sizes, which are checked here
         try:
             # The content decides, not the name.
-            with Image.open(path, formats=formats()) as image:
+            with Image.open(io.BytesIO(_bounded(content or read(path))), formats=formats()) as image:
                 _draft(image)
                 check_size(image)
                 image.load()
@@ -71,6 +80,13 @@ def decode(path: Path) -> Image.Image:
         except UnidentifiedImageError as error:
             hint = "; install pillow-heif to read HEIC" if path.suffix.lower() in HEIC else ""
             raise ValueError(f"not a picture in a format that can be read{hint}") from error
+
+
+def _bounded(content: bytes) -> bytes:
+    """`content`, of bounded length if it is text, and without comments, which Pillow reads slowly."""
+    if content.startswith(TEXTS) and len(content) > MOST_TEXT_BYTES:
+        raise ValueError(f"{len(content):,} bytes of text, more than {MOST_TEXT_BYTES:,}")
+    return re.sub(rb"(#[^\r\n]*|\s)+", b" ", content) if content.startswith(TEXTS[:3]) else content
 
 
 def check_size(image: Image.Image) -> None:

@@ -12,7 +12,7 @@ import torch
 from sklearn.model_selection import train_test_split
 from torch.utils.data import Dataset
 
-from toolkit.errors import InputError
+from toolkit.errors import InputError, printable
 
 Target = int | torch.Tensor | dict[str, torch.Tensor]  # see `Splits`
 
@@ -65,7 +65,7 @@ class Splits:
         left_out = {"broken images": len(self.broken)} if self.broken else {}
         left_out |= self.left_out
         notes = [f"{count:,} {kind} left out" for kind, count in left_out.items()] + self.notes
-        return "; ".join([f"{self.name}: {len(self.classes)} classes, {sizes}", *notes])
+        return printable("; ".join([f"{self.name}: {len(self.classes)} classes, {sizes}", *notes]))
 
     def counts(self) -> pd.DataFrame:
         """The number of images of each class in each split, of a classification data set."""
@@ -82,7 +82,7 @@ class Splits:
     def summary(self) -> str:
         """All there is to know before training: the counts, the notes, and each image left out."""
         table = [self.counts().to_string()] if self.task == "classification" else []
-        return "\n".join([str(self), *table, *(f"left out: {line}" for line in self.broken)])
+        return printable("\n".join([str(self), *table, *(f"left out: {line}" for line in self.broken)]))
 
 
 def labels_of(split: Dataset) -> np.ndarray:

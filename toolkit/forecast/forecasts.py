@@ -21,11 +21,11 @@ from tqdm.auto import tqdm
 
 from toolkit.budget import Plan, Planner, format_bytes, parse_bytes
 from toolkit.budget.solver import Chain
-from toolkit.cache import digest, kept
+from toolkit.cache import kept
 from toolkit.datasets import find_dataset, load_dataset
 from toolkit.errors import InputError, one_line
 from toolkit.experiment import Experiment
-from toolkit.files import CACHE
+from toolkit.files import CACHE, digest
 from toolkit.forecast.step import AtLimit, Step, StepCost, step_of, step_under
 from toolkit.measure.environment import PACKAGES, code_sha256, device_name, installed_packages
 from toolkit.methods import METHODS

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -224,6 +226,18 @@ def memory_of_step(
     memory.reset_peak()
     run_step(model, batch, loss, memory.optimizer, "fp32", memory, *observers)
     return memory
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that this process can still get on a CUDA device, or of the host's memory; None if unknown."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
+    with contextlib.suppress(OSError):  # Linux only
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    return None
 
 
 def context_bytes(sensor: GpuSensor, device: torch.device) -> int:

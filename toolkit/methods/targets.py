@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -20,6 +22,11 @@ from toolkit.budget import find_blocks
 from toolkit.errors import InputError, some
 from toolkit.methods.registry import METHODS
 from toolkit.methods.trainable import head_names
+
+MATCH_SECONDS = 10
+_MATCH = """import re, sys
+pattern, *names = sys.stdin.read().split("\\0")
+sys.stdout.write("\\0".join(filter(re.compile(pattern).fullmatch, names)))"""
 
 
 @dataclass(frozen=True)
@@ -122,16 +129,33 @@ def _usual(model: nn.Module, layers: dict[str, nn.Module]) -> list[str]:
     return names
 
 
+def full_matches(pattern: str, names: Iterable[str]) -> list[str]:
+    """Those of `names` that match a regular expression from anywhere, which may take for ever.
+
+    Raises `InputError` for what is not one, and for one that takes longer than `MATCH_SECONDS`.
+    """
+    try:
+        re.compile(pattern)
+        found = subprocess.run(
+            [sys.executable, "-IS", "-Xutf8", "-c", _MATCH], input="\0".join([pattern, *names]),
+            capture_output=True, encoding="utf-8", timeout=MATCH_SECONDS, check=True,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise InputError(
+            f"targets {pattern[:100]!r} takes more than {MATCH_SECONDS} s: its repetitions can match one "
+            "text in too many ways; simplify them."
+        ) from None
+    except (re.error, RecursionError, OverflowError, ValueError, subprocess.SubprocessError) as error:
+        raise InputError(f"targets {pattern[:100]!r} is not a regular expression: {error}.") from error
+    return [name for name in found.stdout.split("\0") if name]
+
+
 def _matching(model: nn.Module, layers: dict[str, nn.Module], pattern: str) -> list[str]:
     said = f"targets {pattern!r}"
-    try:
-        expression = re.compile(pattern)
-    except re.error as error:
-        raise InputError(f"{said} is not a regular expression: {error}.") from error
     kinds = {name: type(module).__name__ for name, module in model.named_modules() if name}
-    matched = [name for name in kinds if expression.fullmatch(name)]
+    matched = full_matches(pattern, kinds)
     names = [name for name in matched if name in layers]
-    ending = [n for n in layers if n not in matched and re.fullmatch(rf"(.*\.)?(?:{pattern})", n)]
+    ending = [n for n in full_matches(rf"(.*\.)?(?:{pattern})", layers) if n not in matched]
     if pattern in names and ending:
         raise InputError(
             f"{said} is the whole name of one layer and the end of {len(ending)} others ({some(ending)}); "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,7 +11,6 @@ import pandas as pd
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.data import DataLoader
 
 from toolkit.backbones import data_config
 from toolkit.budget import DeviceMemory, device_memory, format_bytes, is_out_of_memory, tensors_of
@@ -88,7 +87,7 @@ class Evaluation:
 
 def evaluate(
     model: nn.Module,
-    batches: DataLoader,
+    batches: Iterable[tuple],
     *,
     task: Task = TASKS["classification"],
     num_classes: int = 0,
@@ -141,7 +140,7 @@ def _images_in(targets) -> int:
 
 
 @torch.no_grad()  # in inference mode the CPU's counter does not see into composite operators
-def _costs(model: nn.Module, batches: DataLoader, precision: str) -> tuple[DeviceMemory, float]:
+def _costs(model: nn.Module, batches: Iterable[tuple], precision: str) -> tuple[DeviceMemory, float]:
     """Run the first batch; returns the memory that counted its peak, and its multiply-adds per image."""
     device = next(model.parameters()).device
     memory, counter = device_memory(device), FlopCounter()

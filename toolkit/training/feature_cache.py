@@ -28,7 +28,7 @@ from toolkit.backbones import data_config
 from toolkit.budget import format_bytes
 from toolkit.budget.fakes import on_fake_tensors
 from toolkit.budget.step import autocast
-from toolkit.cache import kept_rows
+from toolkit.cache import RowFile, kept_rows
 from toolkit.datasets import Policy, Splits, batch_rows, loader
 from toolkit.errors import InputError, check_name
 from toolkit.files import CACHE
@@ -59,21 +59,22 @@ def records_of(rows: torch.Tensor, labels: torch.Tensor, precision: str) -> np.n
 
 
 class Rows(Dataset):
-    """The features of a split in its order, in a file mapped into memory: `(features (F,), label)`."""
+    """The features of a split in its order, the `rows` of a file: `(features (F,), label)`."""
 
-    def __init__(self, records: np.ndarray, precision: str):
-        self._records, self._dtype = records, STORED[precision][0]
+    def __init__(self, records: RowFile, precision: str, rows: range):
+        self._records, self._dtype, self._rows = records, STORED[precision][0], rows
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         features, labels = self.__getitems__([index])
         return features[0], int(labels[0])
 
-    def __getitems__(self, rows: list[int] | slice) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitems__(self, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """A batch at once, as torch's loaders ask for it: (B, F) and int64 (B,)."""
-        features, labels = (np.array(self._records[name][rows]) for name in ("features", "label"))
+        records = self._records[[self._rows[row] for row in rows]]
+        features, labels = (np.array(records[name]) for name in ("features", "label"))
         return torch.from_numpy(features).view(self._dtype), torch.from_numpy(labels)
 
 
@@ -275,7 +276,7 @@ def cached_features(
     key = cache_key(model, splits, layout) | {"device": device_name(device.type)}
     count = len(splits.train)
     records, answer, found = kept_rows(folder, key, count + len(splits.val), make)
-    train, val = Rows(records[:count], precision), Rows(records[count:], precision)
+    train, val = (Rows(records, precision, r) for r in (range(count), range(count, len(records))))
     return CachedFeatures(train, val, FeatureModel(model, layout), Window(**answer["window"]), need, found)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +23,7 @@ from toolkit.backbones import data_config
 from toolkit.budget import device_memory, is_out_of_memory
 from toolkit.datasets import Splits, loader
 from toolkit.datasets.tasks import TASKS
-from toolkit.errors import InputError
+from toolkit.errors import FileError, InputError
 from toolkit.experiment import Experiment
 from toolkit.measure import Meter, SensorError
 from toolkit.measure.environment import environment
@@ -50,6 +51,7 @@ def fit(
     workers: int | None = None,
     meter: Meter | None = None,
     view: View | None = None,
+    skip_changed: bool = False,
 ) -> FitResult:
     """Train `model` on `splits.train` as `experiment` says; validate after each epoch.
 
@@ -59,36 +61,34 @@ def fit(
     without the backbone, which waits in the host's memory, so on the CPU, where this is the same memory, the
     peak leaves it out too.
 
-    With a `folder`, the state is saved there at most every `snapshot_seconds` (less often if saving takes
-    more than 2 % of the time), and a run that finds a snapshot continues from it.  Time and energy are those
-    of `meter` (default: a new one); what a killed process measured after its last snapshot is lost together
-    with the steps themselves.
+    With a `folder`, the state is saved there every `snapshot_seconds` or 5 % of the steps, whichever is less
+    (but at most for 2 % of the time, unless more than a minute could be lost), and a run that finds a
+    snapshot continues from it.  Time and energy are those of `meter` (default: a new one); what a killed
+    process measured after its last snapshot is lost together with the steps themselves.
 
     `view` shows the run (default: `progress.Plain`) and may pause it between two steps: its memory stays
     allocated, and the wait is measured in the window "pause" only.
 
+    Where an image's file has changed since the data set was checked, the run saves its state and ends as
+    interrupted; with `skip_changed` it goes on without the image and counts it.
+
     Under a plan nothing starts that cannot fit, and a step that runs out of memory all the same is repeated,
     with the same random numbers, on a tighter plan; the batch never changes.  Otherwise out of memory, a loss
-    that is not finite, and an interrupt (Ctrl-C, Jupyter's stop button, the view's; at the end of the step)
-    end the run with that status.  Raises `InputError` if the weights exceed the budget, no plan fits it, a
-    batch norm that updates its statistics would meet a single value, or another process trains in `folder`.
+    that is not finite, and an interrupt (Ctrl-C, SIGTERM, SIGUSR1, Jupyter's stop button, the view's; at the
+    end of the step) end the run with that status.  Raises `InputError` if the weights exceed the budget, no
+    plan fits it, a batch norm that updates its statistics would meet a single value, or another process
+    trains in `folder`.
     """
     check_fits_weights(model, experiment.budget_bytes)
     check_batch_norms(model, batch_sizes(experiment, len(splits.train)), data_config(model)["input_size"])
-    snapshots = Snapshots(folder, snapshot_seconds)
-    with claim(folder), Interrupt() as interrupt, ProgressView(view or Plain(), interrupt) as screen:
-        run = _Run(model, splits, experiment, snapshots, workers, meter or Meter(experiment.device))
-        try:
-            run.prepare()
-            with run.steps.checkpointing(*run.blank_batch(), run.result):
-                run.train(screen)
-        except NotFinite as error:
-            run.result.status, run.result.error = "nan", str(error)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            run.result.status, run.result.error = "oom", str(error).split("\n")[0]
-            run.result.read_peaks(run.memory)
+    total_steps = experiment.epochs * math.ceil(len(splits.train) / experiment.batch_size)
+    snapshots = Snapshots(folder, snapshot_seconds, total_steps)
+    interrupt = Interrupt()
+    with claim(folder), ProgressView(view or Plain(), interrupt) as screen:
+        data = {"workers": workers, "skip_changed": skip_changed}
+        run = _Run(model, splits, experiment, snapshots, data, meter or Meter(experiment.device))
+        with interrupt:
+            run.end_well(screen, interrupt)
         run.result.windows = run.windows.totals()
         _read_context(run.result, run.meter)
         run.restore_model()
@@ -105,6 +105,10 @@ def train(experiment: Experiment, splits: Splits, **options: object) -> tuple[nn
     model = build_model(experiment, len(splits.classes))
     model = adapt(model, experiment.method, **experiment.method_options)
     return model, fit(model, splits, experiment, **options)
+
+
+class _Stopped(Exception):
+    """A stop is requested, or what the message says prevents the next step; the state can be saved."""
 
 
 @dataclass
@@ -131,11 +135,11 @@ class _Run:
         splits: Splits,
         experiment: Experiment,
         snapshots: Snapshots,
-        workers: int | None,
+        data: dict,
         meter: Meter,
     ):
         self.model, self.splits, self.experiment = model, splits, experiment
-        self.snapshots, self.workers, self.meter = snapshots, workers, meter
+        self.snapshots, self.data, self.meter = snapshots, data, meter
         self.windows = RunWindows(meter)
         self.device = torch.device(experiment.device)
         self.memory = device_memory(self.device)
@@ -155,6 +159,27 @@ class _Run:
         )
         self.epoch_sums = _Sums()
         self.unreported = _Sums()  # of the steps since the last progress
+
+    def end_well(self, screen: ProgressView, interrupt: Interrupt) -> None:
+        """Prepare and train; whatever may end a run becomes its status."""
+        try:
+            self.prepare()
+            with self.steps.checkpointing(*self.blank_batch(), self.result):
+                interrupt.deferred = True
+                self.train(screen)
+        except KeyboardInterrupt:
+            if interrupt.deferred or not interrupt.wanted:
+                raise
+            self.result.status = "interrupted"
+        except NotFinite as error:
+            self.result.status, self.result.error = "nan", str(error)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self.result.status, self.result.error = "oom", str(error).split("\n")[0]
+            self.result.read_peaks(self.memory)
+        if self.result.status == "interrupted" and interrupt.wanted and not self.result.error:
+            self.result.error = f"stopped by {interrupt.signal.name}"
 
     def prepare(self) -> None:
         """Put everything on the device and continue from the newest snapshot, if there is one."""
@@ -202,46 +227,60 @@ class _Run:
 
     def _train_until_paused(self, screen: ProgressView) -> bool:
         """Train to the last step or until a pause or stop is requested; returns whether it is a pause."""
-        while self.result.steps < self.total_steps:
-            if screen.stop_wanted:
-                self._save()
-                self.result.status = "interrupted"
-                return False
-            if screen.paused:
-                return True
-            epoch, first_batch = divmod(self.result.steps, self.steps_per_epoch)
-            set_train_mode(self.steps.stepped)
-            with self.windows.window("train"):
-                self._train_epoch(screen, epoch, first_batch)
-            if self.result.steps == (epoch + 1) * self.steps_per_epoch:
+        try:
+            while (epochs_done := len(self.result.history)) < self.experiment.epochs:
+                if screen.stop_wanted:
+                    raise _Stopped
+                if screen.paused:
+                    return True
+                trained, first_batch = divmod(self.result.steps, self.steps_per_epoch)
+                if trained == epochs_done:
+                    set_train_mode(self.steps.stepped)
+                    with self.windows.window("train"):
+                        self._train_epoch(screen, trained, first_batch)
+                    continue
                 with self.windows.window("validation"):
-                    self._end_epoch(epoch)
+                    self._end_epoch(epochs_done, screen)
                 screen.epoch(self.result.history[-1])
-                if self.snapshots.due or self.result.steps == self.total_steps:
+                if trained == self.experiment.epochs or self.snapshots.due(self.result.steps):
                     self._save()
+        except _Stopped as stop:
+            self._save()
+            self.result.status, self.result.error = "interrupted", str(stop) or None
         return False
 
     def _train_epoch(self, screen: ProgressView, epoch: int, first_batch: int) -> None:
         """Run the steps of an epoch from `first_batch` on, until a pause or stop is requested."""
         asked_at = time.perf_counter()
         order = {"seed": self.experiment.seed, "epoch": epoch, "first_batch": first_batch}
-        for images, targets in self._loader("train", **order):
+        for images, targets in self._batches("train", **order):
             self.result.data_seconds += time.perf_counter() - asked_at
+            rest = (
+                len(self.splits.train) - self.result.steps % self.steps_per_epoch * self.experiment.batch_size
+            )
+            self.result.images_skipped += min(self.experiment.batch_size, rest) - len(images)
             loss, hits = self.steps.run(images, targets, self.result)
             for sums in (self.epoch_sums, self.unreported):
                 sums.add(loss, hits, len(images))
             screen.step()
             if screen.stop_wanted or screen.paused:
                 return
-            if self.snapshots.due and self.result.steps % self.steps_per_epoch:  # otherwise after validation
+            if self.snapshots.due(self.result.steps):
                 self._save()
             asked_at = time.perf_counter()
 
-    def _end_epoch(self, epoch: int) -> None:
-        """Validate, and add the epoch's row to the history."""
+    def _end_epoch(self, epoch: int, screen: ProgressView) -> None:
+        """Validate, and add the epoch's row to the history; raises `_Stopped` if a stop is requested."""
+
+        def batches() -> Iterator[tuple]:
+            for batch in self._batches("val"):
+                if screen.stop_wanted:
+                    raise _Stopped
+                yield batch
+
         validation = evaluate(
             self.steps.stepped,
-            self._loader("val"),
+            batches(),
             task=self.task,
             num_classes=len(self.splits.classes),
             precision=self.experiment.precision,
@@ -261,13 +300,20 @@ class _Run:
         self.result.history.append(row)
         self.epoch_sums, self.unreported = _Sums(), _Sums()
 
+    def _batches(self, split: str, **order: int) -> Iterator[tuple]:
+        """The batches of a split; raises `_Stopped` where a file is not what it was."""
+        try:
+            yield from self._loader(split, **order)
+        except FileError as error:
+            raise _Stopped(str(error).splitlines()[-1].removeprefix("toolkit.errors.FileError: ")) from error
+
     def _loader(self, split: str, **order: int) -> DataLoader:
         size = self.experiment.batch_size
         if self.features:
             return self.features.loader(split, batch_size=size, **order)
         return loader(
             getattr(self.splits, split), self.data_config, self.splits.policy,
-            batch_size=size, workers=self.workers, **order,
+            batch_size=size, **self.data, **order,
         )  # fmt: skip
 
     def progress(self) -> Progress:

@@ -7,11 +7,11 @@ measured is null with a reason under `missing`.
 from __future__ import annotations
 
 import glob
-import json
+import reprlib
 import sys
 import uuid
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,12 +24,13 @@ from toolkit.datasets import Splits
 from toolkit.datasets.tasks import TASKS, Task
 from toolkit.errors import InputError
 from toolkit.experiment import Experiment, Parameters, identity, upgrade
-from toolkit.files import RUNS, write_atomically
+from toolkit.files import RUNS, read_sealed, write_sealed
 from toolkit.measure import Window, total
 from toolkit.measure.environment import environment, installed_packages
 from toolkit.measure.quantities import METRICS, QUANTITIES
 from toolkit.measure.scores import netscore, why_no_score
 from toolkit.methods import METHODS, summarize
+from toolkit.methods.weights import state_sha256, trained_state
 from toolkit.training.evaluation import Evaluation, Outcome
 from toolkit.training.result import FitResult
 from toolkit.training.resume import Snapshots
@@ -39,6 +40,7 @@ READABLE = (5, 6)
 DISPLAYED = ("backbone", "method", "checkpointing")  # added to the parameters of a baseline, for tables
 FILE_NAME = "record.json"
 FINISHED = ("ok", "oom", "nan")  # a run with such a record is not repeated; interrupted and failed ones are
+RETRIED = ("oom",)  # unless asked for: another process may have held the memory
 # What a simulated GPU makes worthless; tables leave it out.
 SIMULATED = tuple(name for name, quantity in QUANTITIES.items() if quantity.from_gpu_sensor)
 MEASURED = {  # fields of a record: window and its attribute
@@ -55,6 +57,7 @@ MEASURED = {  # fields of a record: window and its attribute
     "train_net_joules": ("train", "net_joules"),
     "train_cpu_joules": ("train", "cpu_joules"),
 }
+MOST_CHARACTERS = 100_000  # of a text in a record
 FIGURES = ("quality", "time", "energy", "memory", "flops", "scores")
 GROUPS = ("run", "config", "data", *FIGURES, "env")
 
@@ -163,8 +166,10 @@ class RunRecord:
             "metric": task.metric,
             "selection_rule": "last epoch",
             "params_trainable": summary.trainable,
+            "adapted_sha256": state_sha256(trained_state(model)),
             "adapter_bytes": summary.adapter_bytes,
         }
+        record.data["n_train_skipped"] = result.images_skipped
         record.time |= {
             "train_seconds": result.train_seconds,
             "data_seconds": result.data_seconds,
@@ -249,27 +254,28 @@ class RunRecord:
                 self.missing[name] = reasons.get(name) or QUANTITIES[name].missing
 
     @classmethod
-    def of_failure(cls, experiment: Parameters, error: str) -> RunRecord:
+    def of_failure(cls, experiment: Parameters, error: str, status: str = "failed") -> RunRecord:
         """The record of a run that ended without one of its own: its kernel died or a cell raised."""
         return cls(
-            run=run_fields(experiment, "failed", error),
+            run=run_fields(experiment, status, error),
             config=experiment.config,
             env=environment(experiment.device),
             packages=installed_packages(),
-            missing=dict.fromkeys(("data", *FIGURES), f"the run failed: {error}"),
+            missing=dict.fromkeys(("data", *FIGURES), f"{status}: {error}"),
         )
 
     def save(self, folder: Path) -> Path:
-        """Write `record.json` into `folder`; a finished run's snapshots go.
+        """Write `record.json` into `folder`; a finished run's snapshots go, unless it may be tried again.
 
         The record of a finished run is not replaced by that of an unfinished one.
         """
         path = Path(folder) / FILE_NAME
-        if self.run["status"] not in FINISHED and is_finished(Path(folder)):
+        final = set(FINISHED).difference(RETRIED)
+        if self.run["status"] not in FINISHED and status_of(folder) in final:
             print(f"this run is {self.run['status']}; kept the record of the finished one")
             return path
-        write_atomically(path, json.dumps(asdict(self), indent=1, allow_nan=False).encode())
-        if self.run["status"] in FINISHED:
+        write_sealed(path, asdict(self), strict=True)
+        if self.run["status"] in final:
             Snapshots(folder).clear()
         return path
 
@@ -325,12 +331,12 @@ def run_folder(experiment: Parameters, runs: Path | str = "") -> Path:
 
 
 def finished_folder(
-    experiment: Parameters, runs: Path = RUNS, train_sha256: str | None = None
+    experiment: Parameters, runs: Path = RUNS, train_sha256: str | None = None, retry: Sequence[str] = ()
 ) -> Path | None:
     """The folder of a finished run of `experiment` that need not be repeated, or None.
 
     The previous schema named the same run otherwise: its folder is found by the parameters in its record.
-    With `train_sha256`, a run on other training data does not count.
+    With `train_sha256`, a run on other training data does not count, nor do runs that ended as `retry` says.
     """
     folder = run_folder(experiment, runs)
     readable_name = folder.name.removesuffix(experiment.id)
@@ -340,18 +346,23 @@ def finished_folder(
         except InputError:
             continue
         run = record["run"]
-        same = run.get("experiment_id") == experiment.id
-        if same and run["status"] in FINISHED and train_sha256 in (None, record["data"].get("train_sha256")):
+        same = run.get("experiment_id") == experiment.id and run["status"] in set(FINISHED).difference(retry)
+        if same and train_sha256 in (None, record["data"].get("train_sha256")):
             return other
     return None
 
 
+def status_of(folder: Path) -> str | None:
+    """The status of the record in `folder`; None if there is none that can be used."""
+    try:
+        return read_record(Path(folder) / FILE_NAME)["run"]["status"]
+    except InputError:
+        return None
+
+
 def is_finished(folder: Path) -> bool:
     """Whether `folder` holds the record of a run that ended with a result."""
-    try:
-        return read_record(Path(folder) / FILE_NAME)["run"]["status"] in FINISHED
-    except InputError:
-        return False
+    return status_of(folder) in FINISHED
 
 
 def read_record(path: Path) -> dict:
@@ -360,12 +371,11 @@ def read_record(path: Path) -> dict:
     Raises `InputError` with the reason if the file cannot be used.
     """
     try:
-        record = json.loads(Path(path).read_text())
+        record = _verified(path)
         version, phase = record["run"]["schema_version"], record["run"]["phase"]
         if version not in READABLE:
             raise InputError(f"schema version {version!r}; this toolkit reads {READABLE}")
-        for group in GROUPS:
-            record[group].items()  # raises for what is not a dict
+        _check_values(record)
         if phase == "training":  # parameters may have come since, at the values that they had before
             record["config"] = _completed(upgrade(record["config"]))
             record["run"]["experiment_id"] = identity(record["config"])
@@ -375,9 +385,27 @@ def read_record(path: Path) -> dict:
             record["run"]["experiment_id"] = identity(own)
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise InputError(f"not a record ({type(error).__name__}: {error})") from None
     return record
+
+
+def _check_values(record: dict) -> None:
+    """Raise an error for what no run has written and no table can show."""
+    kinds = {"str": str, "int": int, "float": int | float, "bool": bool}
+    types = {field.name: kinds[field.type] for field in fields(Experiment) if field.type in kinds}
+    types |= {name: int | float for name, quantity in QUANTITIES.items() if quantity.better}
+    types |= dict.fromkeys(("status", "phase", "experiment_id", "error"), str)
+    values = [(group, *item) for group in GROUPS for item in record[group].items() if item[0] != "options"]
+    values += [("options", *item) for item in record["config"].get("options", {}).items()]
+    for group, name, value in values:
+        if value is not None and not isinstance(value, types.get(name, str | int | float)):
+            raise InputError(f"{group}.{name[:100]} is {reprlib.repr(value)}")
+        size = len(value) if isinstance(value, str) else abs(value or 0)
+        if len(name) > 100 or size >= (MOST_CHARACTERS if isinstance(value, str) else 2**63):
+            raise InputError(f"{group}.{name[:100]} is too long: {reprlib.repr(value)}")
+    for group in ("packages", "curves", "missing"):
+        dict(record.get(group, {}))  # raises for other than a mapping
 
 
 def _completed(parameters: dict) -> dict:
@@ -423,4 +451,8 @@ def load_records(folder: Path = RUNS) -> pd.DataFrame:
 
 def load_curves(folder: Path) -> dict:
     """`history`, `memory_trace_bytes` and `windows` of the run in `folder`, as far as it has them."""
-    return json.loads((Path(folder) / FILE_NAME).read_text()).get("curves", {})
+    return _verified(Path(folder) / FILE_NAME).get("curves", {})
+
+
+def _verified(path: Path) -> dict:
+    return read_sealed(Path(path), bare=[field.name for field in fields(RunRecord)])

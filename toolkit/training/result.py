@@ -42,6 +42,7 @@ class FitResult:
     step_flops: dict[str, float] = field(default_factory=dict)  # by phase, per image, of that step
     weights_sha256: str = ""  # of the model before training
     resumes: int = 0
+    images_skipped: int = 0  # in training, because their files had changed
     started_at: str = ""  # UTC; the first start of a resumed run
 
     def window(self, name: str) -> Window:

@@ -21,6 +21,7 @@ from toolkit.budget import (
     AutoCheckpoint,
     Checkpointing,
     DeviceMemory,
+    format_bytes,
     is_out_of_memory,
     release_failed_backward,
     tensors_of,
@@ -31,7 +32,7 @@ from toolkit.datasets.tasks import Task, split_targets
 from toolkit.errors import InputError
 from toolkit.experiment import Experiment
 from toolkit.measure import FlopCounter
-from toolkit.measure.memory import MemoryTrace
+from toolkit.measure.memory import MemoryTrace, free_bytes
 from toolkit.methods import METHODS, Hooks, set_train_mode
 from toolkit.model import optimizer_of
 from toolkit.training.result import FitResult
@@ -111,6 +112,7 @@ class Steps:
             )
             self._hits = self._penalty = None
             result.predicted_peak_bytes = self.blocks.plan.peak_bytes
+            self._check_free(result.predicted_peak_bytes)
         else:
             self.blocks = Checkpointing(
                 self.stepped,
@@ -123,6 +125,17 @@ class Steps:
                 yield
         finally:
             self.hooks.end(self.optimizer)
+
+    def _check_free(self, peak_bytes: int) -> None:
+        """Tell whether the plan fits what is free now; raises `torch.OutOfMemoryError` if it does not."""
+        free = free_bytes(self.device)
+        if free is None:
+            return
+        free += self.memory.allocated_bytes
+        text = f"the plan needs {format_bytes(peak_bytes)}, {format_bytes(free)} are free on {self.device}"
+        if peak_bytes > free:
+            raise torch.OutOfMemoryError(f"{text}: others hold the rest; later, try again by --retry oom")
+        print(text)
 
     def run(self, images: torch.Tensor, targets, result: FitResult) -> tuple[float, float]:
         """Run one step on one batch; returns its loss and the right answers in images.

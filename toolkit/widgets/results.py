@@ -6,7 +6,6 @@ Nothing here needs a browser: choosing is setting the values of widgets.
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from toolkit.budget import format_bytes
 from toolkit.errors import InputError
 from toolkit.measure.quantities import QUANTITIES
 from toolkit.plots.style import png
-from toolkit.training.record import FILE_NAME, RunRecord
+from toolkit.training.record import FILE_NAME, RunRecord, read_record
 
 FILTERS = ("dataset", "backbone", "method", "checkpointing", "status", "phase")
 COLUMNS = ("seed", "budget_bytes", "score_pct", "peak_bytes", "adapt_seconds", "adapt_joules")
@@ -139,7 +138,7 @@ class ResultsBrowser(ipywidgets.VBox):
     def _one(self, row: int) -> None:
         """A run's figures, with the reasons for those that are missing, and its curves."""
         folder = Path(self.records.folder[row])
-        record = RunRecord(**json.loads((folder / FILE_NAME).read_text()))
+        record = RunRecord(**read_record(folder / FILE_NAME))
         error = record.run["error"]
         title = f"{folder}: {record.run['status']}" + (f", {error}" if error else "")
         self.details.value = f"<p>{html.escape(title)}</p>{analysis.overview(record).to_html()}"
