@@ -22,9 +22,7 @@ import torch
 from torch import nn
 
 # Code of these is not followed, nor are their objects: what they change is their own business.
-_LIBRARIES = {*sys.stdlib_module_names, "torch", "torchvision", "numpy", "scipy", "pandas", "toolkit"} - {
-    "__main__"
-}
+_LIBRARIES = {*sys.stdlib_module_names, "torch", "torchvision", "numpy", "scipy", "pandas"}
 _DATA = 20_000  # entries from which on a list or dict is data, which no forward pass changes
 _MISSING = object()
 SHARED = "shared"  # the owner of what several modules reach
@@ -105,27 +103,32 @@ def _set(holder: object, name: str, value: object) -> None:
 class Found:
     """The state of everything that `roots`, pairs of an object and its owner, can reach.
 
-    Modules own what hangs on them; the owner of what several modules reach is `SHARED`.
+    Modules own what hangs on them, and the first owner what its root reaches; what several others reach is
+    `SHARED`.
     """
 
     def __init__(self, *roots: tuple[object, Hashable]):
         self.contents: dict[tuple, _Contents] = {}
         self.tensors: list[torch.Tensor] = []
         self._owners: dict[int, tuple[object, Hashable]] = {}  # with the object, so that ids stay unique
-        stack = list(roots)
+        for root, owner in roots:
+            self._follow(root, owner, first=roots[0][1])
+        self._values = [(t, t._version, t.requires_grad, t.grad) for t in self.tensors if t.is_leaf]
+        self._random = random_states(*_torchs())
+
+    def _follow(self, root: object, owner: Hashable, first: Hashable) -> None:
+        stack = [(root, owner)]
         while stack:
             value, owner = stack.pop()
             if isinstance(value, nn.Module):
                 owner = value
             known = self._owners.get(id(value))
             if known is not None:
-                if known[1] is owner or known[1] is SHARED:
+                if known[1] is owner or known[1] in (SHARED, first):
                     continue
                 owner = SHARED
             self._owners[id(value)] = value, owner
             stack += [(child, owner) for child in self._children(value, owner) if _may_change(child)]
-        self._values = [(t, t._version, t.requires_grad, t.grad) for t in self.tensors if t.is_leaf]
-        self._random = random_states(*_torchs())
 
     def owned_by(self, owner: Hashable) -> list:
         """All that the containers of `owner` hold."""
@@ -256,7 +259,8 @@ def _is_own(kind: type) -> bool:
 
 
 def _is_library(name: str | None) -> bool:
-    return (name or "builtins").partition(".")[0] in _LIBRARIES
+    name = name or "builtins"
+    return name.partition(".")[0] in _LIBRARIES or name.startswith("toolkit.budget")
 
 
 @functools.cache
