@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import random
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -216,12 +217,12 @@ def test_damaged_records_and_copies_are_named(runs):
 def test_runs_are_selected_by_experiment_on_any_device(runs):
     records = analysis.read(runs)[0].assign(device="cuda")
     wanted = [Experiment(method="lora", checkpointing="none", seed=1, budget="16MiB")]
-    assert list(analysis.runs_of(records, wanted).experiment_id) == ["lora-none-1"]
+    assert [Path(folder).name for folder in analysis.runs_of(records, wanted).folder] == ["lora-none-1"]
     assert analysis.runs_of(records[:0], wanted).empty
 
 
 def test_two_runs_side_by_side(records):
-    index = records.set_index("experiment_id").index
+    index = pd.Index([Path(folder).name for folder in records.folder])
     first, second = index.get_loc("full-none-0"), index.get_loc("lora-none-1")
     changed = side_by_side(analysis.adaptation(records), first, second).set_index("parameter")
     assert changed.loc["method"].tolist() == ["full", "lora"] and "dataset" not in changed.index

@@ -200,30 +200,39 @@ def means(records: pd.DataFrame, *quantities: str) -> pd.DataFrame:
     and the columns named in `quantities`.  Times, energies and what is made of them are those of the row's
     environment, all else is that of its pool.  Repeated runs of a seed count as one, by their mean.
     """
-    records = adaptation(records) if len(records) else records
+    records = adaptation(records).reset_index(drop=True) if len(records) else records
     scores = [name for name in SCORES if name in records and records[name].notna().any()]
-    found = [(key, group, group[group.status == "ok"]) for key, group in groups(records)]
-    settings: dict[int, list[pd.DataFrame]] = {}
-    for _, group, ok in found:
-        settings.setdefault(group.setting.iloc[0], []).append(ok)
-    rows = []
-    for key, group, ok in found:
-        pooled = pd.concat(settings[group.setting.iloc[0]])
-        row = key | {"n": pooled.seed.nunique(dropna=False)}
-        row["not_ok"] = ", ".join(group.status[group.status != "ok"].map(str))
-        if len(pooled):
-            row["within_budget"] = bool(pooled.within_budget.eq(True).all())
-            row["params_trainable"] = pooled.params_trainable.iloc[0]
-        for name in dict.fromkeys((*scores, "score_pct", *COSTS.values(), *quantities)):
-            runs = ok if _depends_on_speed(name) else pooled
-            mean, half_width, n = mean_and_interval(
-                numbers(runs, name).groupby(runs.seed, dropna=False).mean()
-            )
-            row |= {name: mean, f"{name}_half_width": half_width, f"{name}_n": n}
-        rows.append(row)
-    table = pd.DataFrame(rows)
+    names = dict.fromkeys((*scores, "score_pct", *COSTS.values(), *quantities))
+    found = list(groups(records))
+    if not found:
+        return pd.DataFrame()
+    ok = records[records.status == "ok"]
+    setting = pd.concat([group.setting for _, group in found])[ok.index]
+    place = pd.Series({row: place for place, (_, group) in enumerate(found) for row in group.index})[ok.index]
+    pooled = _by_seed(ok, setting, [name for name in names if not _depends_on_speed(name)])
+    pooled["n"] = ok.seed.groupby(setting).nunique(dropna=False)
+    pooled["within_budget"] = ok.within_budget.eq(True).groupby(setting).all()
+    pooled["params_trainable"] = ok.params_trainable.groupby(setting).first()
+    own = _by_seed(ok, place, [name for name in names if _depends_on_speed(name)])
+    settings = [group.setting.iloc[0] for _, group in found]
+    figures = [pooled.reindex(settings).reset_index(drop=True), own.reindex(range(len(found)))]
+    rows = [key | {"not_ok": ", ".join(map(str, g.status[g.status != "ok"]))} for key, g in found]
+    table = pd.concat([pd.DataFrame(rows), *figures], axis="columns")
+    counts = ["n", *(f"{name}_n" for name in names)]
+    table[counts] = table[counts].fillna(0).astype(int)
+    order = [f"{name}{end}" for name in names for end in ("", "_half_width", "_n")]
+    table = table[[*found[0][0], "n", "not_ok", "within_budget", "params_trainable", *order]]
     table.attrs["environments"] = records.attrs.get("environments", {})
     return table
+
+
+def _by_seed(ok: pd.DataFrame, by: pd.Series, names: list[str]) -> pd.DataFrame:
+    """`mean_and_interval` of each quantity for each value of `by`; the runs of a seed count as one."""
+    values = pd.DataFrame({name: numbers(ok, name) for name in names}, ok.index)
+    found = values.groupby([by, ok.seed], dropna=False).mean().groupby(level=0)
+    mean, n = found.mean(), found.count()
+    half_width = found.sem() * scipy.stats.t.ppf(0.975, (n - 1).where(n > 1))
+    return pd.concat([mean, half_width.add_suffix("_half_width"), n.add_suffix("_n")], axis="columns")
 
 
 def _depends_on_speed(quantity: str) -> bool:

@@ -86,8 +86,8 @@ def without_constants(text: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     if score in text and any(text[name].equals(text[score]) for name in text if name != score):
         text = text.drop(columns=score)
     figures = {quantity.title for quantity in QUANTITIES.values() if quantity.better} | {*STRATEGIES}
-    absent = [name for name in text if len(text) and text[name].isin(("–", "")).all()]
-    alike = [name for name in text if len(text) > 1 and text[name].nunique() == 1]
+    absent = [name for name in text if len(text) and text[name].eq("" if name == "not ok" else "–").all()]
+    alike = [name for name in text if len(text) > 1 and text[name].nunique() == 1 and text[name].iloc[0]]
     alike = [name for name in alike if name not in figures and name not in absent]
     if len(alike) + len(absent) == len(text.columns):
         return text, ""

@@ -13,7 +13,8 @@ import logging
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -43,6 +44,8 @@ from toolkit.training.loop import batch_sizes
 from toolkit.training.record import RunRecord, finished_folder, run_folder, status_of
 from toolkit.training.resume import Stopped, stop_signals
 
+# What becomes of the lines about epochs that a kernel prints; on this machine they go to the progress bar.
+SHOW_EPOCH: ContextVar[Callable[[str], None]] = ContextVar("show_epoch", default=lambda line: None)
 ATTEMPTS = 2
 TRANSIENT = (RuntimeError, TimeoutError)  # of jupyter_client and nbclient: a kernel died, or did not start
 
@@ -171,7 +174,9 @@ def _run_experiments(
                 return
             for experiment in todo:
                 bar.set_description(experiment.name)
+                SHOW_EPOCH.set(bar.set_postfix_str)
                 yield experiment, run(experiment)
+                bar.set_postfix_str("")
 
         failed, busy = [], []
         try:
@@ -271,6 +276,18 @@ def _described(problem: Exception) -> str:
     return f"{type(problem).__name__}: {one_line(problem)}"
 
 
+class _EpochLines:
+    """The file that a kernel's prints go to."""
+
+    def write(self, text: str) -> None:
+        for line in text.splitlines():
+            if line.startswith("epoch "):
+                SHOW_EPOCH.get()(line)
+
+    def flush(self) -> None:
+        """Do nothing: lines are shown as they come."""
+
+
 def execute_notebook(name: str, output: Path, parameters: dict) -> None:
     """Execute `notebooks/<name>.ipynb` with `parameters` and save it, outputs included, as `output`.
 
@@ -294,5 +311,5 @@ def execute_notebook(name: str, output: Path, parameters: dict) -> None:
         papermill.execute_notebook(
             str(notebook), path, parameters=parameters, kernel_name="python3", cwd=str(NOTEBOOKS),
             progress_bar=False, extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
-            kernel_manager_class=kernel,
+            kernel_manager_class=kernel, stdout_file=_EpochLines(),
         )  # fmt: skip

@@ -89,9 +89,10 @@ class Plain(View):
     def epoch(self, progress: Progress, row: dict) -> None:
         _, score = score_in(row, "val")
         score = "–" if score is None else f"{score:.2f} %"
+        left = f", {tqdm.format_interval(progress.seconds_left)} left" if progress.seconds_left else ""
         tqdm.write(
             f"epoch {row['epoch']}/{progress.epochs}: loss {row['train_loss']:.4f}, "
-            f"val {score}, peak {format_bytes(progress.peak_bytes)}"
+            f"val {score}, peak {format_bytes(progress.peak_bytes)}{left}"
         )
 
     def end(self, progress: Progress, message: str) -> None:

@@ -88,6 +88,7 @@ class LiveView(View):
     def end(self, progress: Progress, message: str) -> None:
         """Draw the run as it ended, and disable the buttons."""
         self.pause.disabled = self.stop.disabled = True
+        self.bar.bar_style = "success" if progress.step == progress.total_steps else "warning"
         self._draw(progress, message)
 
     def toggle_pause(self) -> None:

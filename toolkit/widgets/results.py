@@ -46,7 +46,8 @@ class ResultsBrowser(ipywidgets.VBox):
         self.records = records
         self.filters = {
             name: ipywidgets.SelectMultiple(
-                options=sorted(records[name].dropna().unique()), description=name, rows=4,
+                options=sorted(records[name].dropna().unique()), description=name,
+                rows=min(max(records[name].nunique(), 2), 8),
                 style={"description_width": "95px"}, layout=ipywidgets.Layout(width="31%"),
             )
             for name in FILTERS
@@ -57,9 +58,10 @@ class ResultsBrowser(ipywidgets.VBox):
         self.order = ipywidgets.ToggleButtons(options=["descending", "ascending"])
         self.cost = ipywidgets.ToggleButtons(options=list(analysis.COSTS), description="score against")
         self.count, self.heads = ipywidgets.HTML(), ipywidgets.HTML()
-        self.runs = ipywidgets.SelectMultiple(rows=12, layout=WIDE)
+        self.runs = ipywidgets.SelectMultiple(rows=16, layout=WIDE)
         self.message, self.details = ipywidgets.HTML(), ipywidgets.HTML()
         self.front, self.curves, self.memory = (ipywidgets.Image(format="png") for _ in range(3))
+        self._drawn = None  # rows in the figure of all runs
         self.add_class("toolkit-runs")
         self.heads.add_class("toolkit-heads")
         pages = [[self.cost, self.front], [self.message, self.curves, self.memory, self.details]]
@@ -111,9 +113,11 @@ class ResultsBrowser(ipywidgets.VBox):
         if self.runs.value != chosen:
             self._chosen()
         self.count.value = f"{len(shown)} of {len(self.records)} runs" if len(self.records) else NO_RUNS
-        self._draw_front()
+        if {*shown} != self._drawn:  # their order does not matter there
+            self._draw_front()
 
     def _draw_front(self) -> None:
+        self._drawn = {*self.shown}
         self.front.layout.display = "none"
         means = analysis.means(self.records.loc[self.shown])
         cost = analysis.COSTS[self.cost.value]
