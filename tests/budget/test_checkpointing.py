@@ -1,9 +1,11 @@
 """Blocks are found; checkpointing them changes when activations are computed, never the results."""
 
+import random
 import subprocess
 import sys
 from collections import Counter
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -90,6 +92,50 @@ def test_batch_norm_statistics_are_updated_once(name):
     assert all(torch.equal(buffers[name], buffer) for name, buffer in static.named_buffers())
     gradients = {name: p.grad for name, p in plain.named_parameters()}
     assert all(torch.equal(gradients[name], p.grad) for name, p in static.named_parameters())
+
+
+class _Spectral(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))
+        self.other = nn.utils.spectral_norm(nn.Linear(8, 8))
+
+    def forward(self, x):
+        return x + self.other(torch.tanh(self.one(x)))
+
+
+class _Stateful(nn.Module):
+    """Depends on counters, on a mean that it keeps, and on random numbers that are not torch's."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.calls, self.log = nn.Linear(8, 8), 0, []
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x):
+        self.calls += 1
+        self.log.append(self.calls)
+        self.mean.lerp_(x.detach().mean(0), 0.1)
+        return x + self.linear(torch.tanh(x)) * self.calls * random.random() * np.random.rand() + self.mean
+
+
+@pytest.mark.filterwarnings("ignore:.*spectral_norm")
+@pytest.mark.parametrize("block", [_Spectral, _Stateful])
+def test_recomputation_starts_from_the_state_of_the_first_pass(block):
+    seen = []
+    for strategy in ("none", "static"):
+        toolkit.seed_everything(0)
+        model = nn.Sequential(nn.Sequential(*[block() for _ in range(3)]), nn.Linear(8, 2))
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+        with Checkpointing(model, strategy, memory=TensorMemory(CPU), budget_bytes=1):
+            for _ in range(2):
+                model(x).sum().backward()
+        python = [(getattr(part, "calls", 0), getattr(part, "log", ())) for part in model[0]]
+        tensors = [p.grad for p in model.parameters()] + list(model.buffers())
+        seen.append((python, random.random(), np.random.rand(), tensors))
+    plain, static = seen
+    assert plain[:3] == static[:3]
+    assert all(map(torch.equal, plain[3], static[3]))
 
 
 def test_blocks_that_are_a_small_part_of_the_model_cause_a_warning():

@@ -201,7 +201,7 @@ class Found:
         if isinstance(value, staticmethod | classmethod):
             return [value.__func__]
         if isinstance(value, types.FunctionType):
-            return self._of_function(value, owner)
+            return [] if _is_library(value.__module__) else self._of_function(value, owner)
         if isinstance(value, type):
             return self._of_class(value, owner) if _is_own(value) else []
         if not (_is_own(type(value)) or isinstance(value, nn.Module | torch.optim.Optimizer)):
