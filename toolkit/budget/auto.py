@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 from toolkit.budget.integers import described
 from toolkit.budget.lean import LeanForms
 from toolkit.budget.memory import format_bytes, parse_bytes
+from toolkit.budget.own_checkpoints import own_checkpoints_off
 from toolkit.budget.plan import Plan, Planner, batch_size_of, check_trains
 from toolkit.budget.solver import Option
 from toolkit.budget.step import AUTOCAST, on_fakes, run_block, split_batch
@@ -181,8 +182,11 @@ class AutoCheckpoint:
             plan = self._plan_for(forward, args, kwargs) if torch.is_grad_enabled() else None
             self._running += 1
         try:
-            if plan is None or plan.keeps_everything:
+            if plan is None:
                 return forward(*args, **kwargs)
+            if plan.keeps_everything:
+                with own_checkpoints_off():
+                    return forward(*args, **kwargs)
             follower = self._followers.now = _Follower(plan)
             with Tape(follower.decide):
                 return forward(*args, **kwargs)

@@ -13,9 +13,11 @@ from torch.utils._pytree import tree_iter
 from toolkit.budget.checkpointing import STRATEGIES, Checkpointing, find_segments
 from toolkit.budget.fakes import Others, on_fake_tensors, refuse_unsuitable, swept
 from toolkit.budget.flops import NORMS, FlopCounter
+from toolkit.budget.found import Found
 from toolkit.budget.lean import LeanForms
 from toolkit.budget.memory import TensorMemory, format_bytes, parse_bytes, tensors_of
 from toolkit.budget.optimizers import Stepper, make_state, optimizer_like
+from toolkit.budget.own_checkpoints import own_checkpoints_off
 from toolkit.budget.profile import Profile, profile
 from toolkit.budget.solver import Chain, DeviceSpeed, Option, speed_of
 from toolkit.budget.step import run_step
@@ -362,11 +364,14 @@ def computes_samples_alone(block: nn.Module, shape: torch.Size) -> bool:
     first, second, third = (
         torch.randn(1, *shape[1:], generator=generator).to(parameter.device) for _ in range(3)
     )
-    with torch.no_grad(), torch.autocast(parameter.device.type, enabled=False):
+    found = Found((block, block))
+    with torch.no_grad(), torch.autocast(parameter.device.type, enabled=False), own_checkpoints_off():
         try:
             one, other = block(torch.cat([first, second])), block(torch.cat([first, third]))
         except (RuntimeError, ValueError, TypeError):
             return False  # it cannot run two samples, or not in this type
+        finally:
+            found.put_back()
     return torch.allclose(one[0], other[0], rtol=1e-4, atol=1e-5)
 
 
