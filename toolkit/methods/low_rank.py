@@ -154,6 +154,7 @@ register(
     # Of demo_cnn 5e-2 diverges.
     searched(demo_vit=3e-3, demo_swin=5e-3, demo_cnn=5e-3, demo_cnn_digits=2e-2, demo_cnn_textures=2e-2)
     | rates(f"{SCRIPTS}; MambaPEFT, arXiv 2411.03855", vim_small=1e-3)
+    | rates("tried on the validation split of textures at 96 pixels, no other rate", efficientnet_lite0=2e-3)
     | rates(SCRIPTS, default=5e-4),
     LoraOptions,
     convolutions=("plain", "same"),  # peft makes its own layers of the class of timm's Conv2dSame

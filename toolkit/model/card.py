@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from toolkit.backbones import weights_source
 from toolkit.budget import format_bytes
 from toolkit.experiment import Experiment
 from toolkit.measure.quantities import QUANTITIES
@@ -27,16 +28,14 @@ are in its `pretrained_cfg`.
 
 def model_card(config: dict, experiment: Experiment, model: nn.Module, record: Any = None) -> str:
     """Markdown with the front matter of the Hugging Face hub; `record`: the `RunRecord` of the training."""
-    e, weights = experiment, model.pretrained_cfg
+    e = experiment
     of_timm = "build" not in config["toolkit"]
-    licence, start = "", "random"
-    if e.pretrained:
-        licence = weights.get("license", "")
-        start = weights.get("origin_url") or weights.get("hf_hub_id") or "in this package"
+    start = weights_source(model, e.pretrained)
+    licence = start["weights_license"].replace("not known", "")
     facts = {
         "data": f"{e.dataset}, {config['num_classes']} classes",
         "backbone": f"{e.backbone}, images of {config['pretrained_cfg']['input_size'][-1]} pixels a side",
-        "weights at the start": f"{start}, licence {licence or 'not known'}" if e.pretrained else start,
+        "weights at the start": ", licence ".join(filter(None, start.values())),
         "method": f"{e.method} {e.options or ''}, {e.epochs} epochs of batch {e.batch_size}, lr {e.lr:g}",
         "budget": f"{format_bytes(e.budget_bytes)}, checkpointing {e.checkpointing}",
     }

@@ -19,6 +19,7 @@ from pathlib import Path
 import pandas as pd
 from torch import nn
 
+from toolkit.backbones import weights_source
 from toolkit.budget import STRATEGIES
 from toolkit.datasets import Splits
 from toolkit.datasets.tasks import TASKS, Task
@@ -162,6 +163,7 @@ class RunRecord:
         windows.setdefault("features", Window("features", seconds=0.0, energy_joules=0.0))
         record = cls.of_test(experiment, splits, result, summary.total, windows, evaluation)
         validated = result.history[-1] if result.history else _unscored("val", task)
+        record.quality |= weights_source(model, experiment.pretrained)
         record.quality |= {name: value for name, value in validated.items() if name.startswith("val_")} | {
             "metric": task.metric,
             "selection_rule": "last epoch",
