@@ -1,6 +1,7 @@
 """LoRA, DoRA, AdaLoRA and QLoRA: what they train, how ranks move, what is saved and merged."""
 
 import copy
+import re
 import sys
 
 import peft
@@ -124,6 +125,40 @@ def test_a_head_that_other_modules_are_named_like(method, tmp_path):
     base.load_state_dict(weights)
     loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
     torch.testing.assert_close(loaded(x), expected)
+    torch.testing.assert_close(merge(model)(x), expected)
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_adapted_layers_that_the_head_is_named_like(method):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.abc, self.c = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x):
+            return x + self.c(self.abc(x).relu())
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks, self.c = nn.Sequential(Block(), Block()), nn.Linear(32, 2)
+
+        def get_classifier(self):
+            return self.c
+
+        def forward(self, x):
+            return self.c(self.blocks(x))
+
+    model = toolkit.adapt(Net(), method)
+    assert sum(hasattr(module, "base_layer") for module in model.modules()) == 4
+    others = [n for n in toolkit.summarize(model).names if not re.search("lora_|ia3_|lokr_", n)]
+    assert others == [f"base_model.model.c.modules_to_save.default.{part}" for part in ("weight", "bias")]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    x = torch.randn(4, 32)
+    expected = model.eval()(x)
     torch.testing.assert_close(merge(model)(x), expected)
 
 

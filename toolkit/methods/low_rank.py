@@ -129,22 +129,24 @@ def with_lora(model: nn.Module, targets: Targets, options: RankOptions, use_dora
 def attach(model: nn.Module, targets: Targets, config: str, **settings: object) -> nn.Module:
     """`peft.get_peft_model` with the configuration `config` of these settings.
 
-    But only `targets.own` train next to the adapters (peft, which compares the ends of names, also makes
-    copies of `aux_head` next to `head`), and layers show their adapted weight.
+    But only `targets.own` train next to the adapters (peft, which compares the ends of names, would also wrap
+    or leave out `blocks.0.head` next to `head`), and layers show their adapted weight.
     """
     import peft  # it imports transformers, which takes seconds
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
 
-    settings |= {
-        "target_modules": "|".join(map(re.escape, targets.adapted)),
-        "modules_to_save": list(targets.own),
-    }
+    settings["target_modules"] = "|".join(map(re.escape, targets.adapted))
     wrapped = peft.get_peft_model(model, getattr(peft, config)(**settings))
-    for name, module in wrapped.base_model.model.named_modules():
-        if hasattr(module, "modules_to_save") and name not in targets.own:
-            module.requires_grad_(False)
+    for module in wrapped.modules():
         if isinstance(module, BaseTunerLayer):
             show_adapted_weight(module)
+    for name in targets.own:
+        parent, _, child = name.rpartition(".")
+        own = ModulesToSaveWrapper(model.get_submodule(name), wrapped.active_adapter)
+        own.set_adapter(wrapped.active_adapter)
+        setattr(model.get_submodule(parent), child, own)
+    wrapped.peft_config[wrapped.active_adapter].modules_to_save = list(targets.own)  # to be saved
     return wrapped
 
 
