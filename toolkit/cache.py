@@ -33,7 +33,7 @@ def kept(folder: Path, question: dict, make: Callable[[], dict]) -> dict:
     A folder that cannot be written to costs time in the next run, not this one's result: it is a warning.
     """
     path = Path(folder) / f"{digest(question)}.json"
-    found = _read(path, question)
+    found = _read(path, question, path)
     if found is not None:
         return found["answer"]
     answer = make()
@@ -46,7 +46,7 @@ def kept(folder: Path, question: dict, make: Callable[[], dict]) -> dict:
     return answer
 
 
-def _read(path: Path, question: dict) -> dict | None:
+def _read(path: Path, question: dict, entry: Path) -> dict | None:
     """The sealed content of `path`; None if there is none, with a warning if it cannot be used."""
     try:
         content = read_sealed(path)
@@ -58,7 +58,7 @@ def _read(path: Path, question: dict) -> dict | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except _DAMAGED as error:
-        warnings.warn(f"{path} cannot be read and is made again: {error}", stacklevel=3)
+        warnings.warn(f"{entry} cannot be read and is made again: {error}", stacklevel=3)
         return None
 
 
@@ -139,13 +139,13 @@ def _written(folder: Path, question: dict, count: int, make: Callable) -> dict:
 
 def _whole(folder: Path, question: dict) -> dict | None:
     """The answer in `folder` if its rows are what was written; None, with a warning if they are damaged."""
-    meta = _read(folder / "meta.json", question)
+    meta = _read(folder / "meta.json", question, folder)
     if meta is None:
         return None
     with contextlib.suppress(OSError):
         if sha256_of(folder / "rows.npy") == meta["rows_sha256"]:
             return meta["answer"]
-    warnings.warn(f"{folder / 'rows.npy'} is damaged and is made again", stacklevel=3)
+    warnings.warn(f"{folder} cannot be read and is made again: rows.npy is damaged", stacklevel=3)
     return None
 
 

@@ -1,5 +1,5 @@
 """One model of every timm family, and of torchvision, under every method: what trains gets a finite gradient,
-merging keeps the logits, and a step is planned.  `-m "long or not long"` runs them all."""
+merging keeps the logits, and a step is planned.  `-m "not faults"` runs them all."""
 
 import functools
 from collections import namedtuple

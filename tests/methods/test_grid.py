@@ -1,6 +1,6 @@
 """Every method on every backbone under every strategy: it trains, and trains what it says.
 
-Small instances of the real architectures, 30 steps on 16 digits.  `pytest -m "long or not long"
+Small instances of the real architectures, 30 steps on 16 digits.  `pytest -m "not faults"
 tests/test_grid.py` runs all 176 cells; without, each method but AdaLoRA (in `test_low_rank.py`) meets one
 backbone, the strategies taking turns.
 """

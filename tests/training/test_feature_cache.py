@@ -331,7 +331,7 @@ def test_unfinished_features_are_not_used(cached, tmp_path, monkeypatch):
     def killed(*args):
         raise KeyboardInterrupt
 
-    for place in ("toolkit.cache.write_atomically", "toolkit.training.feature_cache.records_of"):
+    for place in ("toolkit.cache.write_sealed", "toolkit.training.feature_cache.records_of"):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(place, killed)
             cached(model)
