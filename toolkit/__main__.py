@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NoReturn
 from tqdm import tqdm
 
 import toolkit
-from toolkit.errors import InputError, check_name, printable
+from toolkit.errors import InputError, check_name, printable, stop_signals
 from toolkit.files import CACHE, DOWNLOADS, RUNS
 
 # What a command needs is imported by the command: torch and pandas take seconds, and `--help` none of them.
@@ -37,9 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        _load_plugins(arguments)
-        given = _parser(arguments).parse_args(arguments)
-        return given.command(given)
+        with stop_signals():
+            _load_plugins(arguments)
+            given = _parser(arguments).parse_args(arguments)
+            return given.command(given)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

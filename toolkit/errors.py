@@ -1,14 +1,20 @@
-"""The error for input that a person can fix, and the checks that raise it: names, types and ranges."""
+"""The error for input that a person can fix, the checks that raise it, and signals that stop the work."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NoReturn
 
+# Ctrl-C, and what SLURM, Kubernetes, spot instances and `timeout` send some time before they kill.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _TYPES = {"str": str, "int": int, "float": float, "bool": bool}
 
 
@@ -31,6 +37,31 @@ class InputError(ValueError):
 
 class FileError(InputError, OSError):
     """A file that cannot be written, or is not what was written."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal has stopped the work; `status`: that of the process, by the custom of shells."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.signal = number
+        self.status = 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    raise Stopped(number)
+
+
+@contextlib.contextmanager
+def stop_signals(handler: Callable[[int, object], None] = _stop) -> Iterator[dict]:
+    """Have `handler` called for `STOP_SIGNALS`, in the main thread; yields the handlers that there were."""
+    main_thread = threading.current_thread() is threading.main_thread()
+    previous = {number: signal.signal(number, handler) for number in STOP_SIGNALS} if main_thread else {}
+    try:
+        yield previous
+    finally:
+        for number, former in previous.items():
+            signal.signal(number, former)
 
 
 def check_name(kind: str, name: str, valid: Iterable[str]) -> str:

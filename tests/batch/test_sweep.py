@@ -21,12 +21,11 @@ from toolkit.__main__ import main, phases
 from toolkit.backbones import demo
 from toolkit.batch import kernels, report, sweep
 from toolkit.batch.sweep_file import presets
-from toolkit.errors import InputError
+from toolkit.errors import InputError, Stopped
 from toolkit.files import NOTEBOOKS
 from toolkit.forecast.forecasts import TrainingStep
 from toolkit.training.loop import FitResult
 from toolkit.training.record import RunRecord, run_fields
-from toolkit.training.resume import Stopped
 
 
 def test_a_grid_is_the_product_of_its_lists():

@@ -13,7 +13,7 @@ import signal
 from collections.abc import Iterator
 
 from toolkit.batch.warm_kernels import WarmKernelManager
-from toolkit.training.resume import Stopped, stop_signals
+from toolkit.errors import Stopped, stop_signals
 
 WAIT_SECONDS = 0.1  # between looks at kernels that were told to stop
 

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import filelock
 import papermill
@@ -33,7 +32,7 @@ from toolkit.batch import cluster
 from toolkit.batch.kernels import passing_on_signals, stop_all
 from toolkit.budget import find_blocks
 from toolkit.datasets import Splits, load_dataset
-from toolkit.errors import InputError, check_name, one_line
+from toolkit.errors import InputError, Stopped, check_name, one_line, stop_signals
 from toolkit.experiment import Experiment, Parameters, option_fields
 from toolkit.files import NOTEBOOKS, RUNS
 from toolkit.methods import adapt, check_batch_norms
@@ -42,7 +41,6 @@ from toolkit.training import progress
 from toolkit.training.feature_cache import checked_size
 from toolkit.training.loop import batch_sizes
 from toolkit.training.record import RunRecord, finished_folder, run_folder, status_of
-from toolkit.training.resume import Stopped, stop_signals
 
 # What becomes of the lines about epochs that a kernel prints; on this machine they go to the progress bar.
 SHOW_EPOCH: ContextVar[Callable[[str], None]] = ContextVar("show_epoch", default=lambda line: None)
@@ -148,12 +146,8 @@ def run_experiments(
     Ctrl-C, SIGTERM and SIGUSR1 are passed on: runs save their state and end as `interrupted`, then `Stopped`
     is raised; a second Ctrl-C does not wait for them.  Raises `InputError` before anything runs.
     """
-    with stop_signals(_stop):
+    with stop_signals():
         return _run_experiments(experiments, runs, workers, scheduler, retry)
-
-
-def _stop(number: int, frame: object) -> NoReturn:
-    raise Stopped(number)
 
 
 def _run_experiments(

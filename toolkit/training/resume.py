@@ -11,15 +11,13 @@ import hashlib
 import io
 import shutil
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import filelock
 import torch
 
-from toolkit.errors import InputError
+from toolkit.errors import InputError, stop_signals
 from toolkit.files import read_sealed, remove_temporaries, sha256_of, write_atomically, write_sealed
 
 CLAIM_SECONDS = 20  # kernels of a killed sweep need a few seconds to notice that their parent is gone
@@ -27,29 +25,6 @@ KEPT = 2  # snapshots
 SAVE_SHARE = 0.02  # of the time, at most, is spent on saving, unless more than what follows could be lost:
 MOST_LOST_SECONDS = 60
 MOST_LOST_SHARE = 0.05  # of all steps
-# Ctrl-C, and what SLURM, Kubernetes, spot instances and `timeout` send some time before they kill.
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal has stopped the work; `status`: that of the process, by the custom of shells."""
-
-    def __init__(self, number: int):
-        super().__init__(signal.Signals(number).name)
-        self.signal = number
-        self.status = 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
-
-
-@contextlib.contextmanager
-def stop_signals(handler: Callable[[int, object], None]) -> Iterator[dict]:
-    """Have `handler` called for `STOP_SIGNALS`, in the main thread; yields the handlers that there were."""
-    main_thread = threading.current_thread() is threading.main_thread()
-    previous = {number: signal.signal(number, handler) for number in STOP_SIGNALS} if main_thread else {}
-    try:
-        yield previous
-    finally:
-        for number, former in previous.items():
-            signal.signal(number, former)
 
 
 class Interrupt:
