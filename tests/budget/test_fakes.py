@@ -322,7 +322,17 @@ def sparse():
     return nn.Sequential(nn.Embedding(10, 16, sparse=True), nn.Flatten(), nn.Linear(16 * 8, 5))
 
 
+class SparseFunction(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(10, 5))
+
+    def forward(self, x):
+        return F.embedding(x.long().abs() % 10, self.table, sparse=True).sum(1)
+
+
 BAD = {
+    "sparse gradients": (SparseFunction, "sparse tensors"),
     "numpy": (lambda: network(ToNumpy), "depends on values.*record a real step"),
     "values": (lambda: network(Deciding), "depends on values.*record a real step"),
     "a wrong shape": (lambda: network(Breaking), "fails on this batch.*reshape|fails on this batch.*shape"),

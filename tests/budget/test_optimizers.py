@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from toolkit.budget import plan
+from toolkit.errors import InputError
 
 BATCH = torch.randn(4, 32), torch.tensor([0, 1, 2, 1])
 PARAMETERS = 32 * 64 + 64 * 5  # none is smaller than what an allocation is rounded to
@@ -107,3 +108,22 @@ def test_a_state_that_cannot_be_predicted_is_assumed_and_told():
     optimizer.zero_grad()
     known = plan(model, "1GB", BATCH, optimizer=optimizer)
     assert "that it has" in known.notes[0] and known.fixed["optimizer"] == state_bytes(optimizer)
+
+
+class Complex(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(32, 5, dtype=torch.cfloat))
+
+    def forward(self, x):
+        return (torch.fft.fft(x) @ self.weight).abs()
+
+
+def test_what_an_optimizer_refuses_is_not_blamed_on_the_model():
+    made = plan(Complex(), "1GB", BATCH)
+    assert "fused" in made.notes[0] and made.fixed["optimizer"] >= 2 * 32 * 5 * 8
+
+
+def test_an_optimizer_that_is_none_is_refused():
+    with pytest.raises(InputError, match="optimizer must be adamw or sgd"):
+        plan(network(), "1GB", BATCH, optimizer=42)

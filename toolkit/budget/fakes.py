@@ -180,6 +180,8 @@ def _why_not(model: nn.Module, error: Exception) -> str:
     kind, said = type(model).__name__, one_line(error)
     if isinstance(error, _VALUES) or "numpy" in said or "FakeTensor" in said or "fake" in said.lower():
         return f"{kind} cannot run on fake tensors, its path depends on values ({said}); {RECORD}."
+    if "Sparse" in said:
+        return f"{kind} uses sparse tensors, whose size depends on values ({said}); make them dense."
     return (
         f"a training step of {kind} fails on this batch ({type(error).__name__}: {said}). If a real step "
         f"runs, {RECORD}."

@@ -35,6 +35,11 @@ def optimizer_like(optimizer, model: nn.Module) -> Callable[[nn.Module], object]
     if isinstance(optimizer, str):
         optimizer = _KNOWN[check_name("optimizer", optimizer, _KNOWN)]
     if not is_optimizer(optimizer):
+        if not callable(optimizer):
+            raise InputError(
+                f"optimizer must be {' or '.join(_KNOWN)}, an optimizer of the model, or a function of its "
+                f"trained parameters, got {optimizer!r}."
+            )
 
         def make(other: nn.Module) -> object:
             with unset_fake_temporarily():  # constructors may compute tables
@@ -110,6 +115,8 @@ class Stepper:
                 raise
             except Exception as error:  # an optimizer may raise anything
                 self._way += 1
+                if self._way > 3:
+                    raise
                 if self._way == 3:
                     self._replace(error)
 
@@ -135,7 +142,7 @@ class Stepper:
             f"on fake tensors ({one_line(error)[:100]})."
         )
         deposit_gradients(p for p in self._trained if p.grad is None)
-        self.optimizer = self.optimizer if self._has_state else _KNOWN["adamw"](self._trained)
+        self.optimizer = self.optimizer if self._has_state else torch.optim.AdamW(self._trained)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients."""
