@@ -108,7 +108,12 @@ def test_the_card_tells_what_was_done(saved):
     folder, _ = saved("lora")
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: timm\n") and "license: apache-2.0" in card
-    for fact in ("| data | digits, 10 classes |", "'rank': 8", "checkpointing planned", "Classes: 0, 1, 2,"):
+    for fact in (
+        "| data | digits, 10 classes |",
+        "| options | rank 8, alpha 16,",
+        "checkpointing planned",
+        "Classes: 0, 1, 2,",
+    ):
         assert fact in card
 
 

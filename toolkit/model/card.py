@@ -36,7 +36,8 @@ def model_card(config: dict, experiment: Experiment, model: nn.Module, record: A
         "data": f"{e.dataset}, {config['num_classes']} classes",
         "backbone": f"{e.backbone}, images of {config['pretrained_cfg']['input_size'][-1]} pixels a side",
         "weights at the start": ", licence ".join(filter(None, start.values())),
-        "method": f"{e.method} {e.options or ''}, {e.epochs} epochs of batch {e.batch_size}, lr {e.lr:g}",
+        "method": f"{e.method}, {e.epochs} epochs of batch {e.batch_size}, lr {e.lr:g}",
+        "options": ", ".join(f"{name} {value}" for name, value in e.options.items() if value != "") or "none",
         "budget": f"{format_bytes(e.budget_bytes)}, checkpointing {e.checkpointing}",
     }
     if record is not None:
