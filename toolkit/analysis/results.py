@@ -164,7 +164,7 @@ def missing(records: pd.DataFrame) -> pd.DataFrame:
     counts: Counter = Counter()
     for folder in records.folder[records.status == "ok"] if len(records) else ():
         reasons = read_record(Path(folder, FILE_NAME)).get("missing", {})
-        counts.update((name, why) for name, why in reasons.items() if name in names)
+        counts.update((name, str(why)) for name, why in reasons.items() if name in names)
     rows = [(QUANTITIES[name].label, why, runs) for (name, why), runs in sorted(counts.items())]
     return pd.DataFrame(rows, columns=["figure", "missing because", "runs"])
 
