@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -142,7 +142,11 @@ def plan(
 
 
 class Planner:
-    """Plans one training step for any budget; profiles it once for each micro-batch size, when needed."""
+    """Plans one training step for any budget; profiles it once for each micro-batch size, when needed.
+
+    `accumulates`: gradients are there before the step.  `recorded`: the profile of a real step, in place of
+    `batch`.
+    """
 
     def __init__(
         self,
@@ -156,13 +160,18 @@ class Planner:
         lean: bool = True,
         speed: DeviceSpeed | None = None,
         held_bytes: int = 0,
+        accumulates: bool = False,
+        recorded: Profile | None = None,
     ):
         self.model, self.batch, self.loss, self.optimizer = model, batch, loss, optimizer
         self.precision, self.lean, self.held_bytes = precision, lean, held_bytes
+        self.accumulates, self.recorded = accumulates, recorded is not None
         self.blocks = find_segments(model, blocks)
         self.speed = speed or speed_of(next(model.parameters()).device, precision)
-        self.batch_size = batch_size_of(batch)
+        self.batch_size = 1 if recorded else batch_size_of(batch)  # a recorded step is not divided
         self._chains: dict[tuple[int, bool], Chain] = {}
+        if recorded:
+            self._chains[1, True] = self._chains[1, False] = Chain(recorded, self.speed.op_seconds)
 
     def chain(self, micro_batch_size: int, sliced: bool) -> Chain:
         """All plans for micro-batches of one size; `sliced`: also those that slice the batch of blocks."""
@@ -194,6 +203,7 @@ class Planner:
                 micro_batch_size=micro_batch_size,
                 slices=slices,
                 held_bytes=self.held_bytes,
+                accumulates=self.accumulates,
             )
         finally:
             if lean is not None:
@@ -261,6 +271,20 @@ class Planner:
             segments=tuple(chain.profile.segments),
         )
 
+    @property
+    def profile(self) -> Profile:
+        """The profile of a step on the whole batch."""
+        return self.chain(self.batch_size, False).profile
+
+    def least(self, plan: Plan) -> Plan:
+        """`plan` with the least kept bytes everywhere, if that is within its budget."""
+        chain = self.chain(self.batch_size, False)
+        options = tuple(options[-1] for options in chain.options)
+        peak = chain.peak_bytes(options)
+        if peak > plan.budget_bytes - plan.reserve_bytes:
+            return plan
+        return replace(plan, options=options, segments=tuple(chain.profile.segments), peak_bytes=peak)
+
     def _best_of_smaller(self, best, limit: int):
         """`best`, or a clearly faster plan on micro-batches: the largest that is not clearly slower."""
         size = self.batch_size
@@ -327,8 +351,9 @@ class Planner:
         ways.append("a method that trains fewer parameters, a lower precision or a smaller backbone")
         how = ", in micro-batches of 1," if micro_batches else ""
         return (
-            f"budget {format_bytes(budget_bytes)} cannot be held: the smallest peak for batch "
-            f"{self.batch_size}{how} is {format_bytes(smallest)}"
+            f"budget {format_bytes(budget_bytes)} cannot be held: the smallest peak for "
+            + ("the step that was recorded" if self.recorded else f"batch {self.batch_size}{how}")
+            + f" is {format_bytes(smallest)}"
             + (f", {format_bytes(reserve_bytes)} of it reserved" if reserve_bytes else "")
             + f" (fixed: {fixed}). Raise the budget, or try {'; or '.join(ways)}."
         )

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 from toolkit.budget.fakes import Others, on_fake_tensors, swept
 from toolkit.budget.found import SHARED
 from toolkit.budget.integers import RealIntegers, with_values
-from toolkit.budget.memory import tensors_of
+from toolkit.budget.memory import TensorMemory, tensors_of
 from toolkit.budget.optimizers import Stepper, deposit_gradients, optimizer_like
 from toolkit.budget.own_checkpoints import NOTE
 from toolkit.budget.step import autocast, call, loss_of, segmented, split_batch
@@ -65,6 +65,14 @@ class Profile:
         return starts
 
     @cached_property
+    def loss_bytes(self) -> int:
+        """Highest bytes after the forward pass, until backward asks for a tensor that it has saved; more than
+        at its end."""
+        end = next((time for time, kind, _ in self.events if kind == "unpack"), self.optimizer_start)
+        during = self.base[self.forward_end : end + 1]
+        return int(during.max() - during[0]) if len(during) else 0
+
+    @cached_property
     def base(self) -> np.ndarray:
         """Allocated bytes over the step, without saved activations."""
         return self.start_bytes + np.concatenate([[0], np.cumsum(self.deltas)])
@@ -82,20 +90,22 @@ def profile(
     micro_batch_size: int | None = None,
     slices: dict[str, int] | None = None,
     held_bytes: int = 0,
+    accumulates: bool = False,
 ) -> Profile:
     """Profile one training step of `model` in its present mode.
 
     `batch`: inputs or (inputs, targets), of the shapes and on the device that training will use.
     `micro_batch_size`: profile only the first samples, with the gradients of earlier micro-batches if the
     batch has more.  The optimizer always has its state.  `slices`: block -> number of slices that its batch
-    runs in. `held_bytes`: other tensors that exist all the time.  Raises `InputError` if the model cannot run
-    on fake tensors.
+    runs in. `held_bytes`: other tensors that exist all the time.  `accumulates`: gradients are there already.
+    Raises `InputError` if the model cannot run on fake tensors.
     """
     make_optimizer = optimizer_like(optimizer, model)
     others = Others(optimizer, loss)
     with on_fake_tensors(model, batch, others) as fakes, RealIntegers():
         fake_batch = with_values(fakes, batch)
-        inputs, targets, accumulates = _first_samples(fake_batch, micro_batch_size)
+        inputs, targets, is_part = _first_samples(fake_batch, micro_batch_size)
+        accumulates |= is_part
         device = next(model.parameters()).device
         timeline = Timeline(device)
         timeline.track(tensors_of(model))
@@ -169,6 +179,23 @@ def _is_pure(block: nn.Module, effects: set) -> bool:
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     parts = list(block.modules())
     return not effects & {SHARED, *parts} and not any(getattr(m, kind) for m in parts for kind in hooks)
+
+
+@swept
+def state_bytes_of(optimizer, model: nn.Module) -> int:
+    """Bytes of the state that an optimizer has after its first step; see `profile`."""
+    make_optimizer = optimizer_like(optimizer, model)
+    device = next(model.parameters()).device
+    others = Others(optimizer, None)
+    with on_fake_tensors(model, (), others), RealIntegers(), TensorMemory(device) as memory:
+        memory.track(tensors_of(model))
+        before = memory.allocated_bytes
+        memory.track(others.state)
+        stepper = Stepper(make_optimizer(model), model, others.state)
+        deposit_gradients(p for p in model.parameters() if p.requires_grad)
+        stepper.step()
+        stepper.zero_grad(set_to_none=True)
+        return memory.allocated_bytes - before
 
 
 def _first_samples(batch, count: int | None) -> tuple:

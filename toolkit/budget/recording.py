@@ -7,11 +7,13 @@ loop notes what it allocates, reads and frees.  `Recording.profile` is what `pro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _get_current_dispatch_mode_stack,
@@ -26,79 +28,150 @@ from toolkit.budget.tape import storage_key
 from toolkit.budget.timeline import ProfilingTape, Timeline
 
 
-class Recording:
-    """A step that is being recorded, from its first forward pass until `profile` or `stop`.
+class Watch:
+    """Counts the memory of one step of a loop: of its forward passes, of what runs while a graph waits for
+    its backward pass (`waits()`), and of the optimizer, underneath all that the loop does.
 
     `held`: tensors that the loop holds besides the model and that the step does not read; `held_bytes`: the
     bytes of others.
     """
 
-    def __init__(self, model: nn.Module, held: Iterable[torch.Tensor] = (), held_bytes: int = 0):
-        self.model = model
-        self.device = next(model.parameters()).device
-        self.timeline = Timeline(self.device, finds=True)
+    def __init__(
+        self,
+        model: nn.Module,
+        waits: Callable[[], bool],
+        held: Iterable[torch.Tensor] = (),
+        held_bytes: int = 0,
+    ):
+        self.model, self._waits = model, waits
+        device = next(model.parameters()).device
+        self.timeline = Timeline(device, self._is_step)
         self.timeline.track(tensors_of(model))
         self.weights_bytes = self.timeline.allocated_bytes
         self.timeline.track(p.grad for p in model.parameters() if p.grad is not None)
         self.timeline.track(held)
         self.other_bytes = held_bytes
-        if self.device.type == "cuda":  # what the loop holds is in the allocator's count
-            there = torch.cuda.memory_allocated(self.device) - self.timeline.allocated_bytes
-            self.other_bytes, self.timeline.finds = max(0, there), False
-        self.tape = ProfilingTape(self.timeline, real=True)
+        if device.type == "cuda":  # what the loop holds is in the allocator's count
+            self.other_bytes = max(0, torch.cuda.memory_allocated(device) - self.timeline.allocated_bytes)
+        self.start_bytes: int | None = None
+        self.forward_end = 0
+        self.backward_start: int | None = None
         self.optimizer_start: int | None = None
-        self._hook = register_optimizer_step_pre_hook(self._optimizer_starts)
+        self.failed = False
+        self._running = False  # a forward pass, or the optimizer
+        self._hooks = [
+            register_optimizer_step_pre_hook(self._optimizer_starts),
+            register_optimizer_step_post_hook(self._optimizer_ends),
+        ]
         _put_underneath(self.timeline)
+
+    def _is_step(self) -> bool:
+        return self._running or self._waits()
+
+    @contextlib.contextmanager
+    def forward(self, arguments) -> Iterator[None]:
+        """Watch a forward pass inside the with statement; `arguments`: a nest of tensors and others."""
+        if self.start_bytes is None:
+            self.timeline.track(tensors_in(arguments))
+            self.timeline.begin()
+            self.start_bytes = self.timeline.allocated_bytes
+        self._running = True
+        try:
+            yield
+        except BaseException:
+            self.failed = True
+            self.stop()
+            raise
+        finally:
+            self._running = False
+            self.forward_end = self.timeline.time
+
+    def backward_asks(self) -> None:
+        """Note that the backward pass asks for a tensor that the forward pass has saved."""
+        if self.backward_start is None:
+            self.backward_start = self.timeline.time
+
+    def _optimizer_starts(self, optimizer, args, kwargs) -> None:
+        if self.start_bytes is not None and not self._waits():
+            self._running = True
+            if self.optimizer_start is None:
+                self.optimizer_start = self.timeline.time
+
+    def _optimizer_ends(self, optimizer, args, kwargs) -> None:
+        self._running = False
+
+    def stop(self) -> None:
+        """End the step."""
+        if not self.timeline.ended:
+            self.timeline.ended = True
+            _take_away(self.timeline)
+            for hook in self._hooks:
+                hook.remove()
+
+    def peak_bytes(self, state_bytes: int) -> int:
+        """Peak before the optimizer's step, with `state_bytes` of the optimizer's state."""
+        there = self.start_bytes + self.timeline.found_bytes + self.other_bytes + state_bytes
+        return there + _highest(self.timeline.deltas[: self.optimizer_start])
+
+    @property
+    def loss_bytes(self) -> int:
+        """See `Profile.loss_bytes`."""
+        return _highest(self.timeline.deltas[self.forward_end : self.backward_start])
+
+
+class Recording(Watch):
+    """A step that is being recorded, from its first forward pass until `profile` or `stop`.
+
+    `calls`: its forward passes so far, by what the caller knows them by; any may follow.
+    """
+
+    departures = 0
+
+    def __init__(self, model: nn.Module, first=None, held: Iterable[torch.Tensor] = (), held_bytes: int = 0):
+        super().__init__(model, lambda: self.waits_for_backward, held, held_bytes)
+        self.calls = [first]
+        self.slices: dict[str, int] = {}  # blocks run whole
+        self.tape = ProfilingTape(self.timeline, real=True)
+        self.block_ended = self.tape.block_ended
 
     def run(self, forward: Callable, *args, **kwargs):
         """Run a forward pass of the step."""
-        if not self.tape.segments:
-            self.timeline.track(tensors_in((args, kwargs)))
-            self.timeline.begin()
-            self.start_bytes = self.timeline.allocated_bytes
-        try:
+        with self.forward((args, kwargs)):
             with self.tape:
                 outputs = forward(*args, **kwargs)
-        except BaseException:
-            self.stop()
-            raise
-        self.tape.forward_ended(outputs)
+            self.tape.forward_ended(outputs)
         return outputs
+
+    def expects(self, call) -> bool:
+        """Whether another forward pass belongs to the step: every one does."""
+        self.calls.append(call)
+        return True
 
     @property
     def waits_for_backward(self) -> bool:
         """Whether a backward pass has not released all that it needs."""
         return self.tape.open > 0
 
-    def _optimizer_starts(self, optimizer, args, kwargs) -> None:
-        if self.optimizer_start is None and not self.waits_for_backward:
-            self.optimizer_start = self.timeline.time
-
-    def stop(self) -> None:
-        """End the recording."""
-        if not self.timeline.ended:
-            self.timeline.ended = True
-            _take_away(self.timeline)
-            self._hook.remove()
-
     def profile(self, state_bytes: int = 0) -> Profile:
-        """The recorded step, as it will be next time; `state_bytes`: of an optimizer that made no step.
+        """The recorded step, as it will be next time; `state_bytes`: of the optimizer.
 
-        Gradients and the optimizer's state that the step has left are there from the start of the next one.
-        So is what else it has left (the outputs of the model), which the next one makes again.
+        Gradients that the step has left are there from the start of the next one.  So is what else it has
+        left (the outputs of the model), which the next one makes again.
         """
         self.stop()
         timeline, tape = self.timeline, self.tape
         deltas = list(timeline.deltas)
-        stepped = self.optimizer_start is not None
-        start = self.optimizer_start if stepped else max((time for time, _, _ in timeline.events), default=0)
+        start = self.optimizer_start
+        if start is None:
+            start = max((time for time, _, _ in timeline.events), default=0)
         gradients = {storage_key(p.grad) for p in self.model.parameters() if p.grad is not None}
-        left = {"optimizer": 0 if stepped else state_bytes, "gradients": 0, "other": 0}
+        left = {"gradients": 0, "optimizer": 0, "other": 0}
         for key, place in timeline.born.items():
-            kind = "gradients" if key in gradients else "optimizer" if stepped and place >= start else "other"
+            kind = "gradients" if key in gradients else "optimizer" if place >= start else "other"
             left[kind] += deltas[place]
             if kind != "other":
                 deltas[place] = 0
+        left["optimizer"] = max(left["optimizer"], state_bytes)
         left["other"] += timeline.found_bytes + self.other_bytes
         tape.forget()
         return Profile(
@@ -115,6 +188,10 @@ class Recording:
             fixed={"weights": self.weights_bytes, **left},
             inputs={},
         )
+
+
+def _highest(deltas: list[int]) -> int:
+    return int(np.cumsum([0, *deltas]).max())
 
 
 def _put_underneath(mode: TorchDispatchMode) -> None:

@@ -220,6 +220,7 @@ class Tape(TorchDispatchMode):
         super().__exit__(*exc)
         self._hooks.__exit__(*exc)
         self._plain.__exit__(*exc)
+        del self._hooks  # they reference this tape, which lives as long as the graph
         self._buffers.clear()  # from now on a buffer lives as long as a handle references it
         self._alive.clear()
 

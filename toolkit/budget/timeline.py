@@ -68,13 +68,16 @@ class Timeline(TensorMemory):
     """Logs every allocation and release, except inside `unseen()`.
 
     After `again()` it logs another micro-batch of the same step, and assumes between two events at least the
-    memory that the earlier micro-batch took there.  `finds`: tensors that operators read and that nobody has
-    tracked (targets, another model) were there from the start; `found_bytes` counts them.
+    memory that the earlier micro-batch took there.
+
+    `counts`: whether what happens now belongs to the step, if it runs in somebody's loop.  Tensors that its
+    operators read and that nobody has tracked (targets, another model) were there from the start;
+    `found_bytes` counts them.
     """
 
-    def __init__(self, device: torch.device, finds: bool = False):
+    def __init__(self, device: torch.device, counts: Callable[[], bool] | None = None):
         super().__init__(device)
-        self.finds, self.found_bytes = finds, 0
+        self.counts, self.found_bytes = counts, 0
         self.born: dict[int, int] = {}  # live storage -> place of its allocation in `deltas`
         self.deltas: list[int] = []
         self.events: list[tuple[int, str, int]] = []
@@ -108,7 +111,9 @@ class Timeline(TensorMemory):
             self._unseen = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if self.finds and not self._unseen:
+        if self.counts is not None and not self._unseen:
+            if not self.counts():
+                return func(*args, **(kwargs or {}))
             for leaf in tree_iter((args, kwargs)):
                 if isinstance(leaf, torch.Tensor) and storage_key(leaf) not in self._live:
                     before = self.allocated_bytes
@@ -212,7 +217,8 @@ class ProfilingTape(Tape):
         self.forward_end = 0
         self.open = 0  # saved tensors that no backward pass has released
         self._numbers: weakref.WeakKeyDictionary[Buffer, int] = weakref.WeakKeyDictionary()
-        self._readers: dict[int, list[tuple[OpCost, Op]]] = {}  # storage from outside -> what has read it
+        # Storage from outside -> the operators that have read it, and their outputs.
+        self._readers: dict[int, list[tuple[OpCost, tuple[weakref.ref[Buffer], ...]]]] = {}
         self._begun: set[int] = set()  # segments whose backward pass has begun
         self._copying = False
         self._call: tuple | None = None
@@ -295,9 +301,9 @@ class ProfilingTape(Tape):
     def _record(self, func, args: tuple, kwargs: dict, written: list[torch.Tensor]) -> Op:
         """Before a tensor from outside changes: what was computed from it cannot be repeated later."""
         for tensor in written:
-            for cost, op in self._readers.pop(storage_key(tensor), ()):
+            for cost, outputs in self._readers.pop(storage_key(tensor), ()):
                 cost.repeatable = False
-                for buffer in filter(None, (reference() for reference in op.outputs if self.real)):
+                for buffer in filter(None, (reference() for reference in outputs if self.real)):
                     with self.timeline.unseen():
                         buffer.tensor = compute(buffer)
         return super()._record(func, args, kwargs, written)
@@ -338,7 +344,7 @@ class ProfilingTape(Tape):
         self.ops.append(cost)
         for value in tree_iter((op.args, op.kwargs)):
             if isinstance(value, External):
-                self._readers.setdefault(storage_key(value.tensor), []).append((cost, op))
+                self._readers.setdefault(storage_key(value.tensor), []).append((cost, op.outputs))
         self.timeline.note("op", number)
         return [CACHE if self.real else DROP] * len(outputs)
 

@@ -1,0 +1,328 @@
+"""Decides what each step of a training loop runs under, from what is there when the step begins.
+
+A step is all forward passes up to the backward pass that releases their graphs.  Its plan comes from a
+profile on fake tensors, as long as the step has one forward pass that runs as it did there.  Otherwise a real
+step is recorded (`recording`), and the plan for the following ones comes from that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._pytree import tree_iter, tree_map_only
+
+from toolkit.budget.following import Call, Follower, PlannedStep
+from toolkit.budget.integers import described
+from toolkit.budget.memory import format_bytes, rounded, tensors_of
+from toolkit.budget.plan import Plan, Planner
+from toolkit.budget.profile import state_bytes_of
+from toolkit.budget.recording import Recording, Watch
+from toolkit.budget.step import split_batch, tensors_in
+from toolkit.budget.tape import storage_key
+from toolkit.errors import InputError
+
+_PLANS = 8  # kept for one model: another call takes the place of the one that has not been used for longest
+_TOLERANCE = 0.005  # of the peak: a step that takes more than predicted is not what was profiled
+_RECORDINGS = 3  # of one call; a path that still differs then differs in every step
+
+
+class Loop:
+    """The steps of a loop that trains `model` within a budget.
+
+    `settings`: options of `Planner`.  `micro_batches`: the caller runs one forward pass at a time, in
+    micro-batches as the plan says.  `held`, `held_bytes`: tensors that the loop holds besides, and the bytes
+    of others.  `ddp`: the wrapper of the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        budget_bytes: int,
+        batch,
+        *,
+        reserve_bytes: int,
+        micro_batches: bool | int,
+        held: Iterable[torch.Tensor] = (),
+        held_bytes: int = 0,
+        ddp: nn.parallel.DistributedDataParallel | None = None,
+        settings: dict,
+    ):
+        self.model, self.budget_bytes, self.reserve_bytes = model, budget_bytes, reserve_bytes
+        self.device = next(model.parameters()).device
+        self.ddp, self._bucket_bytes = ddp, 0
+        self.batch = None if batch is None else without_memory(batch, self.device)
+        self.micro_batches = micro_batches
+        own = {storage_key(t) for t in tensors_of(model)}
+        sizes = {storage_key(t): t.untyped_storage().nbytes() for t in held if t.device == self.device}
+        tensors_bytes = sum(rounded(size) for key, size in sizes.items() if key not in own)
+        self._held, self._held_bytes = [weakref.ref(tensor) for tensor in held], held_bytes
+        self.settings = {**settings, "held_bytes": held_bytes + tensors_bytes}
+        self._known: list[PlannedStep] = []  # the latest used last
+        self._recordings: dict[Call, int] = {}  # how often the step that begins with a call was recorded
+        self._to_record: set[Call] = set()
+        self._one_forward = bool(micro_batches)  # whether steps are known to have one forward pass
+        self._now = threading.local()
+        self.optimizers: weakref.WeakSet = weakref.WeakSet()
+        self.state_bytes = 0  # of the optimizers that have made a step
+        itself = weakref.ref(self)
+        self._hook = register_optimizer_step_post_hook(lambda optimizer, *_: _seen(itself(), optimizer))
+        self.plan: Plan | None = None  # the latest
+        self.replans = 0
+        self.departures = 0
+
+    def close(self) -> None:
+        """Stop watching the loop."""
+        self._hook.remove()
+        if isinstance(self.now, Recording):
+            self.now.stop()
+        self._now.step = None
+
+    @property
+    def now(self) -> Follower | Recording | None:
+        """What the present step of this thread runs under."""
+        return getattr(self._now, "step", None)
+
+    def call_of(self, inputs, precision: str, accumulates: bool | None = None) -> Call:
+        """The call of the model on `inputs`, in its present state."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        if accumulates is None:
+            accumulates = any(p.grad is not None for p in trained)
+        buckets = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None) or self.ddp
+        if buckets is not None:  # gradients are copied to them, or are views of them
+            accumulates |= buckets.gradient_as_bucket_view
+            self._bucket_bytes = sum(
+                rounded(p.nbytes) for p in trained if not buckets.gradient_as_bucket_view
+            )
+        flags = tuple(p.requires_grad for p in self.model.parameters())
+        return Call.of((precision, self.model.training, flags), accumulates, inputs)
+
+    def plan_ahead(self, precision: str, accumulates: bool) -> None:
+        """Plan for the batch.  Raises `InputError` if nothing fits."""
+        inputs = split_batch(self.batch)[0]
+        step = self._on_fakes(self.call_of(inputs, precision, accumulates), self.batch)
+        self.plan = self._plan_of(step)
+        self._keep(step)
+
+    def plan_again(self) -> None:
+        """Plan for another reserve.  Raises `InputError` if nothing fits."""
+        if self._known:
+            self.plan = self._plan_of(self._known[-1])
+            self.replans += 1
+
+    def begin(self, inputs, precision: str, wait: Callable[[], None]) -> Follower | Recording:
+        """What a forward pass on `inputs` runs under; `wait()` is called before planning.
+
+        Raises `InputError` if nothing fits.
+        """
+        call, now = self.call_of(inputs, precision), self.now
+        if now is not None and now.waits_for_backward:
+            if not now.expects(call):
+                self._add(now, call, inputs)
+            return now
+        self._now.step = None
+        if now is not None:
+            self._learn(now)
+        step = self._find(call)
+        if step is None and call not in self._to_record:
+            wait()
+            step = self._plan_for(call, inputs)
+        if step is None or call in self._to_record:
+            self._now.step = self._record(call)
+            return self.now
+        plan = self._plan_of(step)
+        if plan is not self.plan:
+            self.replans += self.plan is not None
+            self.plan = plan
+        careful = not (self._one_forward or step.planner.recorded)
+        if careful:
+            self._now.step = Follower(step.calls, step.planner.least(plan), self._watch)
+        else:
+            self._now.step = Follower(step.calls, plan)
+        return self.now
+
+    def _watch(self, waits: Callable[[], bool]) -> Watch:
+        return Watch(self.model, waits, *self._held_now())
+
+    def _held_now(self) -> tuple[list[torch.Tensor], int]:
+        tensors = [tensor for tensor in (reference() for reference in self._held) if tensor is not None]
+        return tensors, self._held_bytes
+
+    def _learn(self, now: Follower | Recording) -> None:
+        """Use what a step that has ended has shown."""
+        first = now.calls[0]
+        if isinstance(now, Recording):
+            profile = now.profile(self._state_bytes_ahead())
+            if now.failed or not profile.backward_starts:  # not a step that can be planned
+                self._recordings[first] -= 1
+                return
+            self._to_record.discard(first)
+            planner = Planner(self.model, None, recorded=profile, precision=first.state[0], **self.settings)
+            self._known = [step for step in self._known if step.calls[0] != first]
+            self._keep(PlannedStep(tuple(now.calls), planner, profile.fixed["optimizer"]))
+            return
+        self.departures += now.departures
+        more = False
+        if now.watch is not None and not now.watch.failed:
+            now.watch.stop()
+            slack = _TOLERANCE * now.plan.peak_bytes
+            planned = next(step.planner for step in reversed(self._known) if step.calls[0].covers(first))
+            more = (
+                now.watch.peak_bytes(self._state_bytes_ahead()) > now.plan.peak_bytes + slack
+                or now.watch.loss_bytes > planned.profile.loss_bytes + slack
+            )
+            self._one_forward = now.passes == len(now.calls) == 1
+        if (now.departures or more) and not self.micro_batches:
+            self._record_next(first)
+
+    def _record_next(self, first: Call) -> None:
+        """Record the next step that begins with a call, unless its path differs every time."""
+        if self._recordings.get(first, 0) < _RECORDINGS:
+            self._to_record.add(first)
+        elif self._recordings[first] == _RECORDINGS:
+            self._recordings[first] += 1
+            warnings.warn(
+                f"{type(self.model).__name__} runs other operators in every step; where they differ from the "
+                "plan everything is kept, which may take more than the budget.",
+                stacklevel=2,
+            )
+
+    def _state_bytes_ahead(self) -> int:
+        """Bytes of the optimizer's state, before its first step as the settings say."""
+        return self.state_bytes or state_bytes_of(self.settings["optimizer"], self.model)
+
+    def _record(self, call: Call) -> Recording:
+        self._recordings[call] = self._recordings.get(call, 0) + 1
+        return Recording(self.model, call, *self._held_now())
+
+    def _add(self, now: Follower, call: Call, inputs) -> None:
+        """Plan another forward pass of a step whose plan does not have it."""
+        self._record_next(now.calls[0])
+        step = self._find(call) or self._plan_for(call, inputs)
+        plan = None
+        if step is not None:
+            with contextlib.suppress(InputError):
+                plan = self._plan_of(step, now.kept_bytes)
+        if plan is None:
+            warnings.warn(
+                f"{type(self.model).__name__} ran several times before a backward pass, which may take more "
+                f"than the budget of {format_bytes(self.budget_bytes)} in this step, but not in the next.",
+                stacklevel=2,
+            )
+        if step is not None:
+            now.add(call, plan or step.planner.least(self.plan))
+
+    def _find(self, call: Call) -> PlannedStep | None:
+        """The plan of the smallest step that covers a call."""
+        found = [step for step in reversed(self._known) if step.calls[0].covers(call)]
+        step = min(found, key=lambda step: step.calls[0].elements, default=None)
+        if step is not None:
+            self._keep(step)
+        return step
+
+    def _keep(self, step: PlannedStep) -> None:
+        self._known = [*(known for known in self._known if known is not step), step][-_PLANS:]
+
+    def _plan_for(self, call: Call, inputs) -> PlannedStep | None:
+        """A plan on fake tensors for a call like none before; None if they cannot show its step."""
+        if self.batch is None:
+            return None
+        inputs = without_memory(inputs, self.device)
+        alike = [step.calls[0] for step in self._known if step.calls[0].like(call)]
+        grown = call.grown(alike) if len(alike) > 1 else call
+        for each in dict.fromkeys((grown, call)):
+            try:
+                step = self._on_fakes(each, _resized(self.batch, inputs, each))
+            except (InputError, RuntimeError, ValueError, TypeError, IndexError, AttributeError):
+                continue
+            if each != call and not self._fits(step):
+                continue
+            self._keep(step)
+            return step
+        return None
+
+    def _fits(self, step: PlannedStep) -> bool:
+        try:
+            self._plan_of(step)
+        except InputError:
+            return False
+        return True
+
+    def _on_fakes(self, call: Call, batch) -> PlannedStep:
+        """Profile a step with one forward pass on fake tensors."""
+        planner = Planner(
+            self.model, batch, precision=call.state[0], accumulates=call.accumulates, **self.settings
+        )
+        state_bytes = planner.profile.fixed["optimizer"]
+        return PlannedStep((call,), planner, state_bytes, micro_batches=self.micro_batches)
+
+    def _plan_of(self, step: PlannedStep, kept_bytes: int = 0) -> Plan:
+        """The plan of a step, besides `kept_bytes` and what the loop holds that its profile has not seen."""
+        more = kept_bytes + max(0, self.state_bytes - step.state_bytes)
+        if not step.planner.recorded:
+            more += self._bucket_bytes
+        return step.plan(self.budget_bytes, self.reserve_bytes + more)
+
+
+def _resized(batch, inputs, call: Call):
+    """`batch` with the inputs of another call.
+
+    The targets are assumed to change as the inputs do: their first dimension is the number of samples, and
+    any other that equals one of the inputs follows it.
+    """
+    old, targets = split_batch(batch)
+    sizes = iter(call.shapes)
+
+    def as_called(tensor: torch.Tensor) -> torch.Tensor:
+        _, size = next(sizes)
+        return tensor if tuple(tensor.shape) == size else tensor.new_empty(size, device="meta")
+
+    made = tree_map_only(torch.Tensor, as_called, inputs)
+    if targets is None:
+        return made
+    before, now = ([t.shape for t in tensors_in(tree)] for tree in (old, made))
+    changed = {n: m for a, b in zip(before, now) if len(a) == len(b) for n, m in zip(a[1:], b[1:])}
+
+    def resized(target: torch.Tensor) -> torch.Tensor:
+        if not target.dim() or len(target) != before[0][0]:
+            return target
+        return target.new_empty((now[0][0], *[changed.get(n, n) for n in target.shape[1:]]))
+
+    return made, tree_map_only(torch.Tensor, resized, targets)
+
+
+def without_memory(batch, device: torch.device):
+    """`batch` as meta tensors, so that what keeps it holds no memory on the device."""
+    known: dict[int, torch.Tensor] = {}
+
+    def without(tensor: torch.Tensor) -> torch.Tensor:
+        if type(tensor) is not torch.Tensor or tensor.device != device:
+            return tensor
+        if id(tensor) not in known:
+            known[id(tensor)] = described(tensor)
+        return known[id(tensor)]
+
+    return tree_map_only(torch.Tensor, without, batch)
+
+
+def _seen(loop: Loop | None, optimizer: torch.optim.Optimizer) -> None:
+    """Count the state of an optimizer that has made its first step on the model of a loop."""
+    if loop is None or optimizer in loop.optimizers:
+        return
+    trained = {id(p) for p in loop.model.parameters()}
+    if trained.isdisjoint(id(p) for group in optimizer.param_groups for p in group["params"]):
+        return
+    loop.optimizers.add(optimizer)
+    tensors = [t for each in loop.optimizers for t in tree_iter(list(each.state.values()))]
+    storages = {
+        storage_key(t): t.untyped_storage().nbytes()
+        for t in tensors
+        if isinstance(t, torch.Tensor) and t.device == loop.device
+    }
+    loop.state_bytes = sum(map(rounded, storages.values()))
