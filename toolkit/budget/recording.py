@@ -57,6 +57,7 @@ class Watch:
         self.forward_end = 0
         self.backward_start: int | None = None
         self.optimizer_start: int | None = None
+        self._found_bytes: int | None = None
         self.failed = False
         self._running = False  # a forward pass, or the optimizer
         self._hooks = [
@@ -96,6 +97,7 @@ class Watch:
             self._running = True
             if self.optimizer_start is None:
                 self.optimizer_start = self.timeline.time
+                self._found_bytes = self.timeline.found_bytes  # what it reads besides is its state
 
     def _optimizer_ends(self, optimizer, args, kwargs) -> None:
         self._running = False
@@ -108,9 +110,14 @@ class Watch:
             for hook in self._hooks:
                 hook.remove()
 
+    @property
+    def found_bytes(self) -> int:
+        """Bytes that were there from the start, seen before the optimizer's step."""
+        return self.timeline.found_bytes if self._found_bytes is None else self._found_bytes
+
     def peak_bytes(self, state_bytes: int) -> int:
         """Peak before the optimizer's step, with `state_bytes` of the optimizer's state."""
-        there = self.start_bytes + self.timeline.found_bytes + self.other_bytes + state_bytes
+        there = self.start_bytes + self.found_bytes + self.other_bytes + state_bytes
         return there + _highest(self.timeline.deltas[: self.optimizer_start])
 
     @property
@@ -172,7 +179,7 @@ class Recording(Watch):
             if kind != "other":
                 deltas[place] = 0
         left["optimizer"] = max(left["optimizer"], state_bytes)
-        left["other"] += timeline.found_bytes + self.other_bytes
+        left["other"] += self.found_bytes + self.other_bytes
         tape.forget()
         return Profile(
             deltas=deltas,
