@@ -194,6 +194,7 @@ def test_a_batch_that_does_not_fit_is_refused_each_time():
                 planned.model(X.repeat(8, 1, 1))
         loss(planned.model(small[0]), small[1]).backward()
         assert handle.plan.batch_size == 4
+    assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
 
 
 def test_smaller_sizes_need_no_plan_and_growing_ones_few():

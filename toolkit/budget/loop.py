@@ -80,8 +80,9 @@ class Loop:
     def close(self) -> None:
         """Stop watching the loop."""
         self._hook.remove()
-        if isinstance(self.now, Recording):
-            self.now.stop()
+        watch = self.now if isinstance(self.now, Recording) else getattr(self.now, "watch", None)
+        if watch is not None:
+            watch.stop()
         self._now.step = None
 
     @property
