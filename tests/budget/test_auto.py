@@ -13,7 +13,7 @@ from torch import nn
 
 import toolkit
 from toolkit import auto_checkpoint
-from toolkit.budget import Planner, TensorMemory
+from toolkit.budget import Planner, TensorMemory, format_bytes
 from toolkit.errors import InputError
 
 
@@ -248,11 +248,11 @@ def tight_budget(share=0.3):
     return int(least + share * (planner.plan(1 << 40).unplanned_peak_bytes - least)) + 1
 
 
-def step_of(model, count=16):
-    """Loss and gradients of one step."""
+def step_of(model, count=16, called=None):
+    """Loss and gradients of one step; `called`: the model as the loop calls it."""
     x, y = tokens(count)
     model.zero_grad()
-    loss = token_loss(model(x), y)
+    loss = token_loss((called or model)(x), y)
     loss.backward()
     return [loss.detach()] + [p.grad for p in model.parameters()]
 
@@ -267,6 +267,71 @@ def measured(model):
 def scaled(block):
     """A forward that people set on a module."""
     return lambda x: x + 0.1 * block.b(F.gelu(block.a(block.norm(x))))
+
+
+class Encoder(nn.Module):
+    """A model whose loop may call a part of its forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = small_net()
+
+    def features(self, x):
+        return self.body[1](self.body[0](x))
+
+    def forward(self, x):
+        return self.body[2](self.features(x))
+
+
+def test_calls_past_the_forward_are_recomputed_block_by_block_and_told_once():
+    model = Encoder()
+
+    def step(parts):
+        x, y = tokens()
+        outputs = parts.body[2](parts.features(x))
+        token_loss(outputs, y).backward()
+
+    step(model)
+    expected = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    with auto_checkpoint(model, tight_budget(), tokens(), loss=token_loss) as handle:
+        with pytest.warns(
+            UserWarning, match="Encoder.features runs blocks of Encoder outside of its forward"
+        ):
+            step(model)
+        assert equal([p.grad for p in model.parameters()], expected)
+        model.zero_grad()
+        with measured(model) as memory:
+            step(model)
+        assert memory.peak_bytes <= tight_budget() and handle.departures == 0
+        with torch.no_grad():
+            model.features(tokens()[0])
+        assert "6 blocks, run by Encoder.features" in handle.report()
+    model.zero_grad()
+    with auto_checkpoint(model, "1GB", tokens(), loss=token_loss):
+        step(model)  # all is kept, as planned
+    assert equal([p.grad for p in model.parameters()], expected)
+
+
+def test_a_report_shows_the_peaks_of_the_steps_that_it_was_asked_to_measure():
+    model = small_net()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    other = torch.optim.SGD(nn.Linear(2, 2).parameters())
+    with auto_checkpoint(model, tight_budget(), tokens(), loss=token_loss, optimizer=optimizer) as handle:
+        for step in range(4):
+            if step == 1:
+                handle.measure(steps=2)
+            with measured(model) as memory:
+                memory.track(value for state in optimizer.state.values() for value in state.values())
+                token_loss(model(tokens()[0]), tokens()[1]).backward()
+                other.step()
+                optimizer.step()
+            optimizer.zero_grad()
+        report = handle.report()
+    peak = format_bytes(memory.peak_bytes)
+    assert f"measured    {peak}, {peak}; 0 steps over the budget" in report
+    assert "ran         4 forward passes, 0 changes of the plan" in report
+    assert torch.utils._python_dispatch._get_current_dispatch_mode_stack() == []
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -335,6 +400,39 @@ def test_a_second_plan_replaces_the_first_and_overlapping_ones_are_refused():
     second.remove()
     auto_checkpoint(nn.Sequential(model), "1GB", tokens(), loss=token_loss).remove()
     assert type(model) is nn.Sequential
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # by dynamo
+@pytest.mark.parametrize("how", ["around", "around, before", "in place", "blocks"])
+def test_what_is_compiled_stays_compiled_where_a_plan_keeps_everything(how):
+    runs = []
+
+    def backend(graph, inputs):
+        return lambda *args: runs.append(graph) or graph.forward(*args)
+
+    expected = step_of(small_net())
+    for budget, compiled in ((1 << 30, True), (tight_budget(), False)):
+        torch._dynamo.reset()
+        model, called = small_net(), None
+        if how == "blocks":
+            for block in model[1]:
+                block.compile(backend=backend)
+        elif how == "in place":
+            model.compile(backend=backend)
+        else:
+            called = torch.compile(model, backend=backend)
+        if how == "around, before":
+            called(tokens()[0])
+        with auto_checkpoint(
+            model if how != "around" else called, budget, tokens(), loss=token_loss
+        ) as handle:
+            step_of(model, called=called)  # the first is watched
+            runs.clear()
+            assert equal(step_of(model, called=called), expected)
+            assert bool(runs) == compiled == (handle.plan.recompute_flops == 0)
+            with measured(model) as memory:
+                step_of(model, called=called)
+            assert memory.peak_bytes <= budget and handle.departures == 0
 
 
 def test_threads_run_a_planned_model_while_one_of_them_plans():

@@ -26,7 +26,8 @@ from toolkit.budget.loop import Loop
 from toolkit.budget.memory import format_bytes, parse_bytes, tensors_of
 from toolkit.budget.plan import Plan, check_trains
 from toolkit.budget.recording import Recording
-from toolkit.budget.step import AUTOCAST, on_fakes, run_block
+from toolkit.budget.step import AUTOCAST, on_fakes, run_block, tensors_in
+from toolkit.budget.watching import PastCalls, StepPeaks, compiled_modules
 from toolkit.budget.wrapping import Wrapping
 from toolkit.errors import InputError
 
@@ -97,6 +98,7 @@ class AutoCheckpoint:
         accumulates: bool = False,
         held=None,
     ):
+        model = getattr(model, "_orig_mod", model)  # of torch.compile
         ddp = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
         if ddp is not None:
             model = ddp.module
@@ -119,7 +121,9 @@ class AutoCheckpoint:
         )
         self._turn = threading.Condition()  # planning waits for forward passes in other threads
         self._running = 0  # forward passes, in all threads
-        self._passes = 0
+        self.passes = 0  # forward passes that have begun
+        self._past, self._peaks = PastCalls(model), StepPeaks(model, 0)
+        self._blocks = find_segments(model, blocks)
         if batch is not None:
             self._loop.plan_ahead(precision or _autocast_precision(self.device), accumulates)
         if self.device.type == "cuda":
@@ -130,8 +134,7 @@ class AutoCheckpoint:
         self._inside = threading.local()  # `step`: what this thread's forward pass runs under
         self._on_model: list = [LeanForms(model)] if lean else []
         self._on_model += [
-            Wrapping(block, functools.partial(self._run_block, name))
-            for name, block in find_segments(model, blocks).items()
+            Wrapping(block, functools.partial(self._run_block, name)) for name, block in self._blocks.items()
         ]
         self._on_model.append(Wrapping(model, self._run))
         _HANDLES.add(self)
@@ -144,6 +147,7 @@ class AutoCheckpoint:
         for wrapping in self._on_model:
             wrapping.remove()
         self._on_model = []
+        self._peaks.stop()
         _HANDLES.discard(self)
         if self.device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(1.0, self.device)
@@ -177,6 +181,31 @@ class AutoCheckpoint:
         options = zip(self.plan.segments, self.plan.options)
         return {name for name, option in options if name and option.level.recomputed}
 
+    def measure(self, steps: int) -> None:
+        """Count the peak bytes of the next `steps` steps, for `report()`.
+
+        On the CPU that slows them, and the step before them, which shows what the loop holds.
+        """
+        self._peaks.stop()
+        self._peaks = StepPeaks(self.model, steps)
+
+    def report(self) -> str:
+        """What was planned and what ran, to print."""
+        plan, peaks = self.plan, self._peaks.bytes
+        lines = [
+            plan.explain() if plan else "no step has been planned yet",
+            f"ran         {self.passes} forward passes, {self.replans} changes of the plan",
+            f"departed    {self.departures} segments ran other operators than planned, and kept everything",
+        ]
+        lines += [f"past it     {count} blocks, run by {entry}" for entry, count in self._past.counts.items()]
+        if peaks:
+            over = sum(peak > self.budget_bytes for peak in peaks)
+            lines.append(f"measured    {', '.join(map(format_bytes, peaks))}; {over} steps over the budget")
+        compiled = compiled_modules(self.model)
+        if compiled and plan and not plan.keeps_everything:
+            lines.append(f"uncompiled  {', '.join(compiled)}, because the plan recomputes operators")
+        return "\n".join(lines)
+
     def tighten(self, peak_bytes: int) -> None:
         """From now on plan for a peak of at most `peak_bytes`.  Raises `InputError` if nothing fits."""
         before = self._loop.reserve_bytes
@@ -203,28 +232,51 @@ class AutoCheckpoint:
             with contextlib.suppress(InputError):  # no tighter plan exists; the user has been warned
                 self.tighten(available - (peak_bytes - predicted))
 
-    @torch.compiler.disable
+    @torch.compiler.disable(recursive=False)  # a forward that keeps everything may be compiled
     def _run(self, forward, *args, **kwargs):
         if on_fakes():
             return forward(*args, **kwargs)
+        step = self._begin(forward, args, kwargs)
+        try:
+            return forward(*args, **kwargs) if step is None else step.run(forward, *args, **kwargs)
+        finally:
+            self._end()
+
+    @torch.compiler.disable
+    def _begin(self, forward, args: tuple, kwargs: dict) -> Follower | Recording | None:
+        """Begin a forward pass."""
+        self._peaks.begin()
         with self._turn:
             step = self._step(forward, args, kwargs) if torch.is_grad_enabled() else None
             self._running += 1
-        try:
-            self._inside.step = step
-            return forward(*args, **kwargs) if step is None else step.run(forward, *args, **kwargs)
-        finally:
-            self._inside.step = None
-            with self._turn:
-                self._running -= 1
-                self._turn.notify_all()
+            self.passes += 1
+        self._inside.step = step
+        return step
 
     @torch.compiler.disable
+    def _end(self) -> None:
+        self._inside.step = None
+        with self._turn:
+            self._running -= 1
+            self._turn.notify_all()
+
+    @torch.compiler.disable(recursive=False)
     def _run_block(self, name: str, forward, *args, **kwargs):
         step = getattr(self._inside, "step", None)
-        if step is None:
+        if step is None and self._goes_past(name, args, kwargs):
+            return self._past.run(forward, *args, **kwargs)
+        if step is None or step.unchanged:
             return forward(*args, **kwargs)
         return run_block(name, step.block_ended, step.slices.get(name, 1), forward, *args, **kwargs)
+
+    @torch.compiler.disable
+    def _goes_past(self, name: str, args: tuple, kwargs: dict) -> bool:
+        """Whether a block that runs outside of the model's forward leaves more for backward than planned."""
+        if not torch.is_grad_enabled() or on_fakes() or torch._C._current_graph_task_id() != -1:
+            return False  # in a backward pass it is computed again
+        tensors = [*tensors_in((args, kwargs)), *self._blocks[name].parameters()]
+        keeps = self.plan is not None and self.plan.keeps_everything
+        return not keeps and any(tensor.requires_grad for tensor in tensors)
 
     def _step(self, forward, args: tuple, kwargs: dict) -> Follower | Recording:
         """What a forward pass that begins runs under."""
@@ -241,8 +293,7 @@ class AutoCheckpoint:
 
     def _look_at_device(self) -> None:
         """On CUDA: react to peaks above the prediction, and to memory taken by other processes."""
-        self._passes += 1
-        if self.device.type != "cuda" or self.plan is None or self._passes % _LOOK_AT_DEVICE_EVERY != 2:
+        if self.device.type != "cuda" or self.plan is None or self.passes % _LOOK_AT_DEVICE_EVERY != 2:
             return
         self.check(torch.cuda.max_memory_allocated(self.device))
         torch.cuda.reset_peak_memory_stats(self.device)

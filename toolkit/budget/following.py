@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.utils._pytree import tree_iter
 
-from toolkit.budget.own_checkpoints import own_checkpoints_off
+from toolkit.budget.own_checkpoints import NOTE, own_checkpoints_off
 from toolkit.budget.plan import Plan, Planner
 from toolkit.budget.recording import Watch
 from toolkit.budget.tape import Op, Tape, operator_name
@@ -144,7 +144,7 @@ class Follower:
         self._segment = self._op = 0
         self._departed = False
         self._graphs: list[weakref.ref[Tape]] = []
-        self._unchanged = plan.keeps_everything and watches is None
+        self.unchanged = plan.keeps_everything and watches is None
 
     @property
     def slices(self) -> dict[str, int]:
@@ -165,12 +165,19 @@ class Follower:
         self.calls = (*self.calls[: self.passes], call)
         self.options = (*self.options[: self._segment], *plan.options)
         self.names = (*self.names[: self._segment], *plan.segments)
-        self._unchanged = False
+        self.unchanged = False
 
+    @torch.compiler.disable(recursive=False)  # a forward that keeps everything may be compiled
     def run(self, forward: Callable, *args, **kwargs):
         """Run the next forward pass of the step."""
         self.passes += 1
-        if self._unchanged:
+        if self.unchanged and NOTE not in self.plan.notes:
+            return forward(*args, **kwargs)
+        return self._run_taped(forward, args, kwargs)
+
+    @torch.compiler.disable
+    def _run_taped(self, forward: Callable, args: tuple, kwargs: dict):
+        if self.unchanged:
             with own_checkpoints_off():
                 return forward(*args, **kwargs)
         tape = Tape(self.decide) if self.watch is None else _WatchedTape(self.decide, self.watch)

@@ -26,6 +26,7 @@ from toolkit.budget.profile import state_bytes_of
 from toolkit.budget.recording import Recording, Watch
 from toolkit.budget.step import split_batch, tensors_in
 from toolkit.budget.tape import storage_key
+from toolkit.budget.watching import is_compiled
 from toolkit.errors import InputError
 
 _PLANS = 8  # kept for one model: another call takes the place of the one that has not been used for longest
@@ -141,7 +142,8 @@ class Loop:
         if plan is not self.plan:
             self.replans += self.plan is not None
             self.plan = plan
-        careful = not (self._one_forward or step.planner.recorded)
+        # What watches a step is underneath the loop, where compiled code cannot run.
+        careful = not (self._one_forward or step.planner.recorded or is_compiled(self.model))
         if careful:
             self._now.step = Follower(step.calls, step.planner.least(plan), self._watch)
         else:

@@ -64,7 +64,7 @@ class Watch:
             register_optimizer_step_pre_hook(self._optimizer_starts),
             register_optimizer_step_post_hook(self._optimizer_ends),
         ]
-        _put_underneath(self.timeline)
+        put_underneath(self.timeline)
 
     def _is_step(self) -> bool:
         return self._running or self._waits()
@@ -106,7 +106,7 @@ class Watch:
         """End the step."""
         if not self.timeline.ended:
             self.timeline.ended = True
-            _take_away(self.timeline)
+            take_away(self.timeline)
             for hook in self._hooks:
                 hook.remove()
 
@@ -133,6 +133,7 @@ class Recording(Watch):
     """
 
     departures = 0
+    unchanged = False
 
     def __init__(self, model: nn.Module, first=None, held: Iterable[torch.Tensor] = (), held_bytes: int = 0):
         super().__init__(model, lambda: self.waits_for_backward, held, held_bytes)
@@ -201,14 +202,14 @@ def _highest(deltas: list[int]) -> int:
     return int(np.cumsum([0, *deltas]).max())
 
 
-def _put_underneath(mode: TorchDispatchMode) -> None:
+def put_underneath(mode: TorchDispatchMode) -> None:
     """Enter `mode` below those that are entered, so that they can be left before it."""
     entered = [_pop_mode() for _ in _get_current_dispatch_mode_stack()]
     for each in (mode, *reversed(entered)):
         _push_mode(each)
 
 
-def _take_away(mode: TorchDispatchMode) -> None:
+def take_away(mode: TorchDispatchMode) -> None:
     """Leave `mode`, wherever it is among those that are entered."""
     entered = [_pop_mode() for _ in _get_current_dispatch_mode_stack()]
     for each in reversed(entered):

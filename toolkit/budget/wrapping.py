@@ -15,19 +15,13 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 _KEY = "_functions_around_forward"  # in `vars` of a wrapped module: its wrappings, the outermost last
 
 
-class _Running(threading.local):
-    """The wrapped modules whose forward is running in this thread."""
-
-    def __init__(self):
-        self.modules: set[nn.Module] = set()
-
-
-_running = _Running()
+_thread = threading.local()  # `running`: the wrapped modules whose forward is running in this thread
 
 
 class Wrapping:
@@ -82,19 +76,23 @@ class _Forward:
     module: nn.Module
     __wrapped__: Callable
 
+    @torch.compiler.disable(recursive=False)  # what it calls may be compiled
     def __call__(self, *args, **kwargs):
-        if self.module in _running.modules:
+        running = vars(_thread).setdefault("running", set())
+        if self.module in running:
             return self.__wrapped__(*args, **kwargs)
         forward = self.__wrapped__
-        for wrapping in wrappings_of(self.module):
+        for wrapping in vars(self.module).get(_KEY, ()):
             forward = functools.partial(wrapping.around, forward)
-        _running.modules.add(self.module)
+        running.add(self.module)
         try:
             return forward(*args, **kwargs)
         finally:
-            _running.modules.discard(self.module)
+            running.discard(self.module)
 
     def __getattr__(self, name: str):
+        if name == "__wrapped__":  # not there yet
+            raise AttributeError(name)
         return getattr(self.__wrapped__, name)  # its name, its `__func__`
 
 
