@@ -15,7 +15,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # A room may import what is listed before it.
 ROOMS = (
     "errors", "files", "cache", "budget", "measure", "datasets", "backbones", "methods", "experiment",
-    "model", "training", "forecast", "baselines", "analysis", "plots", "widgets", "batch",
+    "model", "training", "integrations", "forecast", "baselines", "analysis", "plots", "widgets", "batch",
 )  # fmt: skip
 
 
