@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_iter
 
 from toolkit.budget.own_checkpoints import NOTE, own_checkpoints_off
 from toolkit.budget.plan import Plan, Planner
-from toolkit.budget.recording import Watch
+from toolkit.budget.recording import Watch, modes_left
 from toolkit.budget.tape import Op, Tape, operator_name
 from toolkit.errors import InputError
 
@@ -102,7 +102,8 @@ class PlannedStep:
         key = budget_bytes, reserve_bytes
         if key not in self._plans:
             try:
-                made = self.planner.plan(*key, micro_batches=self.micro_batches)
+                with modes_left():
+                    made = self.planner.plan(*key, micro_batches=self.micro_batches)
             except InputError as error:
                 made = error
             self._plans = {**dict(list(self._plans.items())[-3:]), key: made}

@@ -23,7 +23,7 @@ from toolkit.budget.integers import described
 from toolkit.budget.memory import format_bytes, rounded, tensors_of
 from toolkit.budget.plan import Plan, Planner
 from toolkit.budget.profile import state_bytes_of
-from toolkit.budget.recording import Recording, Watch
+from toolkit.budget.recording import Recording, Watch, modes_left
 from toolkit.budget.step import split_batch, tensors_in
 from toolkit.budget.tape import storage_key
 from toolkit.budget.watching import is_compiled
@@ -262,7 +262,8 @@ class Loop:
         planner = Planner(
             self.model, batch, precision=call.state[0], accumulates=call.accumulates, **self.settings
         )
-        state_bytes = planner.profile.fixed["optimizer"]
+        with modes_left():
+            state_bytes = planner.profile.fixed["optimizer"]
         return PlannedStep((call,), planner, state_bytes, micro_batches=self.micro_batches)
 
     def _plan_of(self, step: PlannedStep, kept_bytes: int = 0) -> Plan:

@@ -215,3 +215,14 @@ def take_away(mode: TorchDispatchMode) -> None:
     for each in reversed(entered):
         if each is not mode:
             _push_mode(each)
+
+
+@contextlib.contextmanager
+def modes_left() -> Iterator[None]:
+    """Leave all modes inside the with statement: counters of the loop must not count what is planned."""
+    entered = [_pop_mode() for _ in _get_current_dispatch_mode_stack()]
+    try:
+        yield
+    finally:
+        for each in reversed(entered):
+            _push_mode(each)
