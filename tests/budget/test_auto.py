@@ -334,6 +334,20 @@ def test_a_report_shows_the_peaks_of_the_steps_that_it_was_asked_to_measure():
     assert torch.utils._python_dispatch._get_current_dispatch_mode_stack() == []
 
 
+def test_nothing_watches_between_steps_and_after_the_last_one():
+    modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack
+    model = small_net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with auto_checkpoint(model, tight_budget(), tokens(), loss=token_loss, optimizer=optimizer):
+        step_of(model)
+        with torch.no_grad():  # an evaluation
+            model(tokens()[0])
+        assert modes() == []
+        step_of(model)
+        optimizer.step()
+        assert modes() == []
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("where", ["model", "blocks"])
 def test_forwards_that_others_set_run_before_and_after_a_plan(when, where):
@@ -360,13 +374,13 @@ def test_a_library_that_restores_the_forward_it_found_takes_nothing_away():
     model = small_net()
     expected = step_of(model)
     found = model.forward  # before the plan
-    handle = auto_checkpoint(model, tight_budget(), tokens(), loss=token_loss)
-    for restored in (found, model.forward):
-        model.forward = lambda x, forward=model.forward: 2 * forward(x)
-        assert not equal(step_of(model), expected)
-        model.forward = restored
-        assert equal(step_of(model), expected) and "forward" not in vars(model)
-    assert handle.plan.recompute_flops > 0
+    with auto_checkpoint(model, tight_budget(), tokens(), loss=token_loss) as handle:
+        for restored in (found, model.forward):
+            model.forward = lambda x, forward=model.forward: 2 * forward(x)
+            assert not equal(step_of(model), expected)
+            model.forward = restored
+            assert equal(step_of(model), expected) and "forward" not in vars(model)
+        assert handle.plan.recompute_flops > 0
 
 
 def test_a_planned_model_looks_copies_and_pickles_like_the_model(tmp_path):

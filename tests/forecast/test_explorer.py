@@ -310,6 +310,5 @@ def test_reaction_is_the_time_of_updates(shown, monkeypatch):
     assert shown.slider.index == start
 
 
-def test_no_classes_are_refused():
-    with pytest.raises(InputError, match="num_classes"):
-        Explorer(EXPERIMENT, 0)
+def test_without_a_number_of_classes_it_is_that_of_the_data_set():
+    assert Explorer(EXPERIMENT, 0).num_classes == 10

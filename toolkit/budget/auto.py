@@ -247,7 +247,11 @@ class AutoCheckpoint:
         """Begin a forward pass."""
         self._peaks.begin()
         with self._turn:
-            step = self._step(forward, args, kwargs) if torch.is_grad_enabled() else None
+            if torch.is_grad_enabled():
+                step = self._step(forward, args, kwargs)
+            else:
+                step = None
+                self._loop.pause()
             self._running += 1
             self.passes += 1
         self._inside.step = step

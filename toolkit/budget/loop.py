@@ -81,10 +81,19 @@ class Loop:
     def close(self) -> None:
         """Stop watching the loop."""
         self._hook.remove()
-        watch = self.now if isinstance(self.now, Recording) else getattr(self.now, "watch", None)
-        if watch is not None:
-            watch.stop()
+        if self._watching is not None:
+            self._watching.stop()
         self._now.step = None
+
+    def pause(self) -> None:
+        """Watch nothing that runs without gradients after a step."""
+        if self._watching is not None:
+            self._watching.pause()
+
+    @property
+    def _watching(self) -> Watch | None:
+        """What watches the present step of this thread."""
+        return self.now if isinstance(self.now, Recording) else getattr(self.now, "watch", None)
 
     @property
     def now(self) -> Follower | Recording | None:
@@ -94,7 +103,9 @@ class Loop:
     def call_of(self, inputs, precision: str, accumulates: bool | None = None) -> Call:
         """The call of the model on `inputs`, in its present state."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        if accumulates is None:
+        if self.micro_batches:  # whose profiles know of the gradients of earlier ones
+            accumulates = False
+        elif accumulates is None:
             accumulates = any(p.grad is not None for p in trained)
         buckets = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None) or self.ddp
         if buckets is not None:  # gradients are copied to them, or are views of them
@@ -124,7 +135,7 @@ class Loop:
         Raises `InputError` if nothing fits.
         """
         call, now = self.call_of(inputs, precision), self.now
-        if now is not None and now.waits_for_backward:
+        if now is not None and now.waits_for_backward and not self.micro_batches:
             if not now.expects(call):
                 self._add(now, call, inputs)
             return now

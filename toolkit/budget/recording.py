@@ -8,6 +8,7 @@ loop notes what it allocates, reads and frees.  `Recording.profile` is what `pro
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -60,11 +61,25 @@ class Watch:
         self._found_bytes: int | None = None
         self.failed = False
         self._running = False  # a forward pass, or the optimizer
+        # The hooks are torch's own, for all optimizers: they must not keep the model alive.
+        starts, ends = weakref.WeakMethod(self._optimizer_starts), weakref.WeakMethod(self._optimizer_ends)
         self._hooks = [
-            register_optimizer_step_pre_hook(self._optimizer_starts),
-            register_optimizer_step_post_hook(self._optimizer_ends),
+            register_optimizer_step_pre_hook(lambda *args: starts() and starts()(*args)),
+            register_optimizer_step_post_hook(lambda *args: ends() and ends()(*args)),
         ]
-        put_underneath(self.timeline)
+        self._entered = False
+        self._enter()
+
+    def _enter(self) -> None:
+        if not self._entered and not self.timeline.ended:
+            self._entered = True
+            put_underneath(self.timeline)
+
+    def pause(self) -> None:
+        """See no operators until the next forward pass or optimizer, unless a graph waits for backward."""
+        if self._entered and not self._waits():
+            self._entered = False
+            take_away(self.timeline)
 
     def _is_step(self) -> bool:
         return self._running or self._waits()
@@ -72,6 +87,7 @@ class Watch:
     @contextlib.contextmanager
     def forward(self, arguments) -> Iterator[None]:
         """Watch a forward pass inside the with statement; `arguments`: a nest of tensors and others."""
+        self._enter()
         if self.start_bytes is None:
             self.timeline.track(tensors_in(arguments))
             self.timeline.begin()
@@ -94,6 +110,7 @@ class Watch:
 
     def _optimizer_starts(self, optimizer, args, kwargs) -> None:
         if self.start_bytes is not None and not self._waits():
+            self._enter()
             self._running = True
             if self.optimizer_start is None:
                 self.optimizer_start = self.timeline.time
@@ -101,12 +118,14 @@ class Watch:
 
     def _optimizer_ends(self, optimizer, args, kwargs) -> None:
         self._running = False
+        self.pause()
 
     def stop(self) -> None:
         """End the step."""
         if not self.timeline.ended:
             self.timeline.ended = True
-            take_away(self.timeline)
+            if self._entered:
+                take_away(self.timeline)
             for hook in self._hooks:
                 hook.remove()
 

@@ -156,7 +156,8 @@ class CategoryMemory(TensorMemory):
         """Count `parameter.grad`, and the gradients that a fused optimizer has put away before."""
         kept = getattr(self.optimizer, "gradients", {}).values()
         for tensor in (parameter.grad, *kept):
-            self._move(tensor, "gradients")
+            if tensor is not None:  # an optimizer in the backward pass may have taken it before
+                self._move(tensor, "gradients")
 
     def _move(self, tensor: torch.Tensor, category: str) -> None:
         key = tensor.untyped_storage()._cdata
