@@ -29,6 +29,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import toolkit  # noqa: E402
+from toolkit.budget import auto  # noqa: E402
 from toolkit.datasets import Splits, in_memory, load_dataset  # noqa: E402
 
 # A loaded machine is slow, not wrong.
@@ -36,6 +37,14 @@ hypothesis.settings.register_profile(
     "toolkit", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("toolkit")
+
+
+@pytest.fixture(autouse=True)
+def plans_end():
+    """Plans that a test leaves on its models end with it."""
+    yield
+    for handle in list(auto._HANDLES):
+        handle.remove()
 
 
 @pytest.fixture(scope="session")

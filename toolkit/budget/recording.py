@@ -120,6 +120,10 @@ class Watch:
         self._running = False
         self.pause()
 
+    def __del__(self):  # of a plan that was dropped without `remove()`
+        if hasattr(self, "_entered"):
+            self.stop()
+
     def stop(self) -> None:
         """End the step."""
         if not self.timeline.ended:
