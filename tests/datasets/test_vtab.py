@@ -66,7 +66,9 @@ def test_an_unknown_task_is_refused_with_the_known_ones(tmp_path, name):
 
 @pytest.mark.parametrize("name", [name for name in VTAB if name != "camelyon"])
 def test_missing_data_is_downloaded_or_named(tmp_path, no_download, name):
-    with pytest.raises(InputError, match=rf"'(vtab:)?{name}' is not in .*its server cannot be reached.*Put .* from http"):
+    with pytest.raises(
+        InputError, match=rf"'(vtab:)?{name}' is not in .*its server cannot be reached.*Put .* from http"
+    ):
         load_vtab(name, tmp_path)
 
 
