@@ -322,9 +322,7 @@ def test_autocast_computes_mixers_in_its_type():
     assert all(p.grad.dtype is torch.float32 for p in trained(model).values())
 
 
-@pytest.mark.xfail(
-    strict=False, reason="planning without the garbage collector predicts up to 12 % more than a step takes"
-)
+@pytest.mark.xfail(strict=False, reason="the predicted peak is up to 12 % above what a step takes")
 @pytest.mark.parametrize(
     "method", ["losa", *(pytest.param(m, marks=pytest.mark.long) for m in ("lst", "dtl"))]
 )
