@@ -75,7 +75,7 @@ def siamese(model):
 
 
 def crops(model):
-    """Of two sizes."""
+    """Calls the network on crops of two sizes."""
     outputs = [model(X), *(model(half.contiguous()) for half in X.chunk(2, dim=1))]
     sum(loss(out, Y[:, : out.shape[1]]) for out in outputs).backward()
 
