@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_iter
 import toolkit
 from toolkit.backbones import data_config
 from toolkit.budget import Checkpointing, TensorMemory, find_blocks, tensors_of
+from toolkit.budget.own_checkpoints import own_checkpoints_off
 from toolkit.budget.plan import Planner
 from toolkit.errors import InputError
 from toolkit.methods import adapt, set_train_mode
@@ -322,7 +323,6 @@ def test_autocast_computes_mixers_in_its_type():
     assert all(p.grad.dtype is torch.float32 for p in trained(model).values())
 
 
-@pytest.mark.xfail(strict=False, reason="the predicted peak is up to 12 % above what a step takes")
 @pytest.mark.parametrize(
     "method", ["losa", *(pytest.param(m, marks=pytest.mark.long) for m in ("lst", "dtl"))]
 )
@@ -333,12 +333,14 @@ def test_planned_training_takes_what_was_predicted(method):
     batch = batch_for(model(), 4)
     planner = Planner(model(), batch, lean=False)
     unplanned = planner.chain(4, False).solve(HUGE).peak_bytes
-    assert unplanned == measured_peak(model(), batch)
+    with own_checkpoints_off():  # of LoSA's mixers: a plan decides what is computed again
+        assert unplanned == measured_peak(model(), batch)
     smallest = planner.smallest_bytes()
     for budget in {smallest, (smallest + unplanned) // 2}:
         made = planner.plan(budget)
-        assert measured_peak(model(), batch, made) <= made.peak_bytes <= budget
-        assert_same_step(model, batch, made)
+        with own_checkpoints_off():
+            assert measured_peak(model(), batch, made) <= made.peak_bytes <= budget
+            assert_same_step(model, batch, made)
 
 
 @pytest.mark.long
