@@ -27,6 +27,7 @@ import hypothesis  # noqa: E402
 import no_network_guard  # noqa: E402, F401
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack  # noqa: E402
 
 import toolkit  # noqa: E402
 from toolkit.budget import auto  # noqa: E402
@@ -41,10 +42,11 @@ hypothesis.settings.load_profile("toolkit")
 
 @pytest.fixture(autouse=True)
 def plans_end():
-    """Plans that a test leaves on its models end with it."""
+    """Plans that a test leaves on its models end with it, and watch nothing afterwards."""
     yield
     for handle in list(auto._HANDLES):
         handle.remove()
+    assert _get_current_dispatch_mode_stack() == []
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ RUNS = 12
 @pytest.fixture(scope="module")
 def sweeps():
     """`sweeps(runs, count, kill_after_seconds)`: exit statuses of `count` sweeps at the same time."""
-    script = Path(__file__).parents[1] / "sweep_processes.py"
+    script = Path(__file__).parents[1] / "helpers" / "sweep_processes.py"
     pipe = subprocess.PIPE
     with subprocess.Popen(
         [sys.executable, str(script)], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True

@@ -16,7 +16,7 @@ CALLS = 30  # of fsync and replace in a run, about
 @pytest.fixture(scope="module")
 def train():
     """`train(folder, **fault)`: how a training in a process of its own ended, see `training_process.py`."""
-    script = Path(__file__).with_name("training_process.py")
+    script = Path(__file__).parents[1] / "helpers" / "training_process.py"
     pipe = subprocess.PIPE
     with subprocess.Popen(
         [sys.executable, str(script)], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True

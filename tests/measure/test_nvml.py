@@ -11,7 +11,7 @@ import pytest
 
 from toolkit.measure import Nvml, SensorError
 
-HERE = Path(__file__).parents[1]
+HERE = Path(__file__).parents[1] / "helpers"
 
 # The library reads its environment variables at every call, so one process can play all scenes.
 SCENES = """

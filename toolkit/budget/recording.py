@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import (
 
 from toolkit.budget.memory import tensors_of
 from toolkit.budget.profile import Profile
-from toolkit.budget.step import tensors_in
+from toolkit.budget.step import on_fakes, tensors_in
 from toolkit.budget.tape import storage_key
 from toolkit.budget.timeline import ProfilingTape, Timeline
 
@@ -109,7 +109,7 @@ class Watch:
             self.backward_start = self.timeline.time
 
     def _optimizer_starts(self, optimizer, args, kwargs) -> None:
-        if self.start_bytes is not None and not self._waits():
+        if self.start_bytes is not None and not self._waits() and not on_fakes():
             self._enter()
             self._running = True
             if self.optimizer_start is None:
@@ -117,8 +117,9 @@ class Watch:
                 self._found_bytes = self.timeline.found_bytes  # what it reads besides is its state
 
     def _optimizer_ends(self, optimizer, args, kwargs) -> None:
-        self._running = False
-        self.pause()
+        if not on_fakes():  # a step that is planned
+            self._running = False
+            self.pause()
 
     def __del__(self):  # of a plan that was dropped without `remove()`
         if hasattr(self, "_entered"):
@@ -227,25 +228,31 @@ def _highest(deltas: list[int]) -> int:
 
 def put_underneath(mode: TorchDispatchMode) -> None:
     """Enter `mode` below those that are entered, so that they can be left before it."""
-    entered = [_pop_mode() for _ in _get_current_dispatch_mode_stack()]
-    for each in (mode, *reversed(entered)):
-        _push_mode(each)
+    _push([mode, *_leave_all()])
 
 
 def take_away(mode: TorchDispatchMode) -> None:
     """Leave `mode`, wherever it is among those that are entered."""
-    entered = [_pop_mode() for _ in _get_current_dispatch_mode_stack()]
-    for each in reversed(entered):
-        if each is not mode:
-            _push_mode(each)
+    _push([each for each in _leave_all() if each is not mode])
 
 
 @contextlib.contextmanager
 def modes_left() -> Iterator[None]:
     """Leave all modes inside the with statement: counters of the loop must not count what is planned."""
-    entered = [_pop_mode() for _ in _get_current_dispatch_mode_stack()]
+    entered = _leave_all()
     try:
         yield
     finally:
-        for each in reversed(entered):
-            _push_mode(each)
+        _push(entered)
+
+
+def _leave_all() -> list[TorchDispatchMode]:
+    """Leave all modes; what is returned begins with the lowest."""
+    return [_pop_mode() for _ in _get_current_dispatch_mode_stack()][::-1]
+
+
+def _push(modes: list[TorchDispatchMode]) -> None:
+    """Enter modes again, but those that have ended since: a plan may be collected while they are left."""
+    for mode in modes:
+        if not (isinstance(mode, Timeline) and mode.ended):
+            _push_mode(mode)
