@@ -193,15 +193,20 @@ def everything(model):
     )
 
 
+def fakes():
+    gc.collect()
+    return {id(o) for o in gc.get_objects() if issubclass(type(o), FakeTensor)}
+
+
 def assert_no_trace(model, batch):
+    others = fakes()  # of torch.compile, which keeps some
     before = everything(model)
     planner = Planner(model, batch)
     planner.plan(planner.smallest_bytes())
     plan(model, "10GB", batch, strategy="none")
     flops(model, batch)
     assert everything(model) == before
-    gc.collect()
-    assert [o for o in gc.get_objects() if issubclass(type(o), FakeTensor)] == []
+    assert fakes() <= others
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore:.*weight_norm", "ignore:.*spectral_norm")

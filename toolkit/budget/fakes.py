@@ -30,13 +30,12 @@ from torch._subclasses.fake_tensor import (
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 
-from toolkit.budget.found import Found
+from toolkit.budget.found import Found, tensors_held
 from toolkit.budget.memory import is_out_of_memory
 from toolkit.errors import InputError, one_line
 
 _LOG = logging.getLogger("torch._subclasses.fake_tensor")  # tells at length of what fails, besides raising
 _PLAIN = (torch.Tensor, nn.Parameter)
-_OPTIMIZER = "optimizer"
 _VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
 _SMALL = 2**20  # elements
 _SHARDED = (
@@ -71,7 +70,7 @@ def on_fake_tensors(model: nn.Module, batch, others: Others | None = None) -> It
     others = others or Others()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = _Fakes(mode, next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu")))
-    found = Found((others.optimizer, _OPTIMIZER), (others.loss, "loss"), (model, model))
+    found = Found((others.optimizer, "optimizer"), (others.loss, "loss"), (model, model))
     held = [
         (module, tensors, name, tensor)
         for module in model.modules()
@@ -83,7 +82,7 @@ def on_fake_tensors(model: nn.Module, batch, others: Others | None = None) -> It
     was_silent, _LOG.disabled = _LOG.disabled, True
     try:
         known = {id(tensor): fakes.of(tensor, exact=True) for *_, tensor in held}
-        for value in found.owned_by(_OPTIMIZER):
+        for value in tensors_held(others.optimizer):
             if type(value) in _PLAIN and id(value) not in known:
                 known[id(value)] = fakes.of(value, exact=True)
                 others.state.append(known[id(value)])

@@ -100,11 +100,30 @@ def _set(holder: object, name: str, value: object) -> None:
         setattr(holder, name, value)
 
 
+def tensors_held(root: object) -> Iterator[torch.Tensor]:
+    """The tensors that an object holds as data, in containers and attributes, however deep."""
+    stack, seen = [root], {id(root): root}
+    while stack:
+        value = stack.pop()
+        if isinstance(value, torch.Tensor):
+            yield value
+            continue
+        parts = []
+        if isinstance(value, dict):
+            parts = value.values()
+        elif isinstance(value, list | tuple | deque):
+            parts = value
+        elif isinstance(value, torch.optim.Optimizer) or (_is_own(type(value)) and not callable(value)):
+            parts = vars(value).values() if hasattr(value, "__dict__") else ()
+        new = {id(part): part for part in parts if _may_change(part) and id(part) not in seen}
+        seen |= new
+        stack += new.values()
+
+
 class Found:
     """The state of everything that `roots`, pairs of an object and its owner, can reach.
 
-    Modules own what hangs on them, and the first owner what its root reaches; what several others reach is
-    `SHARED`.
+    Modules own what hangs on them; what several owners reach is `SHARED`.
     """
 
     def __init__(self, *roots: tuple[object, Hashable]):
@@ -112,11 +131,11 @@ class Found:
         self.tensors: list[torch.Tensor] = []
         self._owners: dict[int, tuple[object, Hashable]] = {}  # with the object, so that ids stay unique
         for root, owner in roots:
-            self._follow(root, owner, first=roots[0][1])
+            self._follow(root, owner)
         self._values = [(t, t._version, t.requires_grad, t.grad) for t in self.tensors if t.is_leaf]
         self._random = random_states(*_torchs())
 
-    def _follow(self, root: object, owner: Hashable, first: Hashable) -> None:
+    def _follow(self, root: object, owner: Hashable) -> None:
         stack = [(root, owner)]
         while stack:
             value, owner = stack.pop()
@@ -124,16 +143,11 @@ class Found:
                 owner = value
             known = self._owners.get(id(value))
             if known is not None:
-                if known[1] is owner or known[1] in (SHARED, first):
+                if known[1] is owner or known[1] == SHARED:
                     continue
                 owner = SHARED
             self._owners[id(value)] = value, owner
             stack += [(child, owner) for child in self._children(value, owner) if _may_change(child)]
-
-    def owned_by(self, owner: Hashable) -> list:
-        """All that the containers of `owner` hold."""
-        return [value for contents in self.contents.values() if contents.owner == owner
-                for value in contents.before]  # fmt: skip
 
     def replace(self, fakes: dict[int, torch.Tensor]) -> None:
         """Put `fakes`, by the id of the tensor, in the place of tensors."""
