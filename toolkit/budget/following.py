@@ -95,20 +95,20 @@ class PlannedStep:
     ):
         self.calls, self.planner = calls, planner
         self.state_bytes, self.micro_batches = state_bytes, micro_batches
-        self._plans: dict[tuple[int, int], Plan | InputError] = {}  # the latest few
+        self._plans: dict[tuple[int, int], Plan | str] = {}  # the latest few, or why there is none
 
     def plan(self, budget_bytes: int, reserve_bytes: int) -> Plan:
-        """The fastest plan.  Raises the same `InputError` again and again if there is none."""
+        """The fastest plan.  Raises `InputError` if there is none."""
         key = budget_bytes, reserve_bytes
         if key not in self._plans:
             try:
                 with modes_left():
                     made = self.planner.plan(*key, micro_batches=self.micro_batches)
             except InputError as error:
-                made = error
+                made = str(error)  # the error itself would keep all that its callers hold, such as the batch
             self._plans = {**dict(list(self._plans.items())[-3:]), key: made}
-        if isinstance(self._plans[key], InputError):
-            raise self._plans[key]
+        if isinstance(self._plans[key], str):
+            raise InputError(self._plans[key])
         return self._plans[key]
 
 
