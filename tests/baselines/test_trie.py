@@ -8,11 +8,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from benchmarks.trie import score_naive
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tiny_models import tiny_generative, tiny_mobilevlm
+from trie import score_naive
 
 from toolkit import InputError
 from toolkit.baselines import trie as trie_module
