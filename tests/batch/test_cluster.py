@@ -51,6 +51,13 @@ def two_workers():
         yield client
 
 
+def test_workers_listen_on_this_machine_only(two_workers):
+    two_workers.wait_for_workers(2)
+    workers = two_workers.scheduler_info(n_workers=-1)["workers"]
+    assert [address.split(":")[1] for address in workers] == ["//127.0.0.1"] * 2
+    assert two_workers.scheduler.address.startswith("tcp://127.0.0.1:")
+
+
 def test_a_lost_worker_loses_no_run(two_workers, digits, tmp_path, monkeypatch):
     deadly = tmp_path / "deadly"
     deadly.touch()
@@ -72,13 +79,6 @@ def test_a_lost_worker_loses_no_run(two_workers, digits, tmp_path, monkeypatch):
     assert [len(lines) for lines in executed] == [1] * 12, "each is run once"
     threads = str((os.cpu_count() or 2) // 2)
     assert {line.split()[0] for lines in executed for line in lines} == {threads}, "they share the cores"
-
-
-def test_workers_listen_on_this_machine_only(two_workers):
-    two_workers.wait_for_workers(2)
-    workers = two_workers.scheduler_info(n_workers=-1)["workers"]
-    assert [address.split(":")[1] for address in workers] == ["//127.0.0.1"] * 2
-    assert two_workers.scheduler.address.startswith("tcp://127.0.0.1:")
 
 
 # --- a scheduler that the user started --------------------------------------------------------------------
