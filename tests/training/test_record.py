@@ -8,6 +8,7 @@ import torch
 from simulated_gpu import SimulatedGpu, VirtualClock, meter_of
 
 import toolkit
+from toolkit import analysis
 from toolkit.batch import sweep
 from toolkit.files import write_atomically
 from toolkit.training.loop import FitResult
@@ -189,6 +190,31 @@ def test_energy_of_a_simulated_gpu_stays_marked(demo_model, few_digits):
     overview = record.overview().value
     assert overview["train_energy_joules"] == overview["ns_e_training"] == "simulated"
     assert record.curves["windows"]["train"]["samples"] > 100
+
+
+def test_operators_without_a_formula_are_named(finished, few_digits, tmp_path):
+    class Spectrum(torch.nn.Module):  # a Fourier transform of images, for which there is no formula
+        def __init__(self):
+            super().__init__()
+            self.fc = torch.nn.Linear(3, 10)
+
+        def forward(self, x):
+            return self.fc(torch.fft.rfft2(x).abs().mean((2, 3)))
+
+    experiment = toolkit.Experiment(
+        epochs=1, batch_size=32, method="full", backbone="mine", device="cpu", checkpointing="none"
+    )
+    model = toolkit.adapt(Spectrum(), "full")
+    result = toolkit.fit(model, few_digits, experiment)
+    evaluation = toolkit.test(model, few_digits, experiment, result)
+    record = RunRecord.of_run(experiment, few_digits, model, result, evaluation)
+    record.save(tmp_path / "mine")
+    finished[0].save(finished[1])
+    records = toolkit.load_records(tmp_path).set_index("backbone")
+    assert records.uncounted_operators.to_dict() == {"mine": "aten._fft_r2c", "demo_vit": ""}
+    noted = analysis.missing(analysis.read(tmp_path)[0]).set_index("figure")["missing because"]
+    assert noted["part of the FLOPs"] == "no formula for aten._fft_r2c"
+    assert "aten._fft_r2c" in analysis.overview(record).caption
 
 
 def test_nan_cannot_enter_a_record(finished):

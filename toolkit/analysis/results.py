@@ -153,7 +153,8 @@ def _short(value: object) -> str:
 
 
 def missing(records: pd.DataFrame) -> pd.DataFrame:
-    """Why figures of runs that ended ok are missing, as their records say, and for how many runs."""
+    """Why figures of runs that ended ok are missing, as their records say, and for how many runs; also what
+    FLOPs leave out."""
     names = [
         "train_peak_bytes",
         "train_seconds",
@@ -163,9 +164,12 @@ def missing(records: pd.DataFrame) -> pd.DataFrame:
     ]
     counts: Counter = Counter()
     for folder in records.folder[records.status == "ok"] if len(records) else ():
-        reasons = read_record(Path(folder, FILE_NAME)).get("missing", {})
-        counts.update((name, str(why)) for name, why in reasons.items() if name in names)
-    rows = [(QUANTITIES[name].label, why, runs) for (name, why), runs in sorted(counts.items())]
+        record = read_record(Path(folder, FILE_NAME))
+        reasons = record.get("missing", {})
+        counts.update((QUANTITIES[name].label, str(why)) for name, why in reasons.items() if name in names)
+        if left_out := record["flops"].get("uncounted_operators"):
+            counts["part of the FLOPs", f"no formula for {left_out}"] += 1
+    rows = [(figure, why, runs) for (figure, why), runs in sorted(counts.items())]
     return pd.DataFrame(rows, columns=["figure", "missing because", "runs"])
 
 
@@ -176,6 +180,8 @@ def overview(record: RunRecord) -> Styler:
     missing = table[table["missing because"] != ""]
     reasons = missing.groupby("missing because", sort=False)["figure"].agg(", ".join)
     caption = " ".join(f"No {figures}: {reason}." for reason, figures in reasons.items())
+    if record.flops.get("uncounted_operators"):
+        caption = f"{caption} Not in FLOPs and multiply-adds: {record.flops['uncounted_operators']}.".strip()
     measured = table[(table.value != "–") & (table["missing because"] == "")]
     return show(measured[["figure", "value"]], caption)
 

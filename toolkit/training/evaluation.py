@@ -35,6 +35,7 @@ class Evaluation:
     window: Window
     peak_bytes: int | None  # None if costs were not asked for
     macs_per_image: float | None  # multiply-adds; likewise
+    uncounted: tuple[str, ...]  # operators that are not in them, since they have no formula
     # Of classifiers only:
     predictions: torch.Tensor | None = None  # int64 (N,)
     labels: torch.Tensor | None = None  # int64 (N,)
@@ -107,7 +108,7 @@ def evaluate(
     """
     device = next(model.parameters()).device
     model.eval()
-    memory, macs_per_image = _costs(model, batches, precision) if costs else (None, None)
+    memory, macs_per_image, uncounted = _costs(model, batches, precision) if costs else (None, None, ())
     score, means, images_seen = TASK_SCORES[task.name](num_classes), ImageMeans(task.name), 0
     with torch.inference_mode(), (meter or Meter(device)).window("evaluate") as window:
         for images, targets in batches:
@@ -127,6 +128,7 @@ def evaluate(
         window=window,
         peak_bytes=memory and memory.peak_bytes,
         macs_per_image=macs_per_image,
+        uncounted=uncounted,
         **fields,
     )
 
@@ -140,8 +142,11 @@ def _images_in(targets) -> int:
 
 
 @torch.no_grad()  # in inference mode the CPU's counter does not see into composite operators
-def _costs(model: nn.Module, batches: Iterable[tuple], precision: str) -> tuple[DeviceMemory, float]:
-    """Run the first batch; returns the memory that counted its peak, and its multiply-adds per image."""
+def _costs(
+    model: nn.Module, batches: Iterable[tuple], precision: str
+) -> tuple[DeviceMemory, float, tuple[str, ...]]:
+    """Run the first batch; returns the memory that counted its peak, its multiply-adds per image, and the
+    operators that are not counted."""
     device = next(model.parameters()).device
     memory, counter = device_memory(device), FlopCounter()
     memory.track(tensors_of(model))
@@ -151,7 +156,7 @@ def _costs(model: nn.Module, batches: Iterable[tuple], precision: str) -> tuple[
     memory.track(images.values() if isinstance(images, Mapping) else [images])
     with memory, counter, autocast(device, precision):
         model(images)
-    return memory, counter.flops.macs / _images_in(targets)
+    return memory, counter.flops.macs / _images_in(targets), tuple(counter.uncounted)
 
 
 def evaluate_split(

@@ -70,7 +70,8 @@ class RunRecord:
     `test_*` are scores on the test split after the last epoch (`selection_rule`); nothing was chosen on it.
     `metric`: the one that runs of the task are compared by.  `energy_joules`: gross GPU energy of training,
     validation and test, data loading and the computing of cached features included.  Scores in decibels,
-    `_inference` of the test pass, `_training` of training.
+    `_inference` of the test pass, `_training` of training.  `uncounted_operators`: those of the traced step
+    and of the test that FLOPs and multiply-adds leave out, since they have no formula.
 
     `phase` is "training", or "inference" for a baseline, which `prepare_*` describes up to the first test
     image: text classifier, features and probe, or the choice of a scoring rule, but not loading the weights.
@@ -132,7 +133,10 @@ class RunRecord:
                 "budget_mode": budget_mode(experiment, env["device_total_bytes"]),
                 "predicted_peak_bytes": outcome.predicted_peak_bytes,
             },
-            flops={"inference_macs_per_image": evaluation and evaluation.macs_per_image},
+            flops={
+                "inference_macs_per_image": evaluation and evaluation.macs_per_image,
+                "uncounted_operators": _names(evaluation.uncounted if evaluation else ()),
+            },
             env=env,
             packages=installed_packages(),
         )
@@ -197,6 +201,8 @@ class RunRecord:
         }
         for phase in ("forward", "backward", "recompute"):
             record.flops[f"{phase}_flops_per_image"] = result.step_flops.get(phase)
+        tested = evaluation.uncounted if evaluation else ()
+        record.flops["uncounted_operators"] = _names((*result.uncounted, *tested))
         record.curves = {
             "history": result.history,
             "memory_trace_bytes": result.memory_trace,
@@ -298,6 +304,10 @@ def _unscored(part: str, task: Task, *others: str) -> dict[str, None]:
     """The fields of a validation or test that did not take place."""
     per_image = [name for name, function in METRICS[task.name].items() if function]
     return {f"{part}_{name}": None for name in (task.metric, *per_image, *others)}
+
+
+def _names(operators: Iterable[str]) -> str:
+    return ", ".join(sorted({*operators}))
 
 
 def _columns(record: dict, groups: Iterable[str] = GROUPS) -> dict:

@@ -40,6 +40,7 @@ class FitResult:
     environment: dict = field(default_factory=dict)  # see environment.environment; as training began
     memory_trace: list[dict] = field(default_factory=list)  # one step, see MemoryTrace.segments
     step_flops: dict[str, float] = field(default_factory=dict)  # by phase, per image, of that step
+    uncounted: list[str] = field(default_factory=list)  # operators of that step that have no formula
     weights_sha256: str = ""  # of the model before training
     resumes: int = 0
     images_skipped: int = 0  # in training, because their files had changed

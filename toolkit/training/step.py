@@ -162,6 +162,7 @@ class Steps:
             result.memory_trace = trace.segments
             for phase in ("forward", "backward", "recompute"):
                 result.step_flops[phase] = getattr(counter.flops, phase) / len(images)
+            result.uncounted = sorted(counter.uncounted)
         result.steps += 1
         result.checkpointed_blocks = len(self.blocks.checkpointed)
         result.read_peaks(self.memory)
