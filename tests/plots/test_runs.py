@@ -1,16 +1,19 @@
 """Figures of runs hold the figures of their frames, and the front is the Pareto front."""
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.colors import to_rgb
+from scipy.spatial.distance import pdist
 
 from toolkit import analysis, plots
 from toolkit.budget import STRATEGIES
 from toolkit.methods import METHODS
 from toolkit.plots.runs import front_of
-from toolkit.plots.style import method_colour
+from toolkit.plots.style import PALETTE, method_look
 
 MIB = 2**20
 
@@ -59,8 +62,35 @@ def test_strategies_have_markers_and_methods_colours():
     (axes,) = plots.accuracy_against(frame, "memory").axes
     drawn = [bars.lines[0] for bars in axes.containers]
     assert [line.get_marker() for line in drawn] == [strategy.marker for strategy in STRATEGIES.values()]
-    assert {line.get_color() for line in drawn} == {method_colour("lora")}
-    assert len({method_colour(method) for method in METHODS}) == len(METHODS)
+    assert {(line.get_color(), line.get_fillstyle()) for line in drawn} == {(*method_look("lora").values(),)}
+    assert len({(*method_look(method).values(),) for method in METHODS}) == len(METHODS)
+
+
+# Machado et al. 2009, severity 1: linear RGB as seen without the cones for red, or for green
+SEEN = {
+    "all cones": np.eye(3),
+    "protanopia": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+    "deuteranopia": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+}
+XYZ = [[0.4125, 0.3576, 0.1804], [0.2127, 0.7152, 0.0722], [0.0193, 0.1192, 0.9503]]  # of linear sRGB
+
+
+def smallest_difference(colours, seen) -> float:
+    """The smallest distance in CIE Lab of any two colours; 2.3 can just be seen side by side."""
+    rgb = np.array([to_rgb(colour) for colour in colours])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    x, y, z = (np.clip(linear @ np.transpose(seen), 0, 1) @ np.transpose(XYZ) / np.sum(XYZ, axis=1)).T
+    f = [np.where(v > 216 / 24389, np.cbrt(v), (24389 / 27 * v + 16) / 116) for v in (x, y, z)]
+    lab = np.transpose([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+    return pdist(lab).min()
+
+
+@pytest.mark.parametrize("seen", SEEN.values(), ids=SEEN)
+def test_colours_differ_for_eyes_without_red_or_green(seen):
+    assert smallest_difference(PALETTE, seen) > 15
+    assert smallest_difference(["#ffffff", "#000000"], seen) == pytest.approx(100, abs=0.5)
+    if seen is not SEEN["all cones"]:
+        assert smallest_difference(matplotlib.color_sequences["tab10"], seen) < 15
 
 
 def test_the_budget_is_drawn_if_it_is_near_and_the_same_for_all():

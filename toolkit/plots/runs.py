@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -22,7 +23,7 @@ from toolkit.plots.style import (
     budget_at_edge,
     grid_of,
     legend_outside,
-    method_colour,
+    method_look,
     note,
     plain,
     styled,
@@ -94,7 +95,8 @@ def _draw_against(axes: Axes, means: pd.DataFrame, cost: str, score: str) -> Non
         axes.errorbar(
             row["x"], row[score], yerr=None if np.isnan(half_width) else half_width, linestyle="none",
             marker=BASELINE_MARKER if baseline else STRATEGIES[row["checkpointing"]].marker,
-            color=method_colour(row["method"]), markersize=8, capsize=3, elinewidth=1, alpha=0.85,
+            markersize=8, markeredgewidth=1.5, capsize=3, elinewidth=1, alpha=0.85,
+            **method_look(row["method"]),
             label=plain(f"{row['backbone']} {row['method']}" if baseline else row["method"]),
         )  # fmt: skip
     for strategy in STRATEGIES if frame.checkpointing.nunique() > 1 else ():
@@ -149,8 +151,12 @@ def front_of(means: pd.DataFrame, cost: str, score: str = "score_pct") -> pd.Ser
 @styled
 def learning_rates(table: pd.DataFrame) -> Figure:
     """Validation loss against learning rate, one line per column (method)."""
-    labels = {"xlabel": "peak learning rate", "ylabel": "validation loss"}
-    return table.plot(logx=True, marker="o", figsize=(8, 4), ylim=(0, None), **labels).figure
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    palette = {method: method_look(method)["color"] for method in table}
+    sns.lineplot(table, markers=True, dashes=False, palette=palette, ax=axes)
+    axes.set(xscale="log", xlabel="peak learning rate", ylabel="validation loss", ylim=(0, None))
+    legend_outside(axes)
+    return figure
 
 
 @styled
@@ -173,8 +179,8 @@ def costs_by_batch(stock: pd.DataFrame, lean: pd.DataFrame) -> Figure:
         parts.append(frame[[*keys, "method"]].assign(percent=percent, counted=name))
     grid = sns.relplot(
         pd.concat(parts), x="batch_size", y="percent", hue="method", row="backbone", col="counted",
-        kind="line", marker="o", height=2.8, aspect=1.3,
-        palette={method: method_colour(method) for method in stock.method.unique()},
+        style="method", kind="line", markers=True, dashes=False, height=2.8, aspect=1.3,
+        palette={method: method_look(method)["color"] for method in stock.method.unique()},
     )  # fmt: skip
     grid.set(ylim=(0, None)).set_titles("{row_name}: {col_name}", size=10)
     grid.set_axis_labels("batch size", "memory (% of full)")

@@ -19,13 +19,11 @@ from toolkit.budget import format_bytes
 from toolkit.methods import METHODS
 
 THEME = sns.axes_style("whitegrid") | sns.plotting_context("notebook")
-THEME |= {"axes.prop_cycle": cycler(color=sns.color_palette("colorblind"))}
+# Of Okabe and Ito (2008): they also differ for people with red-green weakness.  Yellow is faint on white
+PALETTE = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#000000", "#f0e442")
+FILLS = ("full", "none")  # of the symbols of the first methods, and of those beyond the palette
+THEME |= {"axes.prop_cycle": cycler(color=PALETTE)}
 BASELINE_MARKER = "P"
-# Unlike each other in hue or lightness
-METHOD_COLOURS = (
-    "#1873aa", "#ff9f00", "#107064", "#d00000", "#d96bd0", "#701028", "#db9fb5", "#949494", "#b9ab46",
-    "#56b4e9", "#23235c", "#b97146", "#ff0080", "#3d6eff", "#400080",
-)  # fmt: skip
 
 
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
@@ -52,12 +50,12 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def method_colour(method: str) -> tuple[float, float, float]:
-    """The colour of a method, the same in every figure; grey for other names, such as baselines."""
+def method_look(method: str) -> dict[str, str]:
+    """Colour and fill of a method's symbols, the same in every figure; grey for others, such as baselines."""
     if method not in METHODS:
-        return (0.35, 0.35, 0.35)
-    palette = sns.color_palette(METHOD_COLOURS)
-    return palette[list(METHODS).index(method) % len(palette)]
+        return {"color": "0.35", "fillstyle": FILLS[0]}
+    again, place = divmod(list(METHODS).index(method), len(PALETTE))
+    return {"color": PALETTE[place], "fillstyle": FILLS[again % len(FILLS)]}
 
 
 def legend_outside(axes: Axes, *others: Axes) -> None:
@@ -68,7 +66,8 @@ def legend_outside(axes: Axes, *others: Axes) -> None:
         for handle, label in sorted(found, key=lambda pair: not isinstance(pair[0], ErrorbarContainer)):
             handles.setdefault(label, handle)
     if handles:
-        axes.legend(handles.values(), handles, loc="upper left", bbox_to_anchor=(1, 1))
+        columns = 1 + len(handles) // 14  # more lines would squeeze the axes
+        axes.legend(handles.values(), handles, loc="upper left", bbox_to_anchor=(1, 1), ncols=columns)
 
 
 def note(text: str) -> Figure:
