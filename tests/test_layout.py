@@ -84,6 +84,8 @@ def test_modules_have_a_readable_size():
 def test_the_readme_names_every_room_and_notebook():
     readme = (ROOT / "README.md").read_text()
     assert len(readme.splitlines()) <= 150
+    shown = set(re.findall(r"\(figures/([^)]+)\)", readme))
+    assert shown == {path.name for path in (ROOT / "figures").iterdir()}
     tree = readme.split("## Layout")[1].split("## ")[0]
     assert [room for room in ROOMS if not re.search(rf"\b{room}\b", tree)] == []
     notebooks = [path.stem for path in (ROOT / "notebooks").glob("*.ipynb")]

@@ -26,9 +26,7 @@ from toolkit.files import CACHE, DOWNLOADS, RUNS
 
 # What a command needs is imported by the command: torch and pandas take seconds, and `--help` none of them.
 if TYPE_CHECKING:
-    from toolkit.budget import Plan
-    from toolkit.experiment import Parameters
-    from toolkit.forecast.forecasts import TrainingStep
+    from toolkit.experiment import Experiment, Parameters
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -161,7 +159,8 @@ def _add_plan_flags(plan: argparse.ArgumentParser) -> None:
     _add_experiment_flags(plan)
     text = "to plan for, where no data set is named (default 100)"
     plan.add_argument("--num-classes", type=int, metavar="INT", help=text)
-    plan.add_argument("--figure", type=Path, metavar="FILE", help="also draw memory over the planned step")
+    text = "also draw memory over the planned step, and recomputation at all budgets, into this folder"
+    plan.add_argument("--figures", type=Path, metavar="FOLDER", help=text)
 
 
 def _add_baselines_flags(needs: argparse.ArgumentParser) -> None:
@@ -373,11 +372,11 @@ def _plan(given: argparse.Namespace) -> int:
                 experiment.budget_bytes, micro_batches=experiment.micro_batch_size or True
             )
         print(plan.explain())
-        if given.figure:
-            _draw_plan(step, plan, given.figure)
+        if given.figures:
+            _draw_plans(experiment, step.num_classes, given.figures)
         return 0
-    if given.figure:
-        raise InputError(f"--figure draws plans, and checkpointing {experiment.checkpointing!r} has none.")
+    if given.figures:
+        raise InputError(f"--figures draws plans, and checkpointing {experiment.checkpointing!r} has none.")
     with phases("running a step on fakes") as begin:
         begin()
         found = step.forecast(experiment, FORECASTS)
@@ -429,13 +428,17 @@ def phases(*names: str, after: float = 2) -> Iterator[Callable[[], None]]:
                 ticking.join()
 
 
-def _draw_plan(step: TrainingStep, plan: Plan, path: Path) -> None:
-    """Draw `plan` in front of the same step without recomputation."""
+def _draw_plans(experiment: Experiment, num_classes: int, folder: Path) -> None:
+    """Draw the planned step in front of the same step without recomputation, and all budgets."""
     from toolkit import plots
-    from toolkit.forecast.explorer import picture_of
+    from toolkit.forecast.explorer import Explorer
 
-    picture = picture_of(plan, step.plain_memory())
-    print(f"figure   {plots.save(plots.step_figure(picture), path.stem, path.parent)}")
+    explorer, budget = Explorer(experiment, num_classes), experiment.budget_bytes
+    for name, figure in (
+        ("memory_over_step", plots.step_figure(explorer.picture(budget))),
+        ("recomputation_vs_budget", plots.recompute_against_budget(explorer.curve(budget))),
+    ):
+        print(f"figure   {plots.save(figure, name, folder)}")
 
 
 def _baselines(given: argparse.Namespace) -> int:

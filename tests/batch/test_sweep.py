@@ -298,12 +298,16 @@ def test_an_option_goes_to_the_methods_that_have_it():
     assert found == [("lora", 2), ("lora", 4), ("full", None), ("galore", 2), ("galore", 4)]
 
 
-def test_plan_predicts_a_step_by_either_kind_of_strategy(capsys):
+def test_plan_predicts_a_step_by_either_kind_of_strategy(tmp_path, capsys):
     common = ["plan", "--method", "linear", "--batch-size", "4", "--num-classes", "10", "--budget", "1GB"]
     assert main([*common, "--checkpointing", "none"]) == 0
     assert "predicted peak" in capsys.readouterr().out
-    assert main(common) == 0
+    assert main([*common, "--figures", str(tmp_path)]) == 0
     assert "planned" in capsys.readouterr().out
+    drawn = sorted(path.name for path in tmp_path.iterdir())
+    assert drawn == ["memory_over_step.png", "recomputation_vs_budget.png"]
+    assert main([*common, "--checkpointing", "none", "--figures", str(tmp_path)]) == 2
+    assert "has none" in capsys.readouterr().err
 
 
 def test_plan_counts_the_classes_of_the_data_set(tmp_path, capsys, monkeypatch):

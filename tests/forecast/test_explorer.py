@@ -145,7 +145,7 @@ def test_answers_are_kept(explorer, monkeypatch, tmp_path):
     monkeypatch.setattr(forecast_module, "step_of", lambda *_: pytest.fail("it was profiled again"))
     again = Explorer(replace(EXPERIMENT, budget="1GB", lr=0.1, seed=1), 10, explorer.folder)
     assert (again.range(), again.stops) == (explorer.range(), explorer.stops)
-    pd.testing.assert_frame_equal(again.curve(), explorer.curve())
+    pd.testing.assert_frame_equal(again.curve("1.1 MiB"), explorer.curve("1.1 MiB"))
     pd.testing.assert_frame_equal(again.table("1.1 MiB"), between)
     for stop in again.stops[::3]:
         pd.testing.assert_frame_equal(again.table(stop), explorer.table(stop))

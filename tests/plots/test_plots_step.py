@@ -82,3 +82,8 @@ def test_a_broken_budget_has_a_cross():
     points = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
     assert points["planned"] == [[4, 30], [8, 10]] and points["threshold"] == [[6, 50]]
     assert points["its budget, broken"] == [[4, 50]]
+    assert [x for x, _ in points["budget"]] == [4, 4]
+    frame.loc[frame.strategy != "planned", "budget_bytes"] = 2**40
+    axes = plots.recompute_against_budget(frame).axes[0]
+    assert "budget" not in [line.get_label() for line in axes.lines] and axes.get_xlim()[1] < 12
+    assert "1,024.00 GiB" in axes.texts[0].get_text()

@@ -162,10 +162,10 @@ class Explorer:
         """
         return self._answer(parse_bytes(budget))[0]
 
-    def curve(self) -> pd.DataFrame:
-        """The planned rows of `table` at all stops, and the rows of "none" and "static"."""
-        tables = [self.table(stop) for stop in self.stops]
-        return pd.concat([*(table[-1:] for table in tables), tables[-1][:2]], ignore_index=True)
+    def curve(self, budget: int | str) -> pd.DataFrame:
+        """The planned rows of `table` at all stops, and the rows of the other strategies at `budget`."""
+        planned = [self.table(stop)[-1:] for stop in self.stops]
+        return pd.concat([*planned, self.table(budget)[:-1]], ignore_index=True)
 
     def summary(self, budget: int | str) -> pd.DataFrame:
         """`table` with formatted values."""

@@ -170,27 +170,33 @@ def step_figure(picture: StepPicture, kinds: Sequence[str] = ()) -> Figure:
 
 @styled
 def recompute_against_budget(frame: pd.DataFrame) -> Figure:
-    """Recomputed share of the forward pass against the budget, by strategy.
+    """Recomputed share of the forward pass against the memory that is held, by strategy.
 
-    `frame`: rows with strategy, budget_bytes, peak_bytes, recompute_pct.  "planned" is a curve.  Others are a
-    point at the peak that they reach, and a cross at the budget that they were given, if they broke it.
+    `frame`: as from `Explorer.curve`.  "planned" is a curve.  Others are a point at the peak that they reach,
+    and a cross at the budget that they were given, which is a line, if they broke it.
     """
     figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     for colour, (strategy, rows) in zip(sns.color_palette(), frame.groupby("strategy", sort=False)):
         rows = rows.sort_values("budget_bytes")
-        budget = rows.budget_bytes / MIB
+        peak, budget = rows.peak_bytes / MIB, rows.budget_bytes / MIB
         style = {"color": colour, "marker": STRATEGIES[strategy].marker, "label": strategy}
         if strategy == "planned":
-            axes.plot(budget, rows.recompute_pct, markersize=5, **style)
+            axes.plot(peak, rows.recompute_pct, markersize=5, **style)
             continue
-        peak = rows.peak_bytes / MIB
         axes.plot(peak, rows.recompute_pct, markersize=9, linestyle="none", zorder=3, clip_on=False, **style)
         broken = (peak > budget) & STRATEGIES[strategy].reads_memory  # it knows its budget
         axes.hlines(rows.recompute_pct[broken], budget[broken], peak[broken], color=colour, linestyles=":")
         if broken.any():
             cross = {"color": colour, "markersize": 10, "markeredgewidth": 2.5, "label": "its budget, broken"}
             axes.plot(budget[broken], rows.recompute_pct[broken], "x", **cross)
-    axes.set(xlabel="budget (MiB)", ylabel="recomputed (% of forward FLOPs)", ylim=(-3, None))
+    for budget in frame.budget_bytes[frame.strategy != "planned"].unique():
+        if budget < 1.2 * frame.peak_bytes.max():
+            axes.axvline(budget / MIB, color="black", linestyle="--", linewidth=1, label="budget")
+        else:
+            budget_at_edge(axes, budget, along="x")
+    axes.set(
+        xlabel="peak memory of the step (MiB)", ylabel="recomputed (% of forward FLOPs)", ylim=(-3, None)
+    )
     whole = frame.loc[frame.strategy == "none", "peak_bytes"]
     if len(whole):
         percent = whole.iloc[0] / MIB / 100
