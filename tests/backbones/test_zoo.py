@@ -37,7 +37,7 @@ LARGER = {
 }  # fmt: skip
 TORCHVISION = {
     "alexnet": 64, "convnext_tiny": 32, "densenet121": 32, "efficientnet_b0": 32, "googlenet": 64,
-    "inception_v3": 96, "maxvit_t": 224, "mnasnet0_5": 32, "mobilenet_v3_small": 32, "regnet_y_400mf": 32,
+    "inception_v3": 299, "maxvit_t": 224, "mnasnet0_5": 32, "mobilenet_v3_small": 32, "regnet_y_400mf": 32,
     "resnet18": 32, "shufflenet_v2_x0_5": 32, "squeezenet1_1": 64, "swin_t": 64, "swin_v2_t": 64, "vgg11": 32,
     "vit_b_32": 64,
 }  # fmt: skip
@@ -191,3 +191,30 @@ def test_auxiliary_heads_of_training_do_not_train(few_digits):
     result = toolkit.fit(model, few_digits, experiment(epochs=1, method="full", backbone="mine"))
     assert result.status == "ok" and torch.equal(model.aux.weight, before)
     assert not any(name.startswith("aux") for name in toolkit.summarize(model).names)
+
+
+def test_adapters_that_only_an_auxiliary_head_reads_are_refused_with_a_pattern_that_works():
+    model = torchvision.models.googlenet(num_classes=5, init_weights=False)
+    with pytest.raises(InputError, match=r"depends on aux1\.conv\.conv; .* as '(.*)' does") as refusal:
+        toolkit.adapt(model, "lora")
+    pattern = str(refusal.value).split("'")[1]
+    adapted = toolkit.adapt(
+        torchvision.models.googlenet(num_classes=5, init_weights=False), "lora", targets=pattern
+    )
+    names = toolkit.summarize(adapted).names
+    assert "aux" not in " ".join(names) and any("inception5b" in name for name in names)
+
+
+def test_a_model_gets_images_of_a_size_that_it_can_read(few_digits):
+    class Rows(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hidden, self.fc = torch.nn.Linear(3 * 28 * 28, 8), torch.nn.Linear(8, 10)
+
+        def forward(self, x):
+            return self.fc(self.hidden(x.flatten(1)).relu())
+
+    for method, options in {"full": {}, "lora": {"targets": "hidden"}}.items():
+        model = toolkit.adapt(Rows(), method, **options)
+        run = experiment(epochs=1, method=method, backbone="mine")
+        assert toolkit.fit(model, few_digits, run).status == "ok"

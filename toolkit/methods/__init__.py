@@ -92,7 +92,8 @@ def adapt(model: nn.Module, method: str, **options: object) -> nn.Module:
     normalise by their running statistics and keep them; "updated", by the batch, and the statistics follow;
     "auto", updated where everything trains, else frozen.
 
-    Works in place; the returned module is the one to train (peft wraps).  Raises `InputError`, before
+    Works in place; the returned module is the one to train (peft wraps).  A model without `pretrained_cfg`
+    that cannot read images of 224 pixels gets one with a size that it can.  Raises `InputError`, before
     anything is changed, for an unknown method or option, a rank that a layer cannot have, a layer that the
     method cannot adapt, and a model without a head or layers that can be found.
     """

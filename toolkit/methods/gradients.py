@@ -12,13 +12,14 @@ from toolkit.errors import InputError, one_line
 from toolkit.methods.batch_norms import set_train_mode
 
 # Image sizes that are tried, in pixels, where a model does not declare its own.
-_SIZES = (224, 32, 64, 28, 96, 128, 256, 384)
+_SIZES = (224, 32, 64, 28, 96, 128, 256, 299, 384)
 
 
 @swept
 def check_gradients(model: nn.Module) -> str:
     """Freeze the trained parameters of an adapted `model` that its outputs do not depend on: mask tokens,
-    auxiliary heads.
+    auxiliary heads.  A model that does not declare the size of its images, and cannot have the usual one,
+    declares the first that it runs on from then on.
 
     Returns why this could not be found out, "" if it could: not every model runs on fake images.  Raises
     `InputError` if they belong to an adapter, or to a layer that has dropout in front of its adapter and is
@@ -33,23 +34,42 @@ def check_gradients(model: nn.Module) -> str:
             why_not = one_line(error)
     if found is None:
         return why_not
+    if size != data_config(model)["input_size"]:
+        plain = model.get_base_model() if hasattr(model, "peft_config") else model
+        plain.pretrained_cfg = {"input_size": size}
     idle, uncalled = found
     layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "active_adapters")}
+    short = {name: name.removeprefix("base_model.model.") for name in layers}
+    adapted = {short[name] for name, layer in layers.items() if hasattr(layer, "base_layer")}
+    unread = {short[name] for name in layers if any(n.startswith(f"{name}.") for n in idle)} & adapted
     for name, layer in layers.items():
         kind = type(model.base_model.model).__name__
-        remedy = "leave the layer out by targets, whose pattern matches whole names."
-        short = name.removeprefix("base_model.model.")
-        if hasattr(layer, "base_layer") and any(n.startswith(f"{name}.") for n in idle):
-            raise InputError(f"nothing that {kind} computes in training depends on {short}; {remedy}")
+        remedy = "leave the layer out by targets, whose pattern matches whole names"
+        if short[name] in unread:
+            raise InputError(
+                f"nothing that {kind} computes in training depends on {short[name]}; {remedy}, as "
+                f"{_leaving_out(unread, adapted - unread)!r} does."
+            )
         dropouts = getattr(layer, "lora_dropout", {}).values()
         if name in uncalled and not all(isinstance(dropout, nn.Identity) for dropout in dropouts):
             raise InputError(
-                f"{kind} reads the weight of {short} without calling the layer, so dropout in front of its "
-                f"update cannot act; choose dropout 0, or {remedy}"
+                f"{kind} reads the weight of {short[name]} without calling the layer, so dropout in front of "
+                f"its update cannot act; choose dropout 0, or {remedy}."
             )
     for name in idle:
         model.get_parameter(name).requires_grad_(False)
     return ""
+
+
+def _leaving_out(unread: set[str], others: set[str]) -> str:
+    """A pattern of all names but those in the largest parts of the model that hold `unread` layers alone."""
+    left_out = set()
+    for name in unread:
+        path = name.split(".")
+        parts = (".".join(path[:depth]) for depth in range(1, len(path)))
+        apart = (part for part in parts if not any(other.startswith(f"{part}.") for other in others))
+        left_out.add(next(apart, name).replace(".", "[.]"))
+    return f"(?!({'|'.join(sorted(left_out))})([.]|$)).*"
 
 
 def _sizes_of(model: nn.Module) -> list[tuple[int, int, int]]:
