@@ -2,8 +2,10 @@
 
 import csv
 import io
+import itertools
 import json
 import random
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -242,6 +244,39 @@ def test_without_records_every_table_is_empty(tmp_path, function):
     analysis.write_table(table, tmp_path / "table")
 
 
+def latex_rows(latex: str) -> list[list[str]]:
+    """The cells of a table in LaTeX; fails on what would not compile or not be the same text."""
+    opened = []
+    for command, name in re.findall(r"\\(begin|end)\{(\w+)\}", latex):
+        opened.append(name) if command == "begin" else opened.remove(opened[-1:] == [name] and name)
+    assert not opened
+    rules = [latex.index(f"\\{rule}rule\n") for rule in ("top", "mid", "bottom")]
+    assert rules == sorted(rules) and latex.count("rule\n") == 3
+    body = [line for line in latex[rules[0] : rules[2]].splitlines() if not line.endswith("rule")]
+    caption = re.search(r"^\\caption\{(.*)\}$", latex, re.MULTILINE)
+    assert all(line.endswith(r" \\") for line in body)
+    rows = [re.split(r"(?<!\\)&", line.removesuffix(r" \\")) for line in body]
+    alignment = re.search(r"\\begin\{tabular\}\{([lr]+)\}", latex)[1]
+    assert {len(row) for row in rows} == {len(alignment)}
+    for text in (*itertools.chain(*rows), caption[1] if caption else ""):
+        left = re.sub(
+            r"\\[&%$#_{}]|\\(textbackslash|textasciitilde|textasciicircum|space|bfseries)\b", "", text
+        )
+        assert not re.search(r"[&%$#_{}~^\\]", left), text
+    return [[cell.strip() for cell in row] for row in rows]
+
+
+def test_a_table_that_latex_would_misread_is_seen(tmp_path):
+    frame = pd.DataFrame({"method": ["a_b & 5 %", "lora"], "peak_bytes": [1.0, 2.0]})
+    analysis.write_table(frame, tmp_path / "table", caption="5 % & a_b.")
+    latex = (tmp_path / "table.tex").read_text()
+    assert latex_rows(latex)[1:] == [[r"a\_b \& 5 \%", "0.00"], ["lora", "0.00"]]
+    for right in (r"\_", r"\%", r"\&", r"\midrule", r"\end{tabular}", r" \\", r"\begin{table}"):
+        for place in (latex.index(right), latex.rindex(right)):  # in the caption, in a cell
+            with pytest.raises((AssertionError, ValueError)):
+                latex_rows(latex[:place] + latex[place + 1 :])
+
+
 def test_names_stay_text_in_every_format(tmp_path):
     frame = pd.DataFrame({"method": HOSTILE, HOSTILE[0]: HOSTILE, "peak_bytes": 2.0**20})
     analysis.write_table(frame, tmp_path / "table")
@@ -253,7 +288,7 @@ def test_names_stay_text_in_every_format(tmp_path):
     )
     assert [row.td.get_text() for row in page.tbody.find_all("tr")] == HOSTILE
     latex = (tmp_path / "table.tex").read_text()
-    assert r"\textbackslash input\{x\}" in latex and r"\$" in latex
+    assert r"\textbackslash input\{x\}" in latex and len(latex_rows(latex)) == 1 + len(HOSTILE)
     lines = markdown(analysis.as_text(frame)).splitlines()
     assert len(lines) == len(HOSTILE) + 2 and all(line.replace(r"\|", "").count("|") == 4 for line in lines)
 
@@ -267,9 +302,8 @@ def test_tables_are_ready_to_print(records, tmp_path):
     assert page.caption.get_text().strip() == f"{caption} Not measured: energy (J)."
     analysis.write_table(means, tmp_path / "table", caption="Means.", label="tab:means")
     latex = (tmp_path / "table.tex").read_text()
-    assert (
-        r"\toprule" in latex and r"\caption{Means. In all rows: dataset digits, backbone demo\_vit" in latex
-    )
+    assert len(latex_rows(latex)) == 1 + len(means)
+    assert r"\caption{Means. In all rows: dataset digits, backbone demo\_vit" in latex
     assert r"\label{tab:means}" in latex and r"\bfseries 93.00 ± 4.85" in latex
     assert r"\bfseries 92.00" not in latex and r"\bfseries 12.00 ± 0.00" in latex
     assert repr(float(means.adapt_seconds_half_width[0])) in (tmp_path / "table.csv").read_text()
@@ -280,7 +314,11 @@ def test_one_quantity_by_strategy(records, tmp_path):
     assert table.method.tolist() == ["lora", "full"]
     assert table[["none", "threshold"]].to_numpy().tolist() == [["20.00 ± 0.00", "12.00 ± 0.00"]] * 2
     analysis.write_table(table, tmp_path / "table")
-    assert r"method & none & threshold \\" in (tmp_path / "table.tex").read_text()
+    rows = latex_rows((tmp_path / "table.tex").read_text())
+    assert rows == [
+        ["method", "none", "threshold"],
+        *table[["method", "none", "threshold"]].to_numpy().tolist(),
+    ]
 
 
 def test_equal_records_give_equal_tables(runs, tmp_path):
