@@ -194,6 +194,8 @@ def _add_where_flags(command: argparse.ArgumentParser) -> None:
     where.add_argument("--workers", type=int, metavar="COUNT", help=text)
     text = "run on the workers of this dask scheduler"
     where.add_argument("--scheduler", default="", metavar="ADDRESS", help=text)
+    text = "also copy finished runs to this tracker: tensorboard | trackio | mlflow | wandb"
+    where.add_argument("--track", default="", metavar="NAME", help=text)
     text = "run again what ended so, as when another process held the memory: oom"
     where.add_argument("--retry", nargs="+", choices=("oom",), default=(), metavar="STATUS", help=text)
 
@@ -337,8 +339,8 @@ def _finish(experiments: list[Parameters], given: argparse.Namespace, figures: P
     from toolkit.training.record import load_records
 
     runs = given.runs.resolve()
-    places = {"workers": given.workers, "scheduler": given.scheduler}
-    failed = run_experiments(experiments, runs, retry=given.retry, **places)
+    how = {name: getattr(given, name) for name in ("workers", "scheduler", "retry", "track")}
+    failed = run_experiments(experiments, runs, **how)
     ids = [experiment.id for experiment in experiments]
     records = load_records(runs)
     records = records[records.experiment_id.isin(ids)]

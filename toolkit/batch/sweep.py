@@ -134,12 +134,14 @@ def run_experiments(
     workers: int | None = None,
     scheduler: str = "",
     retry: Sequence[str] = (),
+    track: str = "",
 ) -> list[Parameters]:
     """Run what has no finished record under `runs`, with one progress bar; return what failed.
 
     `workers`: experiments at a time on this machine (default: one per GPU; on the CPU one, so that a run that
     is timed has the machine to itself).  `scheduler`: the address of a dask scheduler, whose workers are used
-    instead.  `retry`: of `RETRIED`, endings that do not count as finished.
+    instead.  `retry`: of `RETRIED`, endings that do not count as finished.  `track`: one of `track.TRACKERS`,
+    which gets a copy of every finished run; where that fails, a line says so, and the next call tries again.
 
     A failure leaves a record with status `failed` and does not stop the others.  An experiment that another
     process is running in the same folder is waited for at the end, and done here if that process gave up.
@@ -147,11 +149,21 @@ def run_experiments(
     is raised; a second Ctrl-C does not wait for them.  Raises `InputError` before anything runs.
     """
     with stop_signals():
-        return _run_experiments(experiments, runs, workers, scheduler, retry)
+        log = None
+        if track:
+            from toolkit.batch.track import tracker  # draws, which takes a second to import
+
+            log = tracker(track)
+        return _run_experiments(experiments, runs, workers, scheduler, retry, log)
 
 
 def _run_experiments(
-    experiments: list[Parameters], runs: Path, workers: int | None, scheduler: str, retry: Sequence[str]
+    experiments: list[Parameters],
+    runs: Path,
+    workers: int | None,
+    scheduler: str,
+    retry: Sequence[str],
+    log: Callable[[Path], None] | None,
 ) -> list[Parameters]:
     data = check_runnable(experiments, runs)
     hashes = {name: splits.hashes["train"] for name, splits in data.items()}
@@ -191,6 +203,11 @@ def _run_experiments(
                         failed.append(experiment)
                         notebook = _notebook(experiment, folder)
                         bar.write(f"failed: {experiment.describe()}: {outcome.error} (notebook: {notebook})")
+                    elif log:
+                        try:
+                            log(finished_folder(experiment, runs) or folder)
+                        except Exception as error:  # a server that is away costs no run
+                            bar.write(f"not tracked: {experiment.name}: {_described(error)}")
         except KeyboardInterrupt:
             if client is not None:
                 client.run(stop_all)
