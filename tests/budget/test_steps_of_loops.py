@@ -199,7 +199,7 @@ def test_a_batch_that_does_not_fit_is_refused_each_time():
 
 def test_smaller_sizes_need_no_plan_and_growing_ones_few():
     model = network()
-    with toolkit.auto_checkpoint(model, "1.2MB", (X[:, :4], Y[:, :4]), loss=loss) as handle:
+    with toolkit.auto_checkpoint(model, "1.4MB", (X[:, :4], Y[:, :4]), loss=loss) as handle:
         for length in (3, 5, 6, 7, 8, 9, 10, 11, 12, 4, 8):
             plain = copy.deepcopy(model)
             for each in (model, plain):

@@ -57,7 +57,9 @@ def auto_checkpoint(
     budget that are not for tensors; if None, on CUDA, the memory in use outside this process's tensors.
     `accumulate`: whether the loop adds the gradients of several batches (or how many), which otherwise shows
     in its second step.  `held`: modules and tensors that the loop holds besides (a teacher, an average of the
-    weights, the next batch), or their bytes.  For the rest see `plan`.
+    weights, the next batch), or their bytes; on the CPU also seen, from the second step on, where operators
+    of the first use them.  Of several models that are planned, those whose forward pass runs while the graph
+    of another waits keep the least, as part of that one's step.  For the rest see `plan`.
 
     Also a context manager.  Losses and gradients are those of the unchanged model, bit for bit if its
     kernels are deterministic (up to the order of rounding in lean LoRA layers and sliced blocks).  Raises
@@ -197,6 +199,10 @@ class AutoCheckpoint:
             f"ran         {self.passes} forward passes, {self.replans} changes of the plan",
             f"departed    {self.departures} segments ran other operators than planned, and kept everything",
         ]
+        if self._loop.inside:
+            lines.append(
+                f"inside      {self._loop.inside} steps of other models, which are planned, keeping the least"
+            )
         lines += [f"past it     {count} blocks, run by {entry}" for entry, count in self._past.counts.items()]
         if peaks:
             over = sum(peak > self.budget_bytes for peak in peaks)
@@ -288,7 +294,8 @@ class AutoCheckpoint:
         inputs = args[0] if len(args) == 1 else args
         if kwargs:
             inputs = dict(inspect.signature(forward).bind(*args, **kwargs).arguments) if args else kwargs
-        return self._loop.begin(inputs, _autocast_precision(self.device), self._wait)
+        others = [handle._loop for handle in _HANDLES if handle is not self]
+        return self._loop.begin(inputs, _autocast_precision(self.device), self._wait, others)
 
     def _wait(self) -> None:
         """Wait for the forward passes of other threads, which planning must not disturb."""

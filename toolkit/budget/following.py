@@ -84,7 +84,11 @@ class Call:
 
 
 class PlannedStep:
-    """A step with these forward passes, and its plans; `state_bytes` of optimizers are in its profile."""
+    """A step with these forward passes, and its plans.
+
+    In its profile are `state_bytes` of optimizers, and tensors of the loop of the sizes `seen`;
+    `outside_bytes` are known to be there besides.  `ran`: it has begun under a plan.
+    """
 
     def __init__(
         self,
@@ -92,9 +96,13 @@ class PlannedStep:
         planner: Planner,
         state_bytes: int,
         micro_batches: bool | int = False,
+        seen: Iterable[int] = (),
     ):
         self.calls, self.planner = calls, planner
         self.state_bytes, self.micro_batches = state_bytes, micro_batches
+        self.seen, self.outside_bytes = list(seen), 0
+        self.ran = False
+        self._least: Plan | None = None
         self._plans: dict[tuple[int, int], Plan | str] = {}  # the latest few, or why there is none
 
     def plan(self, budget_bytes: int, reserve_bytes: int) -> Plan:
@@ -110,6 +118,14 @@ class PlannedStep:
         if isinstance(self._plans[key], str):
             raise InputError(self._plans[key])
         return self._plans[key]
+
+    def least(self, budget_bytes: int, reserve_bytes: int) -> Plan:
+        """The plan that keeps the least, whether or not it fits."""
+        key = budget_bytes, reserve_bytes
+        if self._least is None or (self._least.budget_bytes, self._least.reserve_bytes) != key:
+            with modes_left():
+                self._least = self.planner.least(*key)
+        return self._least
 
 
 class _WatchedTape(Tape):
@@ -127,7 +143,8 @@ class _WatchedTape(Tape):
 class Follower:
     """Runs the forward passes of a step under a plan, as long as their operators match its profile.
 
-    `watches`: the step is watched, and taped even where the plan keeps everything.
+    `watches`: the step is watched.  `taped`: it is seen to wait for its backward pass even where the plan
+    keeps everything.  `inside`: it runs inside the step of another model, which is planned.
     """
 
     def __init__(
@@ -135,6 +152,9 @@ class Follower:
         calls: tuple[Call, ...],
         plan: Plan,
         watches: Callable[[Callable[[], bool]], Watch] | None = None,
+        *,
+        taped: bool = False,
+        inside: bool = False,
     ):
         self.calls, self.plan = calls, plan
         self.watch = None if watches is None else watches(lambda: self.waits_for_backward)
@@ -145,7 +165,8 @@ class Follower:
         self._segment = self._op = 0
         self._departed = False
         self._graphs: list[weakref.ref[Tape]] = []
-        self.unchanged = plan.keeps_everything and watches is None
+        self.inside = inside
+        self.unchanged = plan.keeps_everything and watches is None and not taped
 
     @property
     def slices(self) -> dict[str, int]:

@@ -26,11 +26,12 @@ from toolkit.budget.profile import state_bytes_of
 from toolkit.budget.recording import Recording, Watch, modes_left
 from toolkit.budget.step import split_batch, tensors_in
 from toolkit.budget.tape import storage_key
-from toolkit.budget.watching import is_compiled
+from toolkit.budget.watching import Census, is_compiled
 from toolkit.errors import InputError
 
 _PLANS = 8  # kept for one model: another call takes the place of the one that has not been used for longest
 _TOLERANCE = 0.005  # of the peak: a step that takes more than predicted is not what was profiled
+_LOOKS = 16  # at what a loop holds, at most, if no optimizer steps
 _RECORDINGS = 3  # of one call; a path that still differs then differs in every step
 
 
@@ -70,19 +71,27 @@ class Loop:
         self._to_record: set[Call] = set()
         self._one_forward = bool(micro_batches)  # whether steps are known to have one forward pass
         self._now = threading.local()
+        self._census: Census | None = None
+        self._end_census: Callable = lambda: None
+        self._looks = 0  # at the beginning of steps, since the first or a recorded one
+        self._outside_bytes = 0  # as last seen
+        self._told = False
         self.optimizers: weakref.WeakSet = weakref.WeakSet()
         self.state_bytes = 0  # of the optimizers that have made a step
+        self._stepped = False  # an optimizer, since then
         itself = weakref.ref(self)
         self._hook = register_optimizer_step_post_hook(lambda optimizer, *_: _seen(itself(), optimizer))
         self.plan: Plan | None = None  # the latest
         self.replans = 0
         self.departures = 0
+        self.inside = 0  # steps that ran inside that of another model
 
     def close(self) -> None:
         """Stop watching the loop."""
         self._hook.remove()
         if self._watching is not None:
             self._watching.stop()
+        self._end_census()
         self._now.step = None
 
     def pause(self) -> None:
@@ -129,10 +138,13 @@ class Loop:
             self.plan = self._plan_of(self._known[-1])
             self.replans += 1
 
-    def begin(self, inputs, precision: str, wait: Callable[[], None]) -> Follower | Recording:
+    def begin(
+        self, inputs, precision: str, wait: Callable[[], None], others: Iterable[Loop] = ()
+    ) -> Follower | Recording:
         """What a forward pass on `inputs` runs under; `wait()` is called before planning.
 
-        Raises `InputError` if nothing fits.
+        If a step of one of the `others` waits for its backward pass, this one runs inside it, and is part of
+        what is planned there: it keeps the least.  Raises `InputError` if nothing fits.
         """
         call, now = self.call_of(inputs, precision), self.now
         if now is not None and now.waits_for_backward and not self.micro_batches:
@@ -143,23 +155,85 @@ class Loop:
         if now is not None:
             self._learn(now)
         step = self._find(call)
-        if step is None and call not in self._to_record:
+        inside = any(other.now is not None and other.now.waits_for_backward for other in others)
+        records = call in self._to_record and not (inside and step)
+        if step is None and not records:
             wait()
             step = self._plan_for(call, inputs)
-        if step is None or call in self._to_record:
+        records |= step is None
+        # What watches a step is underneath the loop, where compiled code cannot run.
+        compiled = is_compiled(self.model)
+        if self.device.type == "cpu" and not (compiled or inside or self.micro_batches):
+            self._look_outside(None if records else step, inputs)
+        if records:
             self._now.step = self._record(call)
             return self.now
-        plan = self._plan_of(step)
-        if plan is not self.plan:
+        plan = self._least(step) if inside else self._possible_plan_of(step)
+        self.inside += inside
+        if plan is not self.plan and not (inside and self.plan):
             self.replans += self.plan is not None
             self.plan = plan
-        # What watches a step is underneath the loop, where compiled code cannot run.
-        careful = not (self._one_forward or step.planner.recorded or is_compiled(self.model))
-        if careful:
-            self._now.step = Follower(step.calls, step.planner.least(plan), self._watch)
-        else:
-            self._now.step = Follower(step.calls, plan)
+        careful = not (self._one_forward or step.planner.recorded or compiled)
+        if careful and (least := self._least(step)).fits:
+            plan = least
+        self._now.step = Follower(
+            step.calls,
+            plan,
+            self._watch if careful else None,
+            taped=bool(others) and not compiled,
+            inside=inside,
+        )
         return self.now
+
+    def _look_outside(self, step: PlannedStep | None, inputs) -> None:
+        """Count what the loop holds besides a step that begins; None: one that is recorded.
+
+        This looks at the loop from its first step, or a recorded one, to the first after the optimizer's, so
+        that what runs in between (a teacher, an average of the weights, a second step on moved weights) is
+        seen.
+        """
+        if self._census is None:
+            self._census = Census(self.device)
+            self._end_census = weakref.finalize(self, self._census.stop)
+        elif step is None:
+            self._looks, self._stepped = 0, False
+        elif self._looks < _LOOKS:
+            optimizers = [tree_iter(list(each.state.values())) for each in self.optimizers]
+            own = [*tensors_of(self.model), *self._held_now()[0], *tensors_in(inputs)]
+            own += [p.grad for p in self.model.parameters() if p.grad is not None]
+            own += [t for state in optimizers for t in state if isinstance(t, torch.Tensor)]
+            besides = self._census.bytes_besides(own, step.seen) - self._held_bytes
+            if not step.planner.recorded:
+                besides -= self._bucket_bytes
+            step.outside_bytes = self._outside_bytes = max(step.outside_bytes, besides)
+            self._looks = _LOOKS if self._stepped else self._looks + 1
+        if self._looks < _LOOKS:
+            self._census.watch()
+        else:
+            self._census.stop()
+
+    def _possible_plan_of(self, step: PlannedStep) -> Plan:
+        """The plan of a step.  That nothing fits a step that was possible before, is told once."""
+        possible = step.ran or (step.planner.recorded and self.plan is not None)
+        try:
+            plan = self._plan_of(step)
+            possible = True
+            if plan.peak_bytes + plan.reserve_bytes + step.outside_bytes > self.budget_bytes:
+                plan = self._plan_of(step, step.outside_bytes)
+        except InputError as error:
+            if not possible:
+                raise
+            if not self._told:
+                self._told = True
+                besides = f"the loop holds {format_bytes(step.outside_bytes)} besides the step (see held=): "
+                holds = besides if step.outside_bytes else ""
+                warnings.warn(f"{holds}{error} Each block now keeps the least that it can.", stacklevel=2)
+            plan = self._least(step)
+        step.ran = True
+        return plan
+
+    def _least(self, step: PlannedStep) -> Plan:
+        return step.least(self.budget_bytes, self.reserve_bytes)
 
     def _watch(self, waits: Callable[[], bool]) -> Watch:
         return Watch(self.model, waits, *self._held_now())
@@ -179,7 +253,7 @@ class Loop:
             self._to_record.discard(first)
             planner = Planner(self.model, None, recorded=profile, precision=first.state[0], **self.settings)
             self._known = [step for step in self._known if step.calls[0] != first]
-            self._keep(PlannedStep(tuple(now.calls), planner, profile.fixed["optimizer"]))
+            self._keep(PlannedStep(tuple(now.calls), planner, profile.fixed["optimizer"], seen=now.seen))
             return
         self.departures += now.departures
         more = False
@@ -192,7 +266,7 @@ class Loop:
                 or now.watch.loss_bytes > planned.profile.loss_bytes + slack
             )
             self._one_forward = now.passes == len(now.calls) == 1
-        if (now.departures or more) and not self.micro_batches:
+        if (now.departures or more) and not (self.micro_batches or now.inside):
             self._record_next(first)
 
     def _record_next(self, first: Call) -> None:
@@ -217,20 +291,21 @@ class Loop:
 
     def _add(self, now: Follower, call: Call, inputs) -> None:
         """Plan another forward pass of a step whose plan does not have it."""
-        self._record_next(now.calls[0])
+        if not now.inside:
+            self._record_next(now.calls[0])
         step = self._find(call) or self._plan_for(call, inputs)
         plan = None
-        if step is not None:
+        if step is not None and not now.inside:
             with contextlib.suppress(InputError):
-                plan = self._plan_of(step, now.kept_bytes)
-        if plan is None:
+                plan = self._plan_of(step, now.kept_bytes + self._outside_bytes)
+        if plan is None and not now.inside:
             warnings.warn(
                 f"{type(self.model).__name__} ran several times before a backward pass, which may take more "
                 f"than the budget of {format_bytes(self.budget_bytes)} in this step, but not in the next.",
                 stacklevel=2,
             )
         if step is not None:
-            now.add(call, plan or step.planner.least(self.plan))
+            now.add(call, plan or self._least(step))
 
     def _find(self, call: Call) -> PlannedStep | None:
         """The plan of the smallest step that covers a call."""
@@ -275,7 +350,10 @@ class Loop:
         )
         with modes_left():
             state_bytes = planner.profile.fixed["optimizer"]
-        return PlannedStep((call,), planner, state_bytes, micro_batches=self.micro_batches)
+        targets = [rounded(t.nbytes) for t in tensors_in(split_batch(batch)[1])]
+        step = PlannedStep((call,), planner, state_bytes, self.micro_batches, targets)
+        step.outside_bytes = self._outside_bytes
+        return step
 
     def _plan_of(self, step: PlannedStep, kept_bytes: int = 0) -> Plan:
         """The plan of a step, besides `kept_bytes` and what the loop holds that its profile has not seen."""
@@ -328,10 +406,13 @@ def without_memory(batch, device: torch.device):
 
 def _seen(loop: Loop | None, optimizer: torch.optim.Optimizer) -> None:
     """Count the state of an optimizer that has made its first step on the model of a loop."""
-    if loop is None or optimizer in loop.optimizers:
+    if loop is None or (optimizer in loop.optimizers and loop._stepped):
         return
     trained = {id(p) for p in loop.model.parameters()}
     if trained.isdisjoint(id(p) for group in optimizer.param_groups for p in group["params"]):
+        return
+    loop._stepped = True
+    if optimizer in loop.optimizers:
         return
     loop.optimizers.add(optimizer)
     tensors = [t for each in loop.optimizers for t in tree_iter(list(each.state.values()))]

@@ -276,14 +276,23 @@ class Planner:
         """The profile of a step on the whole batch."""
         return self.chain(self.batch_size, False).profile
 
-    def least(self, plan: Plan) -> Plan:
-        """`plan` with the least kept bytes everywhere, if that is within its budget."""
+    def least(self, budget_bytes: int, reserve_bytes: int) -> Plan:
+        """The plan that keeps the least bytes in every block, whether or not it fits."""
         chain = self.chain(self.batch_size, False)
         options = tuple(options[-1] for options in chain.options)
-        peak = chain.peak_bytes(options)
-        if peak > plan.budget_bytes - plan.reserve_bytes:
-            return plan
-        return replace(plan, options=options, segments=tuple(chain.profile.segments), peak_bytes=peak)
+        segments = tuple(chain.profile.segments)
+        return replace(
+            self.plan(1 << 62),
+            budget_bytes=budget_bytes,
+            reserve_bytes=reserve_bytes,
+            peak_bytes=chain.peak_bytes(options),
+            recompute_flops=sum(option.level.flops for option in options),
+            extra_seconds=None,
+            levels={name: describe(option) for name, option in zip(segments, options) if name},
+            memory=chain.memory(options),
+            options=options,
+            segments=segments,
+        )
 
     def _best_of_smaller(self, best, limit: int):
         """`best`, or a clearly faster plan on micro-batches: the largest that is not clearly slower."""

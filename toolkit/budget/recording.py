@@ -58,7 +58,7 @@ class Watch:
         self.forward_end = 0
         self.backward_start: int | None = None
         self.optimizer_start: int | None = None
-        self._found_bytes: int | None = None
+        self._found: int | None = None  # number of the tensors found before the optimizer's step
         self.failed = False
         self._running = False  # a forward pass, or the optimizer
         # The hooks are torch's own, for all optimizers: they must not keep the model alive.
@@ -114,7 +114,7 @@ class Watch:
             self._running = True
             if self.optimizer_start is None:
                 self.optimizer_start = self.timeline.time
-                self._found_bytes = self.timeline.found_bytes  # what it reads besides is its state
+                self._found = len(self.timeline.found)  # what it reads besides is its state
 
     def _optimizer_ends(self, optimizer, args, kwargs) -> None:
         if not on_fakes():  # a step that is planned
@@ -135,13 +135,13 @@ class Watch:
                 hook.remove()
 
     @property
-    def found_bytes(self) -> int:
-        """Bytes that were there from the start, seen before the optimizer's step."""
-        return self.timeline.found_bytes if self._found_bytes is None else self._found_bytes
+    def found(self) -> list[int]:
+        """Bytes of each tensor that was there from the start, seen before the optimizer's step."""
+        return self.timeline.found[: self._found]
 
     def peak_bytes(self, state_bytes: int) -> int:
         """Peak before the optimizer's step, with `state_bytes` of the optimizer's state."""
-        there = self.start_bytes + self.found_bytes + self.other_bytes + state_bytes
+        there = self.start_bytes + sum(self.found) + self.other_bytes + state_bytes
         return there + _highest(self.timeline.deltas[: self.optimizer_start])
 
     @property
@@ -153,7 +153,8 @@ class Watch:
 class Recording(Watch):
     """A step that is being recorded, from its first forward pass until `profile` or `stop`.
 
-    `calls`: its forward passes so far, by what the caller knows them by; any may follow.
+    `calls`: its forward passes so far, by what the caller knows them by; any may follow.  `seen`, of a
+    profile: bytes of each tensor in it that is there from the start and belongs to the loop.
     """
 
     departures = 0
@@ -198,13 +199,16 @@ class Recording(Watch):
             start = max((time for time, _, _ in timeline.events), default=0)
         gradients = {storage_key(p.grad) for p in self.model.parameters() if p.grad is not None}
         left = {"gradients": 0, "optimizer": 0, "other": 0}
+        self.seen = self.found
         for key, place in timeline.born.items():
             kind = "gradients" if key in gradients else "optimizer" if place >= start else "other"
             left[kind] += deltas[place]
-            if kind != "other":
+            if kind == "other":
+                self.seen.append(deltas[place])
+            else:
                 deltas[place] = 0
         left["optimizer"] = max(left["optimizer"], state_bytes)
-        left["other"] += self.found_bytes + self.other_bytes
+        left["other"] += sum(self.found) + self.other_bytes
         tape.forget()
         return Profile(
             deltas=deltas,
@@ -254,5 +258,5 @@ def _leave_all() -> list[TorchDispatchMode]:
 def _push(modes: list[TorchDispatchMode]) -> None:
     """Enter modes again, but those that have ended since: a plan may be collected while they are left."""
     for mode in modes:
-        if not (isinstance(mode, Timeline) and mode.ended):
+        if not getattr(mode, "ended", False):
             _push_mode(mode)

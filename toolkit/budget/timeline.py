@@ -72,12 +72,13 @@ class Timeline(TensorMemory):
 
     `counts`: whether what happens now belongs to the step, if it runs in somebody's loop.  Tensors that its
     operators read and that nobody has tracked (targets, another model) were there from the start;
-    `found_bytes` counts them.
+    `found` has their sizes.
     """
 
     def __init__(self, device: torch.device, counts: Callable[[], bool] | None = None):
         super().__init__(device)
-        self.counts, self.found_bytes = counts, 0
+        self.counts = counts
+        self.found: list[int] = []  # bytes
         self.born: dict[int, int] = {}  # live storage -> place of its allocation in `deltas`
         self.deltas: list[int] = []
         self.events: list[tuple[int, str, int]] = []
@@ -118,7 +119,7 @@ class Timeline(TensorMemory):
                 if isinstance(leaf, torch.Tensor) and storage_key(leaf) not in self._live:
                     before = self.allocated_bytes
                     super()._count(leaf)
-                    self.found_bytes += self.allocated_bytes - before
+                    self.found.append(self.allocated_bytes - before)
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def begin(self) -> None:

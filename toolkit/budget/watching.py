@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_iter
 
 from toolkit.budget.memory import CudaMemory, TensorMemory, tensors_of
 from toolkit.budget.recording import put_underneath, take_away
-from toolkit.budget.tape import CACHE, Tape
+from toolkit.budget.tape import CACHE, Tape, storage_key
 
 
 def compiled_modules(model: nn.Module) -> list[str]:
@@ -81,6 +81,41 @@ def _caches(op, contents: dict) -> list[str]:
     return [CACHE] * len(contents)
 
 
+class _Reading(TensorMemory):
+    """Counts the tensors that operators read, too."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.track(leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, torch.Tensor))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class Census(_Reading):
+    """Tensors on the CPU that are alive, of those that operators have read or made while it was watching."""
+
+    def __init__(self, device: torch.device):
+        super().__init__(device)
+        self.ended = True  # it has not begun
+
+    def watch(self) -> None:
+        """Watch what runs from now on, underneath all that the loop does."""
+        if self.ended:
+            self.ended = False
+            put_underneath(self)
+
+    def stop(self) -> None:
+        """Watch no more, and forget no tensor."""
+        if not self.ended:
+            self.ended = True
+            take_away(self)
+
+    def bytes_besides(self, tensors: Iterable[torch.Tensor], sizes: Iterable[int]) -> int:
+        """Bytes of what is alive besides `tensors`, and besides as many others as there are `sizes`."""
+        known = {storage_key(tensor) for tensor in tensors}
+        others = Counter(live.nbytes for key, live in self._live.items() if key not in known)
+        others.subtract(Counter(sizes))
+        return sum(nbytes * count for nbytes, count in others.items() if count > 0)
+
+
 class StepPeaks:
     """Peak bytes of the next `steps` steps: each from a forward pass to the end of the optimizer's step.
 
@@ -126,11 +161,3 @@ class StepPeaks:
         self._hook = None
         if isinstance(self._memory, TorchDispatchMode):
             take_away(self._memory)
-
-
-class _Reading(TensorMemory):
-    """Counts the tensors that operators read, too."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.track(leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, torch.Tensor))
-        return super().__torch_dispatch__(func, types, args, kwargs)
