@@ -7,7 +7,9 @@ import warnings
 import numpy as np
 import pytest
 
-from toolkit.cache import kept, kept_rows
+from toolkit import __main__ as command_line
+from toolkit import cache
+from toolkit.cache import entries, kept, kept_rows, trim
 from toolkit.errors import FileError
 from toolkit.files import digest
 
@@ -86,3 +88,54 @@ def test_rows_that_are_damaged_are_made_again_and_a_truncation_is_an_error(tmp_p
         with pytest.warns(UserWarning, match="made again"):
             assert kept_rows(tmp_path, QUESTION, 3, make)[1:] == ({"seconds": 4}, False)
         assert kept_rows(tmp_path, QUESTION, 3, make)[2]
+
+
+NOW = 1_000_000
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Four entries of 100 bytes, a file or a folder each, by the hours since their last use."""
+    monkeypatch.setattr(cache.time, "time", lambda: NOW)
+    folder = tmp_path / "cache" / "features"
+    for hours in (0, 5, 9, 2):
+        path = folder / f"{hours}.json" if hours % 2 else folder / str(hours) / "rows.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(100))
+        os.utime(path, (NOW - 3600 * hours,) * 2)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("most_bytes", "left"),
+    [(400, "0 2 5.json 9.json"), (399, "0 2 5.json"), (250, "0 2"), (99, "0"), (0, "")],
+)
+def test_the_least_recently_used_entries_make_room(folder, most_bytes, left):
+    """What may be being written stays, unless everything is to go."""
+    assert trim(folder, most_bytes) == 400 - 100 * len(left.split())
+    assert sorted(path.name for path in entries(folder)) == left.split()
+
+
+def test_the_limit_is_kept_where_entries_are_made(folder, monkeypatch):
+    trimmed = []
+    monkeypatch.setattr(cache, "trim", trimmed.append)
+    kept_rows(folder, QUESTION, 1, lambda put: put(rows(1)) or {})
+    assert trimmed == [folder]
+    for number in range(1000):
+        kept(folder, {"a": number}, dict)
+    assert 1 < len(trimmed) < 20 and {*trimmed} == {folder}, "not at each one of many"
+
+
+def test_clean_shows_and_frees_kinds_of_entries_but_no_downloads(folder, monkeypatch, capsys):
+    downloads = folder.parent / "downloads" / "data.zip"
+    downloads.parent.mkdir()
+    downloads.write_bytes(bytes(100))
+    monkeypatch.setattr(command_line, "CACHE", folder.parent)
+    monkeypatch.setattr(command_line, "DOWNLOADS", downloads.parent)
+    assert command_line.main(["clean"]) == 0
+    assert "features: 4 entries, 400 bytes" in capsys.readouterr().out
+    assert command_line.main(["clean", "--remove", "downloads"]) == 2
+    assert "Valid: features." in capsys.readouterr().err
+    assert command_line.main(["clean", "--remove", "features"]) == 0
+    assert "features: 0 entries" in capsys.readouterr().out
+    assert not any(folder.iterdir()) and downloads.exists()
