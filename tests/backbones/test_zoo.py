@@ -51,8 +51,9 @@ SMALL = {
     "starnet_s050": {}, "repghostnet_050": {},
 }  # fmt: skip
 ADAPTERS = ("lora", "dora", "adalora", "ia3", "lokr", "qlora")
+SIDES = ("losa", "lst", "dtl")
 PARTS = ("linear", "bitfit", "norm", "full")
-# Of the default run: each family meets one adapter, in turns, and these meet all.
+# Of the default run: each family meets one adapter, in turns, and these meet all, and side networks.
 EVERY = ("beit_base_patch16_224", "swinv2_tiny_window8_256")
 
 
@@ -80,9 +81,9 @@ def cells():
     names = [*MODELS, *LARGER, *(f"torchvision:{name}" for name in TORCHVISION)]
     quick = [*SMALL, "torchvision:mobilenet_v3_small"]
     for name in names:
-        for m, method in enumerate((*ADAPTERS, *PARTS)):
+        for m, method in enumerate((*ADAPTERS, *SIDES, *PARTS)):
             turn = quick.index(name) % len(ADAPTERS) if name in quick else None
-            usual = turn is not None and (m == turn or (name in EVERY and m < len(ADAPTERS)))
+            usual = turn is not None and (m == turn or (name in EVERY and method not in PARTS))
             yield pytest.param(name, method, marks=[] if usual else [pytest.mark.long])
 
 

@@ -177,6 +177,15 @@ def test_a_block_that_runs_twice_is_ambiguous():
         Survey.of(Twice(Block(lambda x: x), Block(lambda x: x, 8)))
 
 
+def test_features_of_several_branches_cannot_be_refined():
+    class Branches(Net):  # as CrossViT's
+        def forward_features(self, x):
+            return [super().forward_features(x)] * 2
+
+    with pytest.raises(InputError, match=r"features of Branches are a list .* choose method 'linear'"):
+        Survey.of(Branches(Block(lambda x: x), Block(lambda x: x, 8)))
+
+
 def test_a_backbone_without_taps():
     class Plain(Net):
         def __init__(self):

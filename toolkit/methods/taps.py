@@ -184,6 +184,11 @@ class Survey:
             model.eval()
             with hooked(model, {name: partial(note, name) for name in blocks}):
                 final = model.forward_features(images)
+            if not isinstance(final, torch.Tensor):
+                raise InputError(
+                    f"the features of {type(model).__name__} are a {type(final).__name__}, not one tensor, "
+                    f"so no side network can refine them; {_INSTEAD}"
+                )
             inside = [name for name, _ in model.named_modules() if name]
             with hooked(model, {n: lambda *_, n=n: head.update({n.split(".")[0]: None}) for n in inside}):
                 model.forward_head(final)
