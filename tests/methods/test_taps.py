@@ -182,7 +182,7 @@ def test_features_of_several_branches_cannot_be_refined():
         def forward_features(self, x):
             return [super().forward_features(x)] * 2
 
-    with pytest.raises(InputError, match=r"features of Branches are a list .* choose method 'linear'"):
+    with pytest.raises(InputError, match=r"features of Branches are a list, .* choose method 'linear'"):
         Survey.of(Branches(Block(lambda x: x), Block(lambda x: x, 8)))
 
 
