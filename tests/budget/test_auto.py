@@ -420,7 +420,7 @@ def test_a_second_plan_replaces_the_first_and_overlapping_ones_are_refused():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # by dynamo
-@pytest.mark.parametrize("how", ["around", "around, before", "in place", "blocks"])
+@pytest.mark.parametrize("how", ["around", "around, before", "in place", "blocks", "blocks, recorded"])
 def test_what_is_compiled_stays_compiled_where_a_plan_keeps_everything(how):
     runs = []
 
@@ -431,7 +431,7 @@ def test_what_is_compiled_stays_compiled_where_a_plan_keeps_everything(how):
     for budget, compiled in ((1 << 30, True), (tight_budget(), False)):
         torch._dynamo.reset()
         model, called = small_net(), None
-        if how == "blocks":
+        if "blocks" in how:
             for block in model[1]:
                 block.compile(backend=backend)
         elif how == "in place":
@@ -441,15 +441,40 @@ def test_what_is_compiled_stays_compiled_where_a_plan_keeps_everything(how):
         if how == "around, before":
             called(tokens()[0])
         with auto_checkpoint(
-            model if how != "around" else called, budget, tokens(), loss=token_loss
+            model if how != "around" else called,
+            budget,
+            None if "recorded" in how else tokens(),
+            loss=token_loss,
         ) as handle:
-            step_of(model, called=called)  # the first is watched
+            step_of(model, called=called)  # the first is watched or recorded
             runs.clear()
             assert equal(step_of(model, called=called), expected)
             assert bool(runs) == compiled == (handle.plan.recompute_flops == 0)
             with measured(model) as memory:
                 step_of(model, called=called)
             assert memory.peak_bytes <= budget and handle.departures == 0
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # by dynamo
+@pytest.mark.parametrize("how", ["around", "in place", "a function around"])
+def test_no_step_of_a_compiled_model_is_recorded(how):
+    """Modes that are entered in compiled code do not outlast it, so the recording would miss operators."""
+    torch._dynamo.reset()
+    model, plain = small_net(), small_net()
+    if how == "in place":
+        model.compile(backend="eager")
+    called = {
+        "around": lambda: torch.compile(model, backend="eager"),
+        "in place": lambda: model,
+        "a function around": lambda: torch.compile(lambda x: model(x), backend="eager"),
+    }[how]()
+    with auto_checkpoint(model, "1GB") as handle:
+        handle.measure(steps=1)
+        for _ in range(2):
+            with pytest.raises(InputError, match="batch"):
+                called(tokens()[0])
+    assert torch.utils._python_dispatch._get_current_dispatch_mode_stack() == []
+    assert equal(step_of(model, called=called), step_of(plain))
 
 
 def test_threads_run_a_planned_model_while_one_of_them_plans():

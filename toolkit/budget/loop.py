@@ -26,7 +26,7 @@ from toolkit.budget.profile import state_bytes_of
 from toolkit.budget.recording import Recording, Watch, modes_left
 from toolkit.budget.step import split_batch, tensors_in
 from toolkit.budget.tape import storage_key
-from toolkit.budget.watching import Census, is_compiled
+from toolkit.budget.watching import Census, compiled_modules, is_inside_compiled
 from toolkit.errors import InputError
 
 _PLANS = 8  # kept for one model: another call takes the place of the one that has not been used for longest
@@ -162,7 +162,12 @@ class Loop:
             step = self._plan_for(call, inputs)
         records |= step is None
         # What watches a step is underneath the loop, where compiled code cannot run.
-        compiled = is_compiled(self.model)
+        compiled = (inside_compiled := is_inside_compiled()) or bool(compiled_modules(self.model))
+        if records and inside_compiled:
+            raise InputError(
+                f"no step of a compiled {type(self.model).__name__} can be recorded: give auto_checkpoint a "
+                "batch, with which it can be planned in advance, or compile its blocks instead."
+            )
         if self.device.type == "cpu" and not (compiled or inside or self.micro_batches):
             self._look_outside(None if records else step, inputs)
         if records:
@@ -271,13 +276,15 @@ class Loop:
 
     def _record_next(self, first: Call) -> None:
         """Record the next step that begins with a call, unless its path differs every time."""
-        if self._recordings.get(first, 0) < _RECORDINGS:
+        compiled = is_inside_compiled()
+        if self._recordings.get(first, 0) < _RECORDINGS and not compiled:
             self._to_record.add(first)
-        elif self._recordings[first] == _RECORDINGS:
-            self._recordings[first] += 1
+        elif self._recordings.get(first, 0) <= _RECORDINGS:
+            self._recordings[first] = _RECORDINGS + 1
+            how = "than planned, and is compiled, so that none is recorded" if compiled else "in every step"
             warnings.warn(
-                f"{type(self.model).__name__} runs other operators in every step; where they differ from the "
-                "plan everything is kept, which may take more than the budget.",
+                f"{type(self.model).__name__} runs other operators {how}; where they differ from the plan "
+                "everything is kept, which may take more than the budget.",
                 stacklevel=2,
             )
 

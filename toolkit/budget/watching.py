@@ -27,14 +27,17 @@ def compiled_modules(model: nn.Module) -> list[str]:
     ]
 
 
-def is_compiled(model: nn.Module) -> bool:
-    """Whether compiled code runs in `model`, or is what calls it now in this thread."""
+def is_inside_compiled() -> bool:
+    """Whether compiled code is running in this thread.
+
+    A mode that is entered there must be left there: torch restores at its end which modes are looked at.
+    """
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "compile_wrapper":  # of torch._dynamo.eval_frame
             return True
         frame = frame.f_back
-    return bool(compiled_modules(model))
+    return False
 
 
 class PastCalls:
@@ -135,6 +138,8 @@ class StepPeaks:
     def begin(self) -> None:
         """A forward pass begins."""
         if self._hook is not None or len(self.bytes) == self.steps:
+            return
+        if self.device.type != "cuda" and is_inside_compiled():
             return
         self._finds = self.device.type != "cuda"
         self._memory.track(tensors_of(self.model))
