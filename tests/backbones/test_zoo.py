@@ -219,3 +219,38 @@ def test_a_model_gets_images_of_a_size_that_it_can_read(few_digits):
         model = toolkit.adapt(Rows(), method, **options)
         run = experiment(epochs=1, method=method, backbone="mine")
         assert toolkit.fit(model, few_digits, run).status == "ok"
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "full"])
+def test_modules_may_have_the_names_that_adapters_use(method):
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.merge, self.base_layer = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
+            self.head, self.merged = torch.nn.Linear(16, 16), False
+
+        def forward(self, x):
+            return x + self.base_layer(self.head(self.merge(x)).relu())
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.blocks = torch.nn.Conv2d(3, 16, 8, 8), torch.nn.Sequential(Block(), Block())
+            self.active_adapters, self.model = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
+            self.merge, self.head = torch.nn.Linear(16, 16), torch.nn.Linear(16, 5)
+            self.forward = self.compute
+
+        def compute(self, x):
+            x = self.blocks(self.stem(x).flatten(2).transpose(1, 2)).mean(1)
+            return self.head(self.merge(self.model(self.active_adapters(x))))
+
+    toolkit.seed_everything(0)
+    model, images = toolkit.adapt(Net(), method), torch.randn(2, 3, 32, 32)
+    assert not model.unchecked and toolkit.plan(model, "1GB", (images, torch.tensor([0, 1]))).peak_bytes > 0
+    model(images).square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    if method == "full":
+        return
+    for layer in ("merge", "base_layer", "head"):
+        assert any(f"blocks.1.{layer}." in name for name in toolkit.summarize(model).names)
+    _merging_keeps_the_logits(model.eval(), images)

@@ -35,8 +35,8 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
     A block is a composite element of an `nn.Sequential` or `nn.ModuleList`, the innermost such, of a
     type that occurs at least twice: the transformer blocks of a ViT, the MBConv and attention blocks of a
-    TinyViT rather than whole stages, the residual blocks of a ResNet.  Adapter layers (modules with a
-    `base_layer`) are not blocks, so an adapted model has the blocks of the model inside.
+    TinyViT rather than whole stages, the residual blocks of a ResNet.  Adapter layers (peft's, which have a
+    `get_base_layer`) are not blocks, so an adapted model has the blocks of the model inside.
 
     Raises `InputError` if nothing repeats.
     """
@@ -46,7 +46,7 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
             continue
         for child_name, child in container.named_children():
             composite = next(child.children(), None) is not None
-            if composite and not _is_container(child) and not hasattr(child, "base_layer"):
+            if composite and not _is_container(child) and not hasattr(child, "get_base_layer"):
                 candidates[f"{name}.{child_name}" if name else child_name] = child
     innermost = {
         name: block

@@ -25,7 +25,7 @@ def check_gradients(model: nn.Module) -> str:
     `InputError` if they belong to an adapter, or to a layer that has dropout in front of its adapter and is
     never called.
     """
-    found, why_not = None, ""
+    found, why_not = None, ""  # parameters without a gradient, and modules that are not called
     for size in _sizes_of(model):
         try:
             found = _one_pass(model, size)
@@ -34,31 +34,38 @@ def check_gradients(model: nn.Module) -> str:
             why_not = one_line(error)
     if found is None:
         return why_not
+    adapted = hasattr(model, "peft_config")
     if size != data_config(model)["input_size"]:
-        plain = model.get_base_model() if hasattr(model, "peft_config") else model
-        plain.pretrained_cfg = {"input_size": size}
-    idle, uncalled = found
-    layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "active_adapters")}
-    short = {name: name.removeprefix("base_model.model.") for name in layers}
-    adapted = {short[name] for name, layer in layers.items() if hasattr(layer, "base_layer")}
-    unread = {short[name] for name in layers if any(n.startswith(f"{name}.") for n in idle)} & adapted
+        (model.get_base_model() if adapted else model).pretrained_cfg = {"input_size": size}
+    if adapted:
+        _check_adapters(model.get_base_model(), *(_below_peft(names) for names in found))
+    for name in found[0]:
+        model.get_parameter(name).requires_grad_(False)
+    return ""
+
+
+def _below_peft(names: set[str]) -> set[str]:
+    return {name.removeprefix("base_model.model.") for name in names}
+
+
+def _check_adapters(model: nn.Module, idle: set[str], uncalled: set[str]) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer  # peft imports transformers, which takes seconds
+
+    kind, remedy = type(model).__name__, "leave the layer out by targets, whose pattern matches whole names"
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
+    unread = {name for name in layers if any(other.startswith(f"{name}.") for other in idle)}
     for name, layer in layers.items():
-        kind = type(model.base_model.model).__name__
-        remedy = "leave the layer out by targets, whose pattern matches whole names"
-        if short[name] in unread:
+        if name in unread:
             raise InputError(
-                f"nothing that {kind} computes in training depends on {short[name]}; {remedy}, as "
-                f"{_leaving_out(unread, adapted - unread)!r} does."
+                f"nothing that {kind} computes in training depends on {name}; {remedy}, as "
+                f"{_leaving_out(unread, layers.keys() - unread)!r} does."
             )
         dropouts = getattr(layer, "lora_dropout", {}).values()
         if name in uncalled and not all(isinstance(dropout, nn.Identity) for dropout in dropouts):
             raise InputError(
-                f"{kind} reads the weight of {short[name]} without calling the layer, so dropout in front of "
-                f"its update cannot act; choose dropout 0, or {remedy}."
+                f"{kind} reads the weight of {name} without calling the layer, so dropout in front of its "
+                f"update cannot act; choose dropout 0, or {remedy}."
             )
-    for name in idle:
-        model.get_parameter(name).requires_grad_(False)
-    return ""
 
 
 def _leaving_out(unread: set[str], others: set[str]) -> str:
