@@ -254,3 +254,15 @@ def test_modules_may_have_the_names_that_adapters_use(method):
     for layer in ("merge", "base_layer", "head"):
         assert any(f"blocks.1.{layer}." in name for name in toolkit.summarize(model).names)
     _merging_keeps_the_logits(model.eval(), images)
+
+
+@pytest.mark.parametrize("method", [*ADAPTERS, *SIDES, "linear"])
+def test_an_encoder_without_a_classifier_is_refused_as_such(method):
+    def unsupported(features):  # as timm's Gemma4VitEncoder
+        raise NotImplementedError
+
+    model, _ = build("test_vit", small=True)
+    model.reset_classifier(0)
+    model.forward_head = unsupported
+    with pytest.raises(InputError, match="no classifier to train: give it a get_classifier"):
+        toolkit.adapt(model, method)

@@ -22,6 +22,7 @@ from toolkit.errors import InputError, option
 from toolkit.methods.registry import rates, register, searched
 from toolkit.methods.side import OnFrozen, SideOptions, low_rank, silent, to_four_bits
 from toolkit.methods.taps import CHANNELS_FIRST, Form, Survey, forms_of, hooked
+from toolkit.methods.trainable import head_names
 
 BETA = 100.0  # of swish, as in the authors' code
 
@@ -39,6 +40,7 @@ def dtl(model: nn.Module, options: DtlOptions) -> DtlModel:
 
     Raises `InputError` for more feedback than blocks on the path.
     """
+    head_names(model)  # raises if there is none
     survey = Survey.of(model)
     names, form, widths = _path(model, survey)
     if options.feedback > len(names):
@@ -71,7 +73,7 @@ def _path(model: nn.Module, survey: Survey) -> tuple[list[str], Form, list[int]]
     if not seen:
         raise InputError(
             f"{type(model).__name__} has no path for 'dtl': its last block, {last.name}, changes positions, "
-            f"features {tuple(last.read)} to {tuple(last.returned)}; choose method 'losa' or 'lst'."
+            f"features {tuple(last.read)} to {tuple(last.returned)}; choose method 'losa', 'lst' or 'lora'."
         )
     return [b.name for b in seen], form, [b.read[axis] for b in seen]
 

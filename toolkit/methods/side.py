@@ -19,7 +19,7 @@ from toolkit.budget import find_blocks
 from toolkit.errors import InputError, Options, option
 from toolkit.methods.qlora import quantise
 from toolkit.methods.taps import Survey, Taps, taps_of
-from toolkit.methods.trainable import linear
+from toolkit.methods.trainable import head_names, linear
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ class SideModel(OnFrozen):
 
 def reading_taps(model: nn.Module, options: TapOptions, make_side: Callable[[Taps], nn.Module]) -> SideModel:
     """A side network, made for the taps of `model`, next to it; `model` is modified in place."""
+    head_names(model)  # raises if there is none
     survey = Survey.of(model)
     taps = taps_of(model, survey, options.taps)
     with torch.device(next(model.parameters()).device):
