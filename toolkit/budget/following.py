@@ -166,6 +166,10 @@ class Follower:
         self._departed = False
         self._graphs: list[weakref.ref[Tape]] = []
         self.inside = inside
+        self._tape: Tape | None = None  # that of the forward pass that is running
+        # Steps of several forward passes are known by the tapes that their graphs hold.
+        self._pauses = watches is None and not taped and len(calls) == 1
+        self._pauses &= not any(option.segment.writes_elsewhere for option in self.options)
         self.unchanged = plan.keeps_everything and watches is None and not taped
 
     @property
@@ -187,7 +191,7 @@ class Follower:
         self.calls = (*self.calls[: self.passes], call)
         self.options = (*self.options[: self._segment], *plan.options)
         self.names = (*self.names[: self._segment], *plan.segments)
-        self.unchanged = False
+        self.unchanged = self._pauses = False
 
     @torch.compiler.disable(recursive=False)  # a forward that keeps everything may be compiled
     def run(self, forward: Callable, *args, **kwargs):
@@ -202,13 +206,19 @@ class Follower:
         if self.unchanged:
             with own_checkpoints_off():
                 return forward(*args, **kwargs)
-        tape = Tape(self.decide) if self.watch is None else _WatchedTape(self.decide, self.watch)
+        if self.watch is None:
+            tape = Tape(self.decide, self.passes_unrecorded)
+        else:
+            tape = _WatchedTape(self.decide, self.watch)
         self._graphs.append(weakref.ref(tape))
+        self._tape = tape
         watched = contextlib.nullcontext() if self.watch is None else self.watch.forward((args, kwargs))
         try:
             with watched, tape:
+                self._turn()
                 return forward(*args, **kwargs)
         finally:
+            self._tape = None
             tails = itertools.count(self._segment)
             last = next(n for n in tails if n >= len(self.names) or not self.names[n])
             while self._segment <= last:
@@ -220,6 +230,26 @@ class Follower:
             self.kept_bytes += self.options[self._segment].kept
         self._segment += 1
         self._op, self._departed = 0, False
+        self._turn()
+
+    def _turn(self) -> None:
+        """Record the next segment only if it recomputes something."""
+        if self._tape is None or not self._pauses:
+            return
+        if self._segment < len(self.options) and not self.options[self._segment].recorded:
+            self._tape.pause()
+        else:
+            self._tape.resume()
+
+    def passes_unrecorded(self, func: Callable) -> bool:
+        """Whether the next operator is `func`, and its results are not recomputed; see `Tape`."""
+        if self._departed or self._segment >= len(self.options):
+            return False
+        passing = self.options[self._segment].passing
+        if self._op < len(passing) and passing[self._op] == operator_name(func):
+            self._op += 1
+            return True
+        return False
 
     def decide(self, op: Op, contents: dict) -> list[str] | None:
         """The decisions for the outputs of an operator; see `Tape`."""

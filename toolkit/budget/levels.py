@@ -11,6 +11,7 @@ Bytes over time come from replaying the profile through the code that runs in tr
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 import weakref
@@ -70,6 +71,26 @@ class Segment:
         """The number here of a buffer of the profile; None if it is neither own nor borrowed."""
         place = buffer - self.first_buffer
         return place if 0 <= place < self.own else self.borrowed.get(buffer)
+
+    @functools.cached_property
+    def writes_elsewhere(self) -> bool:
+        """Whether it changes buffers of other segments in place."""
+        places = [self.place(buffer) for op in self.ops for buffer in op.writes]
+        return any(place is None or place >= self.own for place in places)
+
+    def needs(self, decisions: Sequence[str]) -> set[int]:
+        """The operators whose results may be recomputed in backward under these decisions."""
+        maker = {self.place(buffer): n for n, op in enumerate(self.ops) for buffer in op.outputs}
+        found: set[int] = set()
+        stack = list(self.saved.values())
+        while stack:
+            buffer = stack.pop()
+            if buffer not in maker or decisions[buffer] == KEEP or maker[buffer] in found:
+                continue
+            op = self.ops[maker[buffer]]
+            found.add(maker[buffer])
+            stack += [place for b in (*op.inputs, *op.writes) if (place := self.place(b)) is not None]
+        return found
 
     @property
     def kind(self) -> tuple:

@@ -58,6 +58,7 @@ class Loop:
     ):
         self.model, self.budget_bytes, self.reserve_bytes = model, budget_bytes, reserve_bytes
         self.device = next(model.parameters()).device
+        self._modules = list(model.modules())  # walking through them takes as long as some operators
         self.ddp, self._bucket_bytes = ddp, 0
         self.batch = None if batch is None else without_memory(batch, self.device)
         self.micro_batches = micro_batches
@@ -111,7 +112,8 @@ class Loop:
 
     def call_of(self, inputs, precision: str, accumulates: bool | None = None) -> Call:
         """The call of the model on `inputs`, in its present state."""
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+        parameters = [p for module in self._modules for p in module._parameters.values() if p is not None]
+        trained = [p for p in parameters if p.requires_grad]
         if self.micro_batches:  # whose profiles know of the gradients of earlier ones
             accumulates = False
         elif accumulates is None:
@@ -122,7 +124,7 @@ class Loop:
             self._bucket_bytes = sum(
                 rounded(p.nbytes) for p in trained if not buckets.gradient_as_bucket_view
             )
-        flags = tuple(p.requires_grad for p in self.model.parameters())
+        flags = tuple(p.requires_grad for p in parameters)
         return Call.of((precision, self.model.training, flags), accumulates, inputs)
 
     def plan_ahead(self, precision: str, accumulates: bool) -> None:

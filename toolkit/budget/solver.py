@@ -109,6 +109,21 @@ class Option:
     kept_forward: int  # kept during the forward pass, which may hold a part of it anyway
     kept_loss: np.ndarray  # kept at each time between the passes
 
+    @functools.cached_property
+    def recorded(self) -> frozenset[int]:
+        """The operators whose results may be recomputed."""
+        return frozenset(self.segment.needs(self.level.decisions))
+
+    @functools.cached_property
+    def passing(self) -> tuple[str, ...]:
+        """By operator: its name if nothing needs a record of it, else ""."""
+        hidden = self.segment.cannot_keep  # changed in place later, which the record has to know
+        return tuple(
+            "" if number in self.recorded or op.writes or hidden & set(map(self.segment.place, op.outputs))
+            else op.name
+            for number, op in enumerate(self.segment.ops)
+        )  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Solution:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_iter
 
 from toolkit.budget.memory import StorageRef
@@ -200,29 +200,60 @@ class Tape(TorchDispatchMode):
 
     `decide(op, contents)` is called after each recorded operator has run, with the contents of its outputs'
     storages.  It returns `KEEP`, `CACHE` (recompute, hold until the last use) or `DROP` (recompute at each
-    use) for each of `op.outputs`, or None to leave all to autograd.
+    use) for each of `op.outputs`, or None to leave all to autograd.  `passes(func)` says in advance that an
+    operator is never recomputed, so that it need not be recorded.
     """
 
-    def __init__(self, decide: Callable[[Op, dict[int, torch.Tensor]], Sequence[str] | None]):
+    def __init__(
+        self,
+        decide: Callable[[Op, dict[int, torch.Tensor]], Sequence[str] | None],
+        passes: Callable[[Callable], bool] | None = None,
+    ):
         super().__init__()
-        self._decide = decide
+        self._decide, self._passes = decide, passes
         self._buffers: dict[int, Buffer] = {}  # storage -> its present content
         self._alive: dict[int, StorageRef] = {}
+        self._paused = False
 
     def __enter__(self) -> Tape:
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
-        self._hooks.__enter__()
         self._plain = own_checkpoints_off()
         self.own_checkpoints = self._plain.__enter__()
-        return super().__enter__()
+        self._enter()
+        return self
 
     def __exit__(self, *exc) -> None:
-        super().__exit__(*exc)
-        self._hooks.__exit__(*exc)
+        if not self._paused:
+            self._leave()
         self._plain.__exit__(*exc)
+
+    def _enter(self) -> None:
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
+        self._hooks.__enter__()
+        super().__enter__()
+
+    def _leave(self) -> None:
+        super().__exit__(None, None, None)
+        self._hooks.__exit__(None, None, None)
         del self._hooks  # they reference this tape, which lives as long as the graph
         self._buffers.clear()  # from now on a buffer lives as long as a handle references it
         self._alive.clear()
+
+    def pause(self) -> None:
+        """Record nothing until `resume`: what was made before is from outside then.
+
+        Does nothing while modes or hooks of others are inside this tape.
+        """
+        if self._paused or _get_current_dispatch_mode_stack()[-1] is not self:
+            return
+        if torch._C._autograd._top_saved_tensors_default_hooks(False)[0] == self.pack:
+            self._leave()
+            self._paused = True
+
+    def resume(self) -> None:
+        """Record again."""
+        if self._paused:
+            self._paused = False
+            self._enter()
 
     def pack(self, tensor: torch.Tensor) -> External | Handle:
         """The object that autograd holds instead of `tensor`."""
@@ -241,6 +272,8 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if not isinstance(func, torch._ops.OpOverload) or func.is_view:
+            return func(*args, **kwargs)
+        if self._passes is not None and self._passes(func):
             return func(*args, **kwargs)
         written = _written(func, args, kwargs)
         op = self._record(func, args, kwargs, written)
@@ -290,6 +323,8 @@ class Tape(TorchDispatchMode):
         for index, leaf in enumerate(leaves):
             key = storage_key(leaf) if isinstance(leaf, torch.Tensor) else None
             if key is not None and key not in self._buffers and key not in contents:
+                if _hides_alias(op.func) and key in _storages_from_outside(op):
+                    continue
                 contents[key] = leaf
                 fresh.append(index)
                 if leaf.untyped_storage().nbytes() != leaf.numel() * leaf.element_size():
@@ -335,6 +370,17 @@ class Tape(TorchDispatchMode):
         if self._alive.get(reference.key) is reference:
             del self._alive[reference.key]
             self._buffers.pop(reference.key, None)
+
+
+@functools.cache
+def _hides_alias(func) -> bool:
+    """Whether an operator may return a window on its input though its schema does not say so."""
+    return "unsafe" in func._schema.name
+
+
+def _storages_from_outside(op: Op) -> set[int | None]:
+    values = tree_iter((op.args, op.kwargs))
+    return {storage_key(value.tensor) for value in values if isinstance(value, External)}
 
 
 def _detached(tensor: torch.Tensor) -> torch.Tensor:
