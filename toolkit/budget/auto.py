@@ -208,14 +208,9 @@ class AutoCheckpoint:
         if peaks:
             over = sum(peak > self.budget_bytes for peak in peaks)
             lines.append(f"measured    {', '.join(map(format_bytes, peaks))}; {over} steps over the budget")
-        if plan and not plan.keeps_everything:
-            kept = [name for name, option in zip(plan.segments, plan.options) if not option.recorded]
-            inside = tuple(f"{name}." for name in kept if name)
-            compiled = [
-                name for name in compiled_modules(self.model) if not f"{name}.".startswith(inside or "/")
-            ]
-            if compiled:
-                lines.append(f"uncompiled  {', '.join(compiled)}, where the plan recomputes operators")
+        compiled = compiled_modules(self.model)
+        if compiled and plan and not plan.keeps_everything:
+            lines.append(f"uncompiled  {', '.join(compiled)}, because the plan recomputes operators")
         return "\n".join(lines)
 
     def tighten(self, peak_bytes: int) -> None:

@@ -144,7 +144,8 @@ class Follower:
     """Runs the forward passes of a step under a plan, as long as their operators match its profile.
 
     `watches`: the step is watched.  `taped`: it is seen to wait for its backward pass even where the plan
-    keeps everything.  `inside`: it runs inside the step of another model, which is planned.
+    keeps everything.  `inside`: it runs inside the step of another model, which is planned.  `pauses`:
+    nothing is recorded in segments that recompute nothing.
     """
 
     def __init__(
@@ -155,6 +156,7 @@ class Follower:
         *,
         taped: bool = False,
         inside: bool = False,
+        pauses: bool = True,
     ):
         self.calls, self.plan = calls, plan
         self.watch = None if watches is None else watches(lambda: self.waits_for_backward)
@@ -168,7 +170,7 @@ class Follower:
         self.inside = inside
         self._tape: Tape | None = None  # that of the forward pass that is running
         # Steps of several forward passes are known by the tapes that their graphs hold.
-        self._pauses = watches is None and not taped and len(calls) == 1
+        self._pauses = pauses and watches is None and len(calls) == 1
         self._pauses &= not any(option.segment.writes_elsewhere for option in self.options)
         self.unchanged = plan.keeps_everything and watches is None and not taped
 

@@ -26,7 +26,7 @@ from toolkit.budget.profile import state_bytes_of
 from toolkit.budget.recording import Recording, Watch, modes_left
 from toolkit.budget.step import split_batch, tensors_in
 from toolkit.budget.tape import storage_key
-from toolkit.budget.watching import Census, compiled_modules, is_inside_compiled
+from toolkit.budget.watching import Census, is_compiled, is_inside_compiled
 from toolkit.errors import InputError
 
 _PLANS = 8  # kept for one model: another call takes the place of the one that has not been used for longest
@@ -164,7 +164,7 @@ class Loop:
             step = self._plan_for(call, inputs)
         records |= step is None
         # What watches a step is underneath the loop, where compiled code cannot run.
-        compiled = (inside_compiled := is_inside_compiled()) or bool(compiled_modules(self.model))
+        compiled = (inside_compiled := is_inside_compiled()) or any(map(is_compiled, self._modules))
         if records and inside_compiled:
             raise InputError(
                 f"no step of a compiled {type(self.model).__name__} can be recorded: give auto_checkpoint a "
@@ -189,6 +189,7 @@ class Loop:
             self._watch if careful else None,
             taped=bool(others) and not compiled,
             inside=inside,
+            pauses=not (others or compiled),
         )
         return self.now
 

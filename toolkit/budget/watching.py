@@ -23,8 +23,13 @@ def compiled_modules(model: nn.Module) -> list[str]:
     return [
         name or type(model).__name__
         for name, module in model.named_modules()
-        if module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+        if is_compiled(module)
     ]
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch has compiled a module."""
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
 
 
 def is_inside_compiled() -> bool:
