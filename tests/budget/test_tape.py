@@ -29,7 +29,9 @@ def everything(decision):
 
 
 def taped(decide):
-    return contextlib.nullcontext() if decide is None else Tape(decide)
+    if decide is None or isinstance(decide, Tape):
+        return decide or contextlib.nullcontext()
+    return Tape(decide)
 
 
 def step(build, x, decide=None, precision="fp32"):
@@ -234,6 +236,65 @@ def test_any_mixture_of_decisions_gives_the_same_step(random, name):
         return [random.choice(choices) for _ in contents]
 
     assert differing(step(build, x), step(build, x, decide)) == []
+
+
+@settings(max_examples=12)
+@given(st.randoms(use_true_random=False), st.sampled_from(["vit", "function", "twice"]))
+def test_a_tape_that_pauses_between_modules_gives_the_same_step(random, name):
+    build, x = MODELS[name]
+    tape = Tape(lambda op, contents: [random.choice([DROP, CACHE]) for _ in contents])
+
+    def turn(*_):
+        random.choice([tape.pause, tape.resume])()
+
+    def turning():
+        model = build()
+        for module in model.modules():
+            module.register_forward_hook(turn)
+        return model
+
+    assert differing(step(build, x), step(turning, x, tape)) == []
+
+
+@pytest.mark.parametrize("name", ["function", "twice"])
+def test_operators_that_pass_are_left_to_autograd(name):
+    build, x = MODELS[name]
+    recorded, kept = [], iter(range(10**6))
+
+    def decide(op, contents):
+        recorded.append(op.func)
+        return [DROP] * len(contents)
+
+    tape = Tape(decide, passes=lambda func: next(kept) % 3 > 0)
+    assert differing(step(build, x), step(build, x, tape)) == []
+    assert 0 < len(recorded) <= next(kept) / 2
+
+
+def test_modes_and_hooks_of_others_stay_where_they_were_entered():
+    """A tape neither leaves nor enters across them; what runs then is left to autograd."""
+
+    class Other(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    seen, x = [], torch.randn(3, requires_grad=True)
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+    tape = Tape(lambda op, contents: seen.append(op.func) or [DROP] * len(contents))
+    with tape:
+        for other in (Other(), hooks):
+            with other:
+                tape.pause()
+                y = x.exp()
+                assert seen.pop() is aten.exp.default, "it was not left"
+            tape.pause()
+            with other:
+                assert not tape.resume()
+                y = x.exp()
+            assert tape.resume() and not seen
+        y = y.exp()
+    assert seen == [aten.exp.default]
+    y.sum().backward()
+    assert torch.equal(x.grad, x.detach().exp().exp() * x.detach().exp())
 
 
 def find_overwritten(build, x):

@@ -240,8 +240,9 @@ class Follower:
             return
         if self._segment < len(self.options) and not self.options[self._segment].recorded:
             self._tape.pause()
-        else:
-            self._tape.resume()
+        elif not self._tape.resume():
+            self._departed = True
+            self.departures += 1
 
     def passes_unrecorded(self, func: Callable) -> bool:
         """Whether the next operator is `func`, and its results are not recomputed; see `Tape`."""

@@ -201,7 +201,7 @@ class Tape(TorchDispatchMode):
     `decide(op, contents)` is called after each recorded operator has run, with the contents of its outputs'
     storages.  It returns `KEEP`, `CACHE` (recompute, hold until the last use) or `DROP` (recompute at each
     use) for each of `op.outputs`, or None to leave all to autograd.  `passes(func)` says in advance that an
-    operator is never recomputed, so that it need not be recorded.
+    operator is never recomputed, nor its result changed in place, so that it need not be recorded.
     """
 
     def __init__(
@@ -213,7 +213,7 @@ class Tape(TorchDispatchMode):
         self._decide, self._passes = decide, passes
         self._buffers: dict[int, Buffer] = {}  # storage -> its present content
         self._alive: dict[int, StorageRef] = {}
-        self._paused = False
+        self._paused, self._outside = False, (None, None)
 
     def __enter__(self) -> Tape:
         self._plain = own_checkpoints_off()
@@ -243,17 +243,17 @@ class Tape(TorchDispatchMode):
 
         Does nothing while modes or hooks of others are inside this tape.
         """
-        if self._paused or _get_current_dispatch_mode_stack()[-1] is not self:
-            return
-        if torch._C._autograd._top_saved_tensors_default_hooks(False)[0] == self.pack:
+        if not self._paused and _entered() == (self, self.pack):
             self._leave()
+            self._outside = _entered()
             self._paused = True
 
-    def resume(self) -> None:
-        """Record again."""
-        if self._paused:
+    def resume(self) -> bool:
+        """Record again; returns whether it does, which modes and hooks entered in between prevent."""
+        if self._paused and _entered() == self._outside:
             self._paused = False
             self._enter()
+        return not self._paused
 
     def pack(self, tensor: torch.Tensor) -> External | Handle:
         """The object that autograd holds instead of `tensor`."""
@@ -381,6 +381,13 @@ def _hides_alias(func) -> bool:
 def _storages_from_outside(op: Op) -> set[int | None]:
     values = tree_iter((op.args, op.kwargs))
     return {storage_key(value.tensor) for value in values if isinstance(value, External)}
+
+
+def _entered() -> tuple[TorchDispatchMode | None, Callable | None]:
+    """The mode and the hooks for saved tensors that were entered last in this thread."""
+    modes = _get_current_dispatch_mode_stack()
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return modes[-1] if modes else None, hooks[0] if hooks else None
 
 
 def _detached(tensor: torch.Tensor) -> torch.Tensor:
