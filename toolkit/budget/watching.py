@@ -20,11 +20,7 @@ from toolkit.budget.tape import CACHE, Tape, storage_key
 
 def compiled_modules(model: nn.Module) -> list[str]:
     """Names of the modules in `model` that torch has compiled."""
-    return [
-        name or type(model).__name__
-        for name, module in model.named_modules()
-        if is_compiled(module)
-    ]
+    return [name or type(model).__name__ for name, module in model.named_modules() if is_compiled(module)]
 
 
 def is_compiled(module: nn.Module) -> bool:
