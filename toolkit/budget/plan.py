@@ -321,7 +321,7 @@ class Planner:
                 seconds = count * self.speed.step_seconds(
                     3 * chain.plain_seconds + solution.seconds,
                     sum(len(option.segment.ops) for option in solution.options),
-                    not _keeps_everything(solution.options),
+                    sum(len(option.segment.ops) for option in solution.options if option.recorded),
                 )
                 if found is None or seconds < found[0]:
                     found = seconds, size, chain, solution
@@ -332,7 +332,7 @@ class Planner:
     def _step_seconds(self, size: int) -> float:
         """Estimated time of a step in micro-batches of `size` without recomputation."""
         chain = self.chain(size, False)
-        seconds = self.speed.step_seconds(3 * chain.plain_seconds, len(chain.profile.ops), False)
+        seconds = self.speed.step_seconds(3 * chain.plain_seconds, len(chain.profile.ops))
         return -(-self.batch_size // size) * seconds
 
     def _unplanned_peak(self) -> int:

@@ -46,9 +46,9 @@ class DeviceSpeed:
         work = max(op.flops / self.flops_per_second, op.bytes_moved / self.bytes_per_second)
         return work + self.launch_seconds
 
-    def step_seconds(self, device_seconds: float, ops: int, recorded: bool) -> float:
+    def step_seconds(self, device_seconds: float, ops: int, recorded_ops: int = 0) -> float:
         """Estimated time of a forward and backward pass: the longer of device and host."""
-        return max(device_seconds, ops * (self.host_seconds + recorded * self.record_seconds))
+        return max(device_seconds, ops * self.host_seconds + recorded_ops * self.record_seconds)
 
 
 # Used if nothing is measured.  Its products are expensive (4.5 FLOP per byte), so its plans are close to

@@ -259,7 +259,7 @@ class TrainingStep:
         peak = max(self._step_under(e, size, held + beside).peak_bytes + beside for beside in besides)
         passes = 3 + ran.recompute_pct / 100  # forward and backward together count as three
         ops = round(len(chain.profile.ops) * passes / 3)
-        seconds = self.planner.speed.step_seconds(passes * chain.plain_seconds, ops, False)
+        seconds = self.planner.speed.step_seconds(passes * chain.plain_seconds, ops)
         above = f"predicted {format_bytes(peak)}, above the budget of {format_bytes(e.budget_bytes)}"
         return Forecast(
             e.budget_bytes, peak, None, ran.recompute_pct, math.ceil(e.batch_size / size) * seconds, size,
