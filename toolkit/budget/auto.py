@@ -60,7 +60,7 @@ def auto_checkpoint(
     in its second step.  `held`: modules and tensors that the loop holds besides (a teacher, an average of the
     weights, the next batch), or their bytes; on the CPU also seen, from the second step on, where operators
     of the first use them.  Of several models that are planned, those whose forward pass runs while the graph
-    of another waits keep the least, as part of that one's step.  For the rest see `plan`.
+    of another waits keep what its plan can spare, as part of its step.  For the rest see `plan`.
 
     Also a context manager.  Losses and gradients are those of the unchanged model, bit for bit if its
     kernels are deterministic (up to the order of rounding in lean LoRA layers and sliced blocks).  Raises
@@ -202,7 +202,7 @@ class AutoCheckpoint:
         ]
         if self._loop.inside:
             lines.append(
-                f"inside      {self._loop.inside} steps of other models, which are planned, keeping the least"
+                f"inside      {self._loop.inside} steps of other models, which are planned, in what those can spare"
             )
         lines += [f"past it     {count} blocks, run by {entry}" for entry, count in self._past.counts.items()]
         if peaks:

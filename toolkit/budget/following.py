@@ -103,6 +103,7 @@ class PlannedStep:
         self.seen, self.outside_bytes = list(seen), 0
         self.ran = False
         self._least: Plan | None = None
+        self._inside: dict[tuple[int, int, int], Plan] = {}
         self._plans: dict[tuple[int, int], Plan | str] = {}  # the latest few, or why there is none
 
     def plan(self, budget_bytes: int, reserve_bytes: int) -> Plan:
@@ -127,6 +128,24 @@ class PlannedStep:
                 self._least = self.planner.least(*key)
         return self._least
 
+    def inside(self, budget_bytes: int, reserve_bytes: int, spare_bytes: int) -> Plan:
+        """A plan that keeps at most `spare_bytes` more than the least, which its surroundings count on."""
+        key = budget_bytes, reserve_bytes, spare_bytes
+        if key not in self._inside:
+            self._inside = {key: self._plan_inside(*key)}
+        return self._inside[key]
+
+    def _plan_inside(self, budget_bytes: int, reserve_bytes: int, spare_bytes: int) -> Plan:
+        least = self.least(budget_bytes, reserve_bytes)
+        for more in (spare_bytes, spare_bytes // 2, spare_bytes // 4):
+            limit = min(least.peak_bytes + more, budget_bytes - reserve_bytes)
+            with contextlib.suppress(InputError):
+                plan = self.plan(budget_bytes, budget_bytes - limit)
+                kept, needed = (sum(option.kept for option in each.options) for each in (plan, least))
+                if kept - needed <= spare_bytes and all(option.slices == 1 for option in plan.options):
+                    return plan
+        return least
+
 
 class _WatchedTape(Tape):
     """Tells a watch when the backward pass begins to need the tape."""
@@ -144,8 +163,9 @@ class Follower:
     """Runs the forward passes of a step under a plan, as long as their operators match its profile.
 
     `watches`: the step is watched.  `taped`: it is seen to wait for its backward pass even where the plan
-    keeps everything.  `inside`: it runs inside the step of another model, which is planned.  `pauses`:
-    nothing is recorded in segments that recompute nothing.
+    keeps everything.  `inside`: it runs inside the step of another model, which is planned.  `spare_bytes`:
+    what the plan leaves of the budget for other models whose steps run inside this one, if it knows of them.
+    `pauses`: nothing is recorded in segments that recompute nothing.
     """
 
     def __init__(
@@ -156,6 +176,7 @@ class Follower:
         *,
         taped: bool = False,
         inside: bool = False,
+        spare_bytes: int = 0,
         pauses: bool = True,
     ):
         self.calls, self.plan = calls, plan
@@ -167,7 +188,7 @@ class Follower:
         self._segment = self._op = 0
         self._departed = False
         self._graphs: list[weakref.ref[Tape]] = []
-        self.inside = inside
+        self.inside, self.spare_bytes = inside, spare_bytes
         self._tape: Tape | None = None  # that of the forward pass that is running
         # Steps of several forward passes are known by the tapes that their graphs hold.
         self._pauses = pauses and watches is None and len(calls) == 1

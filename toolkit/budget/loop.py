@@ -146,7 +146,7 @@ class Loop:
         """What a forward pass on `inputs` runs under; `wait()` is called before planning.
 
         If a step of one of the `others` waits for its backward pass, this one runs inside it, and is part of
-        what is planned there: it keeps the least.  Raises `InputError` if nothing fits.
+        what is planned there: it keeps what that one can spare.  Raises `InputError` if nothing fits.
         """
         call, now = self.call_of(inputs, precision), self.now
         if now is not None and now.waits_for_backward and not self.micro_batches:
@@ -157,7 +157,8 @@ class Loop:
         if now is not None:
             self._learn(now)
         step = self._find(call)
-        inside = any(other.now is not None and other.now.waits_for_backward for other in others)
+        around = [other.now for other in others if other.now is not None and other.now.waits_for_backward]
+        inside = bool(around)
         records = call in self._to_record and not (inside and step)
         if step is None and not records:
             wait()
@@ -175,7 +176,11 @@ class Loop:
         if records:
             self._now.step = self._record(call)
             return self.now
-        plan = self._least(step) if inside else self._possible_plan_of(step)
+        if inside:
+            spare = min(other.spare_bytes for other in around)
+            plan = step.inside(self.budget_bytes, self.reserve_bytes, spare)
+        else:
+            plan = self._possible_plan_of(step)
         self.inside += inside
         if plan is not self.plan and not (inside and self.plan):
             self.replans += self.plan is not None
@@ -183,6 +188,7 @@ class Loop:
         careful = not (self._one_forward or step.planner.recorded or compiled)
         if careful and (least := self._least(step)).fits:
             plan = least
+        room = self.budget_bytes - plan.reserve_bytes - plan.peak_bytes - step.outside_bytes
         self._now.step = Follower(
             step.calls,
             plan,
@@ -190,6 +196,7 @@ class Loop:
             taped=bool(others) and not compiled,
             inside=inside,
             pauses=not (others or compiled),
+            spare_bytes=max(0, room) if step.planner.recorded and not (careful or inside) else 0,
         )
         return self.now
 

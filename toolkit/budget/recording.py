@@ -157,7 +157,7 @@ class Recording(Watch):
     profile: bytes of each tensor in it that is there from the start and belongs to the loop.
     """
 
-    departures = 0
+    departures = spare_bytes = 0
     unchanged = False
 
     def __init__(self, model: nn.Module, first=None, held: Iterable[torch.Tensor] = (), held_bytes: int = 0):
