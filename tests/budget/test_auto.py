@@ -55,6 +55,7 @@ def equal(first, second):
     return len(first) == len(second) and all(map(torch.equal, first, second))
 
 
+@pytest.mark.filterwarnings("ignore:.* between the steps")  # by the gradients that are compared
 def test_a_plain_loop_on_a_torchvision_resnet50_keeps_its_budget():
     model = torchvision.models.resnet50(num_classes=10).train()
     x, y = torch.randn(8, 3, 64, 64), torch.randint(0, 10, (8,))

@@ -202,7 +202,7 @@ class AutoCheckpoint:
         ]
         if self._loop.inside:
             lines.append(
-                f"inside      {self._loop.inside} steps of other models, which are planned, in what those can spare"
+                f"inside      {self._loop.inside} steps of other models, in what their plans can spare"
             )
         lines += [f"past it     {count} blocks, run by {entry}" for entry, count in self._past.counts.items()]
         if peaks:

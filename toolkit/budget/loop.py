@@ -76,7 +76,7 @@ class Loop:
         self._end_census: Callable = lambda: None
         self._looks = 0  # at the beginning of steps, since the first or a recorded one
         self._outside_bytes = 0  # as last seen
-        self._told = False
+        self._told = self._told_between = False
         self.optimizers: weakref.WeakSet = weakref.WeakSet()
         self.state_bytes = 0  # of the optimizers that have made a step
         self._stepped = False  # an optimizer, since then
@@ -109,6 +109,11 @@ class Loop:
     def now(self) -> Follower | Recording | None:
         """What the present step of this thread runs under."""
         return getattr(self._now, "step", None)
+
+    @property
+    def waits(self) -> bool:
+        """Whether a step of this thread waits for its backward pass."""
+        return self.now is not None and self.now.waits_for_backward
 
     def call_of(self, inputs, precision: str, accumulates: bool | None = None) -> Call:
         """The call of the model on `inputs`, in its present state."""
@@ -157,7 +162,7 @@ class Loop:
         if now is not None:
             self._learn(now)
         step = self._find(call)
-        around = [other.now for other in others if other.now is not None and other.now.waits_for_backward]
+        around = [other.now for other in others if other.waits]
         inside = bool(around)
         records = call in self._to_record and not (inside and step)
         if step is None and not records:
@@ -208,7 +213,8 @@ class Loop:
         seen.
         """
         if self._census is None:
-            self._census = Census(self.device)
+            loop = weakref.ref(self)
+            self._census = Census(self.device, lambda: loop() is not None and not loop().waits)
             self._end_census = weakref.finalize(self, self._census.stop)
         elif step is None:
             self._looks, self._stepped = 0, False
@@ -222,10 +228,22 @@ class Loop:
                 besides -= self._bucket_bytes
             step.outside_bytes = self._outside_bytes = max(step.outside_bytes, besides)
             self._looks = _LOOKS if self._stepped else self._looks + 1
+            self._tell_between(self._census.highest_bytes + self._held_bytes)
         if self._looks < _LOOKS:
             self._census.watch()
         else:
             self._census.stop()
+
+    def _tell_between(self, nbytes: int) -> None:
+        """Tell once of bytes that were allocated while no step was running, if the budget is below."""
+        if nbytes > self.budget_bytes and not self._told_between:
+            self._told_between = True
+            name, budget = type(self.model).__name__, format_bytes(self.budget_bytes)
+            warnings.warn(
+                f"{format_bytes(nbytes)} were allocated between the steps of {name}, more than the budget of "
+                f"{budget}, for what no plan changes: a teacher, an evaluation, the optimizer's step.",
+                stacklevel=2,
+            )
 
     def _possible_plan_of(self, step: PlannedStep) -> Plan:
         """The plan of a step.  That nothing fits a step that was possible before, is told once."""

@@ -94,11 +94,21 @@ class _Reading(TensorMemory):
 
 
 class Census(_Reading):
-    """Tensors on the CPU that are alive, of those that operators have read or made while it was watching."""
+    """Tensors on the CPU that are alive, of those that operators have read or made while it was watching.
 
-    def __init__(self, device: torch.device):
+    `between()`: whether no step is running; `highest_bytes` were allocated then.
+    """
+
+    def __init__(self, device: torch.device, between: Callable[[], bool]):
         super().__init__(device)
+        self.between, self.highest_bytes = between, 0
         self.ended = True  # it has not begun
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if self.allocated_bytes > self.highest_bytes and self.between():
+            self.highest_bytes = self.allocated_bytes
+        return result
 
     def watch(self) -> None:
         """Watch what runs from now on, underneath all that the loop does."""
