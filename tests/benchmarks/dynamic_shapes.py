@@ -2,7 +2,7 @@
 
 A text encoder of 4 layers trains on batches padded to 20 to 128 tokens.  Plain and planned steps on the same
 batch take turns; CPU seconds of one thread.  Expected: a total of at most 1.5 times the plain loop's beyond
-recomputation.  The longest step takes 1.1 to 1.5 plain steps of the longest batch if that one is given in
+recomputation.  The longest step takes 1.1 to 1.7 plain steps of the longest batch if that one is given in
 advance, and 3 to 3.7 otherwise: the two or three steps that make a new plan run the step on fake tensors,
 which takes 0.6 seconds of this model.
 

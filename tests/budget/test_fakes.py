@@ -226,6 +226,7 @@ TIMM = (
     "test_nfnet",
     "test_vit4",
 )
+TORCHVISION = ("alexnet", "googlenet", "mobilenet_v2", "shufflenet_v2_x0_5", "squeezenet1_1", "densenet121")
 TEXT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=100)
 IMAGE = dict(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32,
@@ -247,13 +248,20 @@ TRANSFORMERS = {
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", [*TIMM, *TRANSFORMERS])
+@pytest.mark.filterwarnings("ignore:The default weight initialization of GoogleNet")
+@pytest.mark.parametrize("name", [*TIMM, *TORCHVISION, *TRANSFORMERS])
 def test_planning_leaves_no_trace_on_models_of_others(name):
     torch.manual_seed(0)
     if name in TIMM:
         import timm
 
         assert_no_trace(timm.create_model(name, num_classes=3).train(), torch.randn(2, 3, 64, 64))
+        return
+    if name in TORCHVISION:
+        import torchvision
+
+        model = torchvision.models.get_model(name, num_classes=3).train()
+        assert_no_trace(model, torch.randn(2, 3, 96, 96))
         return
     import transformers
 
