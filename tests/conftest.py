@@ -21,7 +21,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 # One test process per core (pytest-xdist): two threads in each would wait for one another.
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["OMP_NUM_THREADS"] = os.environ.get("TEST_THREADS", "1")
 
 import hypothesis  # noqa: E402
 import no_network_guard  # noqa: E402, F401

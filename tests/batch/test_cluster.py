@@ -58,6 +58,7 @@ def test_workers_listen_on_this_machine_only(two_workers):
     assert two_workers.scheduler.address.startswith("tcp://127.0.0.1:")
 
 
+@pytest.mark.long  # new workers start for ten seconds
 def test_a_lost_worker_loses_no_run(two_workers, digits, tmp_path, monkeypatch):
     deadly = tmp_path / "deadly"
     deadly.touch()

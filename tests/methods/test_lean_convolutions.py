@@ -307,15 +307,16 @@ def training_step(model, batch, budget):
                 outputs = model(x)
                 loss = F.cross_entropy(outputs, y)
                 loss.backward()
-            if not number:  # copies that are not counted
-                found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-                found["loss"] = loss.detach().clone()
+            if not number:  # copies that are no tensors, which would be counted
+                found = {n: p.grad.numpy().copy() for n, p in model.named_parameters() if p.grad is not None}
+                found["loss"] = loss.detach().numpy().copy()
             with memory:
                 del outputs, loss
                 optimizer.step()
                 optimizer.zero_grad()
     assert handle.departures == handle.replans == 0
-    return memory.peak_bytes, found, handle.plan
+    gradients = {name: torch.from_numpy(array) for name, array in found.items()}
+    return memory.peak_bytes, gradients, handle.plan
 
 
 METHODS = [*TUNERS, "linear", "bitfit", "norm"]
