@@ -190,8 +190,8 @@ class Follower:
         self._graphs: list[weakref.ref[Tape]] = []
         self.inside, self.spare_bytes = inside, spare_bytes
         self._tape: Tape | None = None  # that of the forward pass that is running
-        # Steps of several forward passes are known by the tapes that their graphs hold.
-        self._pauses = pauses and watches is None and len(calls) == 1
+        # Steps that wait for their backward pass are known by the tapes that their graphs hold.
+        self._pauses = pauses and watches is None and len(calls) == 1 and not plan.keeps_everything
         self._pauses &= not any(option.segment.writes_elsewhere for option in self.options)
         self.unchanged = plan.keeps_everything and watches is None and not taped
 

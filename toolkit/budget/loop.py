@@ -200,7 +200,7 @@ class Loop:
             self._watch if careful else None,
             taped=bool(others) and not compiled,
             inside=inside,
-            pauses=not (others or compiled),
+            pauses=not compiled,
             spare_bytes=max(0, room) if step.planner.recorded and not (careful or inside) else 0,
         )
         return self.now
