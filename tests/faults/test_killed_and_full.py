@@ -64,7 +64,7 @@ def test_signals(train, expected, tmp_path, count):
         folder = tmp_path / str(runs)
         for _ in range(2):
             number = rng.choice([signal.SIGTERM, signal.SIGUSR1])
-            found = train(folder, signal_at=(number, rng.uniform(0.01, 0.6)))
+            found = train(folder, signal_at=(number, rng.uniform(0.01, 0.2)))
             assert found["exit"] == 0 and found["status"] in ("ok", "interrupted")
             stopped += found["status"] == "interrupted"
         assert train(folder) == expected
