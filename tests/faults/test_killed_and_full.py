@@ -55,7 +55,7 @@ def test_kills(train, expected, tmp_path, count):
         assert temporaries(folder) == [], "temporaries of killed saves pile up"
 
 
-@few_or_many(2, 20)
+@few_or_many(3, 20)
 def test_signals(train, expected, tmp_path, count):
     """SIGTERM or SIGUSR1 at any moment of a process; the next one goes on."""
     rng, stopped, runs = random.Random(1), 0, 0

@@ -161,7 +161,7 @@ class SmallBlock(nn.Module):
         return x + self.drop(F.relu(self.norm(self.conv(x)), inplace=True))
 
 
-@pytest.mark.parametrize("errors", [12, pytest.param(100, marks=pytest.mark.long)])
+@pytest.mark.parametrize("errors", [24, pytest.param(100, marks=pytest.mark.long)])
 def test_injected_out_of_memory_errors_are_recovered_or_reported(few_digits, monkeypatch, errors):
     planned = experiment(method="full", checkpointing="planned", budget="1GB", epochs=4)
     original = Steps._passes

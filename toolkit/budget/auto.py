@@ -51,11 +51,11 @@ def auto_checkpoint(
     """Keep the training of `model` within `budget` bytes of device memory, until `.remove()`.
 
     `batch`: inputs or (inputs, targets), the largest batch that the loop uses; if None, the loop's first step
-    is recorded, with its loss, and the following ones are planned (which a compiled model cannot do, but one
-    with compiled blocks).  `loss(outputs, targets)`: cross-entropy
-    if None.  `optimizer`: the loop's, or "adamw" (if None) or "sgd"; its state is part of the budget.
-    `precision`: the loop's autocast; that of the surrounding autocast if None.  `reserve`: bytes of the
-    budget that are not for tensors; if None, on CUDA, the memory in use outside this process's tensors.
+    is recorded, with its loss, and the following ones are planned (not where the whole model is compiled;
+    compiled blocks are no obstacle).  `loss(outputs, targets)`: cross-entropy if None.  `optimizer`: the
+    loop's, or "adamw" (if None) or "sgd"; its state is part of the budget.  `precision`: the loop's autocast;
+    that of the surrounding autocast if None.  `reserve`: bytes of the budget that are not for tensors; if
+    None, on CUDA, the memory in use outside this process's tensors.
     `accumulate`: whether the loop adds the gradients of several batches (or how many), which otherwise shows
     in its second step.  `held`: modules and tensors that the loop holds besides (a teacher, an average of the
     weights, the next batch), or their bytes; on the CPU also seen, from the second step on, where operators

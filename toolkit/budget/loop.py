@@ -154,7 +154,7 @@ class Loop:
         what is planned there: it keeps what that one can spare.  Raises `InputError` if nothing fits.
         """
         call, now = self.call_of(inputs, precision), self.now
-        if now is not None and now.waits_for_backward and not self.micro_batches:
+        if self.waits and not self.micro_batches:
             if not now.expects(call):
                 self._add(now, call, inputs)
             return now

@@ -30,8 +30,8 @@ class DeviceSpeed:
     """A roofline: an operator takes its arithmetic or its traffic, whichever is longer, and a launch.
 
     The host needs time for each operator too, which limits small batches: `host_seconds` for its forward and
-    backward pass, and `record_seconds` if a tape records it.  Both are assumed for a laptop; the ratio
-    between them was measured on a CPU.
+    backward pass, and `record_seconds` in segments that a tape records.  Both are assumed for a laptop; the
+    ratio between them was measured on a CPU, with a tape that recorded every operator.
     """
 
     flops_per_second: float
@@ -117,12 +117,12 @@ class Option:
     @functools.cached_property
     def passing(self) -> tuple[str, ...]:
         """By operator: its name if nothing needs a record of it, else ""."""
-        hidden = self.segment.cannot_keep  # changed in place later, which the record has to know
-        return tuple(
-            "" if number in self.recorded or op.writes or hidden & set(map(self.segment.place, op.outputs))
-            else op.name
-            for number, op in enumerate(self.segment.ops)
-        )  # fmt: skip
+        names = []
+        for number, op in enumerate(self.segment.ops):
+            # What is changed in place, now or later, has to be known as a result of the tape.
+            changes = op.writes or self.segment.cannot_keep & set(map(self.segment.place, op.outputs))
+            names.append("" if number in self.recorded or changes else op.name)
+        return tuple(names)
 
 
 @dataclass(frozen=True)
